@@ -1,0 +1,58 @@
+"""saekit: train sparse autoencoders on the activations of neural networks, and ask questions of what they found.
+
+Everything public stands here; each name is imported from its module when it is first used, so that `import saekit`
+costs nothing and imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saekit.activations.batch import Activations as Activations
+    from saekit.activations.batch import TokenBatch as TokenBatch
+    from saekit.api import run as run
+    from saekit.component import Component as Component
+    from saekit.errors import SaekitError as SaekitError
+    from saekit.errors import UsageError as UsageError
+    from saekit.hookspecs import hookimpl as hookimpl
+    from saekit.result import Result as Result
+    from saekit.runner.context import RunContext as RunContext
+    from saekit.sae.base import SparseAutoencoder as SparseAutoencoder
+    from saekit.sae.code import Code as Code
+    from saekit.sae.code import DenseCode as DenseCode
+    from saekit.sae.code import SparseCode as SparseCode
+    from saekit.sae.formats import load_sae as load_sae
+    from saekit.sae.formats import save_sae as save_sae
+    from saekit.training.step import Step as Step
+
+_HOME = {
+    "Activations": "saekit.activations.batch",
+    "TokenBatch": "saekit.activations.batch",
+    "run": "saekit.api",
+    "Component": "saekit.component",
+    "SaekitError": "saekit.errors",
+    "UsageError": "saekit.errors",
+    "hookimpl": "saekit.hookspecs",
+    "Result": "saekit.result",
+    "RunContext": "saekit.runner.context",
+    "SparseAutoencoder": "saekit.sae.base",
+    "Code": "saekit.sae.code",
+    "DenseCode": "saekit.sae.code",
+    "SparseCode": "saekit.sae.code",
+    "load_sae": "saekit.sae.formats",
+    "save_sae": "saekit.sae.formats",
+    "Step": "saekit.training.step",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'saekit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""`python -m saekit` is the command `saekit`."""
+
+from saekit.cli import main
+
+main()

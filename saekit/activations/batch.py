@@ -1,0 +1,71 @@
+"""What a source hands over: rows of activations, and rows of tokens for what needs the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass
+class Activations:
+    """Rows of activations with what is known of each; every tensor has `n` rows, or is None where unknown.
+
+    x: [n, d_in]. target: [n, d_out], None where the SAE rebuilds x itself. tokens: [n] ids.
+    sequence: [n] number of the row of tokens each came from, unique in its split. position: [n] place in that row.
+    labels: [n, n_concepts], NaN where a row has no label.
+    """
+
+    x: Tensor
+    target: Tensor | None = None
+    tokens: Tensor | None = None
+    sequence: Tensor | None = None
+    position: Tensor | None = None
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def map(self, function) -> Activations:
+        """`function` applied to every tensor that is there."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Activations(**{name: None if v is None else function(v) for name, v in values.items()})
+
+    def rows(self, index: Tensor | slice) -> Activations:
+        """Some rows, by index or slice."""
+        return self.map(lambda tensor: tensor[index])
+
+    def to(self, device: str | torch.device) -> Activations:
+        """The same rows on another device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    @staticmethod
+    def join(parts: list[Activations]) -> Activations:
+        """Several pieces as one; a column must be known in all pieces or in none."""
+        import torch
+
+        if len(parts) == 1:
+            return parts[0]
+        columns = {}
+        for f in fields(Activations):
+            values = [getattr(part, f.name) for part in parts]
+            columns[f.name] = None if values[0] is None else torch.cat(values)
+        return Activations(**columns)
+
+
+@dataclass
+class TokenBatch:
+    """Rows of tokens for the model.
+
+    tokens: [n, T] ids. mask: [n, T], True where there is a token and not padding.
+    keep: [n, T], True where the position's activation belongs to the data (not padding, not a first position that
+    is left out). sequence: [n] numbers of the rows, unique in their split.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    keep: Tensor
+    sequence: Tensor

@@ -1,0 +1,228 @@
+"""Packing: documents as tokens, and rows of `context` tokens that can be addressed by number.
+
+A row is BOS, where the model has one, and the next stretch of a stream of documents, each followed by EOS. The stream
+of a pass holds every document once, in an order drawn from (seed, pass). Row number r belongs to pass r // rows_a_pass,
+so any row can be had without those before it: a resume skips for nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from saekit.activations.documents import text_hash
+from saekit.errors import UsageError
+
+_BATCH_CHARACTERS = 2_000_000  # of text handed to the tokenizer at once
+
+
+class HasText(Protocol):
+    """Anything with an `id` and a `text`."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Documents as tokens, held in memory: 4 bytes a token and 16 bytes a document.
+
+    ids: [N] int32, every document's tokens followed by EOS (where the tokenizer has one).
+    offsets: [D + 1] int64, document i is `ids[offsets[i]:offsets[i + 1]]`. hashes: [D] uint64, of each text.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    hashes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def digest(self) -> str:
+        """sha256 of all tokens and of where the documents end."""
+        return hashlib.sha256(self.ids.tobytes() + self.offsets.tobytes()).hexdigest()
+
+
+def tokenise(documents: Iterable[HasText], tokenizer: Any) -> TokenStore:
+    """Every document's tokens, without special ones but for an EOS after each; about two megabytes of text at a time."""
+    eos = tokenizer.eos_token_id
+    pieces: list[np.ndarray] = []
+    lengths: list[int] = []
+    hashes: list[int] = []
+    texts: list[str] = []
+
+    def flush() -> None:
+        # verbose=False: a document longer than the model's context is what packing is for, not worth a warning
+        for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            ended = tokens if eos is None else [*tokens, eos]
+            pieces.append(np.asarray(ended, dtype=np.int32))
+            lengths.append(len(ended))
+        texts.clear()
+
+    waiting = 0
+    for document in documents:
+        texts.append(document.text)
+        hashes.append(text_hash(document.text))
+        waiting += len(document.text)
+        if waiting >= _BATCH_CHARACTERS:
+            flush()
+            waiting = 0
+    if texts:
+        flush()
+    return TokenStore(
+        ids=np.concatenate([np.zeros(0, dtype=np.int32), *pieces]),  # [N]
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),  # [D + 1]
+        hashes=np.asarray(hashes, dtype=np.uint64),  # [D]
+    )
+
+
+class Rows(Protocol):
+    """Rows of tokens by number. `count`: how many hold every token once."""
+
+    count: int
+
+    def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows by number: [n] -> ids [n, context] int64 and mask [n, context], False at padding.
+
+        seed: None for the documents in their own order (numbers below `count`); a number for passes without end."""
+        ...
+
+
+class PackedRows:
+    """The rows of some documents of a store.
+
+    documents: [m] indices into the store. bos: the token that begins each row, or None. pad: fills a short row.
+    `count` is the number of rows a pass; the last one may be short. UsageError where there is no token at all.
+    """
+
+    def __init__(self, store: TokenStore, documents: np.ndarray, *, context: int, bos: int | None, pad: int = 0):
+        self.store = store
+        self.documents = documents
+        self.context = context
+        self.bos = bos
+        self.pad = pad
+        self._width = context - (bos is not None)  # tokens of the stream in a row
+        if self._width < 1:
+            raise UsageError(f"context = {context}: leaves no room for text. Set context to 2 or more.")
+        self._lengths = np.diff(store.offsets)[documents]  # [m]
+        self.tokens = int(self._lengths.sum())
+        if self.tokens == 0:
+            raise UsageError("the documents have no tokens at all. Give data that holds text.")
+        self.count = -(-self.tokens // self._width)
+        self._orders: dict[tuple[int | None, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows by number; see `Rows.take`."""
+        ids = np.full((len(numbers), self.context), self.pad, dtype=np.int64)  # [n, context]
+        mask = np.ones((len(numbers), self.context), dtype=bool)  # [n, context]
+        first = self.context - self._width
+        if self.bos is not None:
+            ids[:, 0] = self.bos
+        passes, places = np.divmod(numbers, self.count)  # [n], [n]
+        for number in np.unique(passes):
+            chosen = np.flatnonzero(passes == number)  # [r]
+            starts = places[chosen] * self._width
+            positions = starts[:, None] + np.arange(self._width)  # [r, width], in the pass's stream
+            inside = positions < self.tokens
+            tokens = self._stream(positions[inside], seed, int(number))
+            ids[chosen[:, None], np.arange(first, self.context)] = _scattered(tokens, inside, self.pad)
+            mask[chosen[:, None], np.arange(first, self.context)] = inside
+        return ids, mask
+
+    def _stream(self, positions: np.ndarray, seed: int | None, number: int) -> np.ndarray:
+        """Tokens at some positions of a pass's stream of documents: [p] -> [p]."""
+        order, ends = self._order(seed, number)
+        which = np.searchsorted(ends, positions, side="right")  # [p], place of the document in the pass
+        documents = order[which]
+        begins = ends[which] - self._lengths[documents]
+        return self.store.ids[self.store.offsets[self.documents[documents]] + positions - begins]
+
+    def _order(self, seed: int | None, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the documents in a pass, [m], and where each ends in its stream, [m]."""
+        key = (seed, number)
+        if key not in self._orders:
+            while len(self._orders) >= 2:  # a block may span two passes
+                del self._orders[next(iter(self._orders))]
+            if seed is None:
+                order = np.arange(len(self.documents))
+            else:
+                order = np.random.Generator(np.random.PCG64(derived_seed("pass", seed, number))).permutation(
+                    len(self.documents)
+                )
+            self._orders[key] = order, np.cumsum(self._lengths[order])
+        return self._orders[key]
+
+
+class MixedRows:
+    """Several streams of rows, mixed in fixed proportions: `weights[k]` rows of `parts[k]` in every `sum(weights)`.
+
+    With a seed every part passes over its own documents as often as its share needs. Without one every row comes
+    once; when a part is used up, the others go on in their proportions.
+    """
+
+    def __init__(self, parts: list[PackedRows], weights: list[int]):
+        self.parts = parts
+        self.weights = np.asarray(weights)
+        self.count = sum(part.count for part in parts)
+        # Spread evenly: row j of a part with weight w stands at (j + 1/2) / w of the cycle.
+        times = np.concatenate([(np.arange(w) + 0.5) / w for w in weights])
+        kinds = np.repeat(np.arange(len(weights)), weights)
+        ranks = np.concatenate([np.arange(w) for w in weights])
+        cycle = np.argsort(times, kind="stable")
+        self._kinds, self._ranks = kinds[cycle], ranks[cycle]  # [sum(weights)] each
+        self._once: tuple[np.ndarray, np.ndarray] | None = None
+
+    def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows by number; see `Rows.take`."""
+        kinds, within = self.places(numbers, seed)
+        ids = np.empty((len(numbers), self.parts[0].context), dtype=np.int64)  # [n, context]
+        mask = np.empty(ids.shape, dtype=bool)  # [n, context]
+        for k, part in enumerate(self.parts):
+            chosen = kinds == k
+            if chosen.any():
+                ids[chosen], mask[chosen] = part.take(within[chosen], seed)
+        return ids, mask
+
+    def places(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Which part each row comes from, [n], and its number there, [n]."""
+        if seed is not None:
+            cycles, slots = np.divmod(numbers, len(self._kinds))
+            kinds = self._kinds[slots]
+            return kinds, cycles * self.weights[kinds] + self._ranks[slots]
+        if self._once is None:
+            times = np.concatenate([(np.arange(p.count) + 0.5) / w for p, w in zip(self.parts, self.weights, strict=True)])
+            order = np.argsort(times, kind="stable")
+            counts = [part.count for part in self.parts]
+            self._once = (
+                np.repeat(np.arange(len(counts)), counts)[order],
+                np.concatenate([np.arange(count) for count in counts])[order],
+            )
+        return self._once[0][numbers], self._once[1][numbers]
+
+
+def first_token(tokenizer: Any, bos: bool | Literal["auto"]) -> int | None:
+    """The token that begins each row: BOS where asked for or, on `auto`, where the tokenizer has one."""
+    if bos is False:
+        return None
+    if bos is True and tokenizer.bos_token_id is None:
+        raise UsageError('bos = true: the tokenizer has no BOS token. Set bos = "auto" or false.')
+    return tokenizer.bos_token_id
+
+
+def derived_seed(word: str, *numbers: int) -> int:
+    """63 bits of the sha256 of a word and some numbers, so that draws for different purposes are unrelated."""
+    text = " ".join(["saekit", word, *map(str, numbers)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _scattered(tokens: np.ndarray, inside: np.ndarray, pad: int) -> np.ndarray:
+    full = np.full(inside.shape, pad, dtype=np.int64)
+    full[inside] = tokens
+    return full

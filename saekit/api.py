@@ -1,0 +1,78 @@
+"""`saekit.run`: in Python, the same thing as the command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saekit.errors import UsageError
+from saekit.plugins import Registry
+from saekit.runner.compose import Request, compose
+from saekit.runner.directory import RunDirectory
+from saekit.runner.plan import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that is done. directory: where everything lies. summary: the content of `summary.json`."""
+
+    directory: Path
+    summary: dict[str, Any]
+
+
+def run(
+    what: str | Path | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    plugins: Iterable[str | Path] = (),
+    directory: str | Path | None = None,
+    view: Any = None,
+) -> FinishedRun:
+    """Carry out a recipe or a run file, quietly unless a `view` (a listener) is given.
+
+    what: a recipe's name or the path of a run file; the default recipe if None. overrides: `{"training.seed": 1}`.
+    plugins: Python files to load as plugins. Raises the errors of `saekit.errors`.
+    """
+    request = Request(
+        None if what is None else str(what),
+        overrides=[f"{key}={_toml(value)}" for key, value in (overrides or {}).items()],
+        plugins=[str(p) for p in plugins],
+    )
+    config, registry = compose(request)
+    plan = make_plan(config, registry)
+    return start(plan, registry, None if directory is None else str(directory), view)
+
+
+def start(plan: Plan, registry: Registry, directory: str | None, view: Any) -> FinishedRun:
+    """Begin a planned run in a new directory and see it through."""
+    from saekit.runner.run import Run
+
+    place = RunDirectory.create(plan.config, directory)
+    return FinishedRun(place.path, Run(plan, place, registry, view=view).execute())
+
+
+def resume(where: str, *, no_plugins: Iterable[str] = (), view: Any = None) -> FinishedRun:
+    """Continue the run in the directory `where` from its newest whole checkpoint; a finished run is left as it is."""
+    from saekit.runner.run import Run
+
+    place, config = RunDirectory.resume(where)
+    summary = place.finished_summary()
+    if summary is not None:
+        return FinishedRun(place.path, summary)
+    registry = Registry(files=config.plugins, disabled=no_plugins)
+    plan = make_plan(config, registry)
+    return FinishedRun(place.path, Run(plan, place, registry, resumed=True, view=view).execute())
+
+
+def _toml(value: Any) -> str:
+    import tomli_w
+
+    if value is None:
+        raise UsageError("overrides: None cannot be written in a run file; leave the key out.")
+    return tomli_w.dumps({"value": value}).partition("=")[2].strip() if not isinstance(value, dict) else _inline(value)
+
+
+def _inline(table: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{key} = {_toml(value)}" for key, value in table.items()) + "}"

@@ -1,0 +1,67 @@
+"""The components that come with saekit, declared through the same door as everyone's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from saekit.component import Component
+from saekit.hookspecs import hookimpl
+
+
+@hookimpl
+def saekit_architectures() -> Iterator[Component]:
+    yield Component("standard", "saekit.builtin.architectures:Standard", "ReLU; sparse by an l1 loss.")
+    yield Component("topk", "saekit.builtin.architectures:TopK", "The k largest pre-activations of each row.")
+
+
+@hookimpl
+def saekit_losses() -> Iterator[Component]:
+    yield Component("mse", "saekit.builtin.losses:mse", "Squared reconstruction error.")
+    yield Component("l1", "saekit.builtin.losses:l1", "L1 norm of the code.")
+    yield Component("auxk", "saekit.builtin.losses:AuxK", "Dead latents rebuild what the living ones missed.")
+
+
+@hookimpl
+def saekit_sources() -> Iterator[Component]:
+    text = ("tokens", "subject_model", "logits", "documents")
+    yield Component(
+        "organism", "saekit.builtin.sources:OrganismSource", "The bundled model organism on its own corpus.", provides=text
+    )
+    yield Component("text", "saekit.builtin.sources:TextSource", "Any language model on any text.", provides=text)
+
+
+@hookimpl
+def saekit_metrics() -> Iterator[Component]:
+    metrics = "saekit.builtin.metrics"
+    yield Component("explained_variance", f"{metrics}:ExplainedVariance", "Explained variance, FVU, mse.", default=True)
+    yield Component("l0", f"{metrics}:L0", "Mean number of active latents.", default=True)
+    yield Component("density", f"{metrics}:Density", "How often latents fire.", default=True)
+    yield Component("dead", f"{metrics}:Dead", "Latents that never fire on held-out data.", default=True)
+    yield Component(
+        "ce_recovered",
+        "saekit.builtin.model_metrics:CERecovered",
+        "Cross-entropy and KL with the SAE spliced into the model, against zero- and mean-ablation.",
+        needs=("subject_model", "logits"),
+    )
+
+
+@hookimpl
+def saekit_analyzers() -> Iterator[Component]:
+    yield Component(
+        "features",
+        "saekit.builtin.features:Features",
+        "Density and top activating examples of the latents.",
+        needs=("tokens",),
+    )
+
+
+@hookimpl
+def saekit_trackers() -> Iterator[Component]:
+    yield Component("jsonl", "saekit.builtin.trackers:JsonLines", "metrics.jsonl in the run directory.", default=True)
+
+
+@hookimpl
+def saekit_recipes() -> Iterator[Component]:
+    yield Component(
+        "quickstart", "saekit.builtin:recipes/quickstart.toml", "A topk SAE on the model organism, in two minutes.", default=True
+    )

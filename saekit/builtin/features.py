@@ -1,0 +1,153 @@
+"""The analyzer `features`: how often each latent fires, and where some of them fire most."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from saekit.errors import UsageError
+from saekit.result import Result
+from saekit.runner.context import RunContext
+
+
+class Features:
+    """Density, mean and maximum of every latent, and the top activating examples of some, on held-out data.
+
+    Without a choice of latents, those shown are spread evenly over the living ones in order of density, so that
+    frequent and rare ones are both seen. Of one row of tokens, only the strongest place is an example.
+    """
+
+    def __init__(
+        self,
+        *,
+        latents: Annotated[list[int] | None, Field(description="The latents to show; by default a spread of them.")] = None,
+        n_latents: Annotated[int, Field(gt=0, description="How many to show where none are chosen.")] = 24,
+        examples: Annotated[int, Field(gt=0, description="Top activating examples a latent.")] = 8,
+        window: Annotated[int, Field(ge=0, description="Tokens shown on each side.")] = 12,
+        tokens: Annotated[int | None, Field(gt=0, description="Held-out activations; evaluation.tokens by default.")] = None,
+    ) -> None:
+        self.latents, self.n_latents, self.examples = latents, n_latents, examples
+        self.window, self.tokens = window, tokens
+
+    def __call__(self, context: RunContext) -> Result:
+        """scalars: latents, dead, median density. tables: latents, examples. figures: density (a histogram)."""
+        d_sae = context.sae.d_sae
+        if self.latents and not all(0 <= j < d_sae for j in self.latents):
+            raise UsageError(f"analyzer.features.latents: {self.latents} are not all in 0 to {d_sae - 1}.")
+        density, mean, largest, rows = self._statistics(context)
+        shown = self._chosen(density)
+        living = density[density > 0]
+        table = [
+            {
+                "latent": j,
+                "density": float(density[j]),
+                "mean_activation": float(mean[j]),
+                "max_activation": float(largest[j]),
+            }
+            for j in shown
+        ]
+        return Result(
+            scalars={
+                "latents": d_sae,
+                "dead": int((density == 0).sum()),
+                "density_median": float(living.median()) if len(living) else None,
+                "activations": rows,
+            },
+            tables={"latents": table, "examples": self._examples(context, shown)},
+            figures={"density": _histogram(living)} if len(living) else {},
+            notes=[] if len(living) else [f"No latent fired on {rows} held-out activations, so there is nothing to show."],
+        )
+
+    def _statistics(self, context: RunContext) -> tuple[Tensor, Tensor, Tensor, int]:
+        """(density, mean where active, maximum) of each latent, [d_sae] each, and the number of activations."""
+        d_sae = context.sae.d_sae
+        count, total = torch.zeros(d_sae, dtype=torch.float64), torch.zeros(d_sae, dtype=torch.float64)
+        largest, rows = torch.zeros(d_sae), 0
+        for step in context.held_out(self.tokens):
+            _, latents, values = (t.cpu() for t in step.code.nonzero())
+            count += torch.bincount(latents, minlength=d_sae)
+            total.index_add_(0, latents, values.double())
+            largest.scatter_reduce_(0, latents, values.float(), "amax")
+            rows += len(step.code)
+        return count / rows, total / count.clamp_min(1), largest, rows
+
+    def _chosen(self, density: Tensor) -> list[int]:
+        if self.latents is not None:
+            return self.latents
+        living = density.nonzero().squeeze(1)
+        ordered = living[density[living].argsort(descending=True, stable=True)]
+        if len(ordered) <= self.n_latents:
+            return ordered.tolist()
+        places = torch.linspace(0, len(ordered) - 1, self.n_latents).round().long()
+        return ordered[places].tolist()
+
+    def _examples(self, context: RunContext, latents: list[int]) -> list[dict[str, Any]]:
+        if not latents:
+            return []
+        chosen = torch.tensor(latents, device=context.device)
+        activations, tokens, sequences = [], [], []
+        with torch.no_grad():
+            for batch in context.held_out_activations(self.tokens or context.config.evaluation.tokens):
+                activations.append(context.sae.encode(batch.x).columns(chosen).float().cpu())  # [batch, n]
+                tokens.append(batch.tokens.cpu())
+                sequences.append(batch.sequence.cpu())
+        everything = torch.cat(activations)  # [rows, n]: a few latents of the held-out set, never the whole code
+        token, sequence = torch.cat(tokens), torch.cat(sequences)
+        examples = []
+        for column, latent in enumerate(latents):
+            places = self._strongest(everything[:, column], sequence)
+            for rank, place in enumerate(places, start=1):
+                around = self._window(place, sequence)
+                strings = context.source.token_strings(token[around])
+                here = place - int(around[0])
+                examples.append(
+                    {
+                        "latent": latent,
+                        "rank": rank,
+                        "activation": float(everything[place, column]),
+                        "before": "".join(strings[:here]),
+                        "token": strings[here],
+                        "after": "".join(strings[here + 1 :]),
+                        "tokens": strings,
+                        "activations": [round(float(v), 4) for v in everything[around, column]],
+                    }
+                )
+        return examples
+
+    def _strongest(self, activation: Tensor, sequence: Tensor) -> list[int]:
+        """Places of the strongest activations, at most one in each row of tokens, none where the latent is off."""
+        places: list[int] = []
+        seen: set[int] = set()
+        values, order = activation.sort(descending=True, stable=True)
+        for value, place in zip(values.tolist(), order.tolist()):
+            if value <= 0 or len(places) == self.examples:
+                break
+            if int(sequence[place]) not in seen:
+                seen.add(int(sequence[place]))
+                places.append(place)
+        return places
+
+    def _window(self, place: int, sequence: Tensor) -> Tensor:
+        """The places around `place` that belong to the same row of tokens."""
+        low, high = max(0, place - self.window), min(len(sequence), place + self.window + 1)
+        around = torch.arange(low, high)
+        return around[sequence[around] == sequence[place]]
+
+
+def _histogram(density: Tensor) -> dict[str, Any]:
+    """Densities of the living latents, on a logarithmic axis, as a plotly figure."""
+    logs = density.log10()
+    counts, edges = torch.histogram(logs.float(), bins=40, range=(min(-6.0, float(logs.min())), 0.0))
+    middles = (edges[:-1] + edges[1:]) / 2
+    return {
+        "data": [{"type": "bar", "x": middles.tolist(), "y": counts.tolist(), "hovertemplate": "10^%{x:.2f}: %{y}<extra></extra>"}],
+        "layout": {
+            "title": {"text": "Density of living latents"},
+            "xaxis": {"title": {"text": "log10 of the share of activations on which a latent fires"}},
+            "yaxis": {"title": {"text": "latents"}},
+            "bargap": 0.05,
+        },
+    }

@@ -1,0 +1,109 @@
+"""The built-in metrics of held-out batches. Sums are kept in float64, over the whole held-out set."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from saekit.training.step import Step
+
+
+class _Summed(Metric):
+    """A metric whose state is a set of sums, so that processes reduce it by adding."""
+
+    full_state_update = False
+    higher_is_better = None
+
+    def sums(self, **sizes: int) -> None:
+        """Declare the sums: a number of entries each, 0 for a scalar."""
+        for name, size in sizes.items():
+            start = torch.zeros(size, dtype=torch.float64) if size else torch.zeros((), dtype=torch.float64)
+            self.add_state(name, start, dist_reduce_fx="sum")
+
+    def add(self, **values: Tensor | float) -> None:
+        """Add to the sums; a sum that was declared as a scalar takes the shape of the first vector added."""
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+            setattr(self, name, getattr(self, name) + value)
+
+
+class ExplainedVariance(_Summed):
+    """Explained variance (1 - FVU), FVU and mean squared error.
+
+    FVU is the squared error over the squared deviation from the mean, both summed over the whole held-out set."""
+
+    headline: ClassVar[tuple[str, ...]] = ("explained_variance",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums(error=0, square=0, total=0, rows=0)
+        self._width = 0
+
+    def update(self, step: Step) -> None:
+        """Take in one batch."""
+        target = step.target.double()
+        self._width = target.shape[1]
+        self.add(error=step.error.double().square().sum(), square=target.square().sum(), rows=len(target))
+        self.add(total=target.sum(0))  # [d_out]
+
+    def compute(self) -> dict[str, float | None]:
+        """explained_variance and fvu are None where the activations do not vary at all."""
+        spread = float(self.square - self.total.square().sum() / self.rows)
+        fvu = float(self.error) / spread if spread > 0 else None
+        return {
+            "explained_variance": None if fvu is None else 1.0 - fvu,
+            "fvu": fvu,
+            "mse": float(self.error) / (float(self.rows) * self._width),
+        }
+
+
+class L0(_Summed):
+    """Mean number of active latents."""
+
+    headline: ClassVar[tuple[str, ...]] = ("l0",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums(active=0, rows=0)
+
+    def update(self, step: Step) -> None:
+        """Take in one batch."""
+        self.add(active=step.code.count().double().sum(), rows=len(step.code))
+
+    def compute(self) -> dict[str, float]:
+        """l0."""
+        return {"l0": float(self.active / self.rows)}
+
+
+class Density(_Summed):
+    """How often latents fire: the median density (share of activations), and the share of latents above 10%."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums(fired=0, rows=0)
+
+    def update(self, step: Step) -> None:
+        """Take in one batch."""
+        self.add(fired=step.code.fired(), rows=len(step.code))  # [d_sae]
+
+    def _densities(self) -> Tensor:
+        return self.fired / self.rows  # [d_sae]
+
+    def compute(self) -> dict[str, float]:
+        """density_median over the latents, dense_fraction of them above 0.1."""
+        density = self._densities()
+        return {"density_median": float(density.median()), "dense_fraction": float((density > 0.1).double().mean())}
+
+
+class Dead(Density):
+    """Latents that never fired on the held-out set: dead_fraction and their number. It depends on the set's size."""
+
+    headline: ClassVar[tuple[str, ...]] = ("dead_fraction",)
+
+    def compute(self) -> dict[str, Any]:
+        """dead_fraction and dead."""
+        dead = self._densities() == 0
+        return {"dead_fraction": float(dead.double().mean()), "dead": float(dead.sum())}

@@ -1,0 +1,113 @@
+"""Metrics that need the subject model: what its predictions lose when the SAE's reconstruction takes the activation's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from saekit.activations.batch import TokenBatch
+from saekit.runner.context import RunContext
+
+
+class CERecovered:
+    """Cross-entropy recovered by the reconstruction, against zero-ablation and mean-ablation, and the KL divergence.
+
+    ce_recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean), and ce_recovered_mean with the mean activation in
+    place of zero (Bricken et al. 2023; the mean as in Wang et al. 2022). Positions that the SAE was not trained on
+    (padding, a first position that is left out) are never replaced. Next tokens are scored at the replaced positions.
+    """
+
+    headline: ClassVar[tuple[str, ...]] = ("ce_recovered",)
+
+    def __init__(
+        self,
+        *,
+        tokens: Annotated[int, Field(gt=0, description="Held-out positions to score.")] = 20_000,
+        rows: Annotated[int, Field(gt=0, description="Rows of tokens in one forward.")] = 16,
+        min_cost: Annotated[
+            float, Field(ge=0, description="An ablation that costs less (nats a token) defines no share: null.")
+        ] = 0.01,
+    ) -> None:
+        self.tokens, self.rows, self.min_cost = tokens, rows, min_cost
+
+    @torch.no_grad()
+    def measure(self, context: RunContext) -> dict[str, float | None]:
+        """ce_clean, ce_spliced, ce_zero, ce_mean (nats a token), kl (clean to spliced), ce_recovered, ce_recovered_mean."""
+        mean = self._mean(context)
+        sums: dict[str, float] = {}
+        scored = 0
+        for batch in self._batches(context):
+            counts, values = self._score(context, batch, mean)
+            scored += counts
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value
+        ce: dict[str, float | None] = {name: value / scored for name, value in sums.items()}
+        return {
+            **ce,
+            "ce_recovered": self._share(ce, "ce_zero", context),
+            "ce_recovered_mean": self._share(ce, "ce_mean", context),
+        }
+
+    def _share(self, ce: dict[str, Any], ablated: str, context: RunContext) -> float | None:
+        cost = ce[ablated] - ce["ce_clean"]
+        if cost < self.min_cost:
+            context.warn(
+                f"CE recovered against {ablated.removeprefix('ce_')}-ablation is not defined: the ablation costs "
+                f"{cost:.4f} nats a token, so there is nothing to recover (an untrained model, or a site that is not used)."
+            )
+            return None
+        return (ce[ablated] - ce["ce_spliced"]) / cost
+
+    def _batches(self, context: RunContext) -> Iterator[TokenBatch]:
+        left = self.tokens
+        for batch in context.source.token_batches("held_out", rows=self.rows):
+            yield batch
+            left -= int(batch.keep.sum())
+            if left <= 0:
+                return
+
+    def _mean(self, context: RunContext) -> Tensor:
+        """The mean held-out activation: [d_in]."""
+        total, rows = 0.0, 0
+        for batch in context.held_out_activations(self.tokens):
+            total, rows = total + batch.x.double().sum(0), rows + len(batch)
+        return (total / rows).float()  # type: ignore[union-attr]
+
+    def _score(self, context: RunContext, batch: TokenBatch, mean: Tensor) -> tuple[int, dict[str, float]]:
+        """(positions scored, sums of cross-entropies and of the KL divergence over them)."""
+        subject, sae = context.source.subject, context.sae
+        keep = batch.keep.to(context.device)  # [n, T]
+        scored = keep[:, :-1] & batch.mask[:, 1:].to(context.device)  # the next token must exist
+        targets = batch.tokens[:, 1:].to(context.device)[scored]  # [positions]
+
+        def with_site(replacement: Callable[[Tensor], Tensor]) -> Tensor:
+            def swap(activation: Tensor) -> Tensor:  # [n, T, d]
+                changed = activation.clone()
+                changed[keep] = replacement(activation[keep].float()).to(activation.dtype)
+                return changed
+
+            with subject.replaced(swap):
+                return self._log_probabilities(subject, batch, scored)
+
+        clean = self._log_probabilities(subject, batch, scored)  # [positions, vocab]
+        spliced = with_site(sae)
+        values = {
+            "ce_clean": _nll(clean, targets),
+            "ce_spliced": _nll(spliced, targets),
+            "ce_zero": _nll(with_site(torch.zeros_like), targets),
+            "ce_mean": _nll(with_site(lambda x: mean.to(x).expand_as(x)), targets),
+            "kl": float((clean.exp() * (clean - spliced)).sum()),
+        }
+        return int(scored.sum()), values
+
+    @staticmethod
+    def _log_probabilities(subject: Any, batch: TokenBatch, scored: Tensor) -> Tensor:
+        return subject.logits(batch)[:, :-1][scored].float().log_softmax(-1)
+
+
+def _nll(log_probabilities: Tensor, targets: Tensor) -> float:
+    return -float(log_probabilities.gather(1, targets[:, None]).double().sum())

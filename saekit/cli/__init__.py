@@ -1,0 +1,73 @@
+"""The command line: one file a command, imported only when that command is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from saekit.errors import ExitCode, SaekitError
+
+COMMANDS = {
+    "run": "Train an SAE and analyse it: a recipe, a run file, or names on the command line.",
+    "plugins": "List the installed components, or show one with its options.",
+    "recipes": "List the ready-made run files.",
+    "report": "Build report.html of a run again.",
+    "schema": "Print the JSON Schema of a run file.",
+}
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and one line, so that `--help` imports none of them."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return importlib.import_module(f"saekit.cli.{name}").command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        from saekit.errors import near_names
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"There is no command {args[0]!r}.{near_names(args[0], COMMANDS)}")
+        return super().resolve_command(context, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="saekit")
+def cli() -> None:
+    """Train sparse autoencoders on a network's activations, and ask questions of what they found.
+
+    Exit codes: 0 done, 1 the run failed, 2 usage or configuration, 3 a plugin failed, 130 interrupted.
+    """
+
+
+def main() -> None:
+    """The entry point: runs a command and turns its errors into one message and the documented exit code."""
+    try:
+        cli(standalone_mode=False)
+    except SaekitError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(int(error.exit_code))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(int(ExitCode.USAGE))
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted.", err=True)
+        sys.exit(int(ExitCode.INTERRUPTED))
+    except BrokenPipeError:
+        sys.exit(int(ExitCode.OK))
+    except Exception:
+        traceback.print_exc()
+        click.echo("error: this is a bug in saekit; please report it with the lines above.", err=True)
+        sys.exit(int(ExitCode.RUN_FAILED))

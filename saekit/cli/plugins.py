@@ -1,0 +1,135 @@
+"""`saekit plugins`: what is installed, and what one component can be told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from saekit.component import KINDS, Component
+from saekit.errors import UsageError, near_names
+from saekit.plugins import Registry
+
+
+@click.group("plugins", invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--plugin", "files", multiple=True, metavar="FILE.py", help="Load a Python file as a plugin.")
+@click.pass_context
+def command(context: click.Context, as_json: bool, files: tuple[str, ...]) -> None:
+    """List the installed components by kind, and plugins that failed to load with their errors."""
+    registry = Registry(files=files)
+    context.obj = registry
+    if context.invoked_subcommand is not None:
+        return
+    if as_json:
+        click.echo(json.dumps(_listing(registry), indent=2, ensure_ascii=False))
+    else:
+        _print_listing(registry)
+
+
+@command.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.pass_obj
+def show(registry: Registry, name: str, as_json: bool) -> None:
+    """Show one component: its options with types, defaults and meaning, its needs, and where it comes from."""
+    kind, _, rest = name.partition(":")
+    found = [c for c in registry.components() if name in (c.name, c.qualified_name)]
+    if not found and kind in KINDS:
+        found = [c for c in registry.components(kind) if rest in (c.name, c.qualified_name)]
+    if not found:
+        names = [c.name for c in registry.components()]
+        raise UsageError(f"There is no component {name!r}.{near_names(name, names)} See: saekit plugins")
+    described = [describe(c, registry) for c in found]
+    if as_json:
+        click.echo(json.dumps(described, indent=2, ensure_ascii=False))
+        return
+    for entry in described:
+        _print_component(entry)
+
+
+def describe(component: Component, registry: Registry) -> dict[str, Any]:
+    """Everything about one component as plain values."""
+    import inspect
+
+    options: list[dict[str, Any]] = []
+    doc = component.summary
+    if component.kind != "recipe":
+        doc = inspect.getdoc(component.load()) or component.summary
+        schema = component.options_model().model_json_schema()
+        for name, field in component.options_model().model_fields.items():
+            entry = {
+                "name": name,
+                "type": _type_name(field.annotation),
+                "required": field.is_required(),
+                "default": None if field.is_required() else schema["properties"][name].get("default"),
+                "description": field.description or "",
+            }
+            options.append(entry)
+    return {
+        "kind": component.kind,
+        "name": component.name,
+        "qualified_name": component.qualified_name,
+        "distribution": component.distribution,
+        "version": component.version,
+        "summary": component.summary,
+        "doc": doc,
+        "options": options,
+        "needs": {need: [c.qualified_name for c in registry.components() if need in c.provides] for need in component.needs},
+        "provides": list(component.provides),
+    }
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _listing(registry: Registry) -> dict[str, Any]:
+    return {
+        "plugins": [
+            {
+                "name": p.name,
+                "distribution": p.distribution,
+                "version": p.version,
+                "error": p.error,
+                "disabled": p.disabled,
+                "components": [{"kind": c.kind, "name": c.name, "summary": c.summary} for c in p.components],
+            }
+            for p in registry.plugins
+        ],
+        "warnings": registry.warnings,
+    }
+
+
+def _print_listing(registry: Registry) -> None:
+    kind_before = None
+    for component in registry.components():
+        if component.kind != kind_before:
+            click.secho(f"\n{component.kind.replace('_', ' ')}", bold=True)
+            kind_before = component.kind
+        origin = f"{component.distribution} {component.version}"
+        click.echo(f"  {component.name:<20} {component.summary}  [{origin}]")
+    for plugin in registry.plugins:
+        if plugin.disabled:
+            click.echo(f"\ndisabled: {plugin.name} ({plugin.distribution} {plugin.version})")
+        if plugin.error:
+            click.secho(f"\nfailed to load: {plugin.name} ({plugin.distribution} {plugin.version})", fg="red")
+            click.echo(f"  {plugin.error}")
+    for warning in registry.warnings:
+        click.echo(f"\nwarning: {warning}", err=True)
+
+
+def _print_component(entry: dict[str, Any]) -> None:
+    click.secho(f"{entry['kind']} {entry['name']}", bold=True)
+    click.echo(f"from {entry['distribution']} {entry['version']}, in full {entry['qualified_name']}\n")
+    click.echo(entry["doc"] + "\n")
+    for option in entry["options"]:
+        default = "required" if option["required"] else f"default {option['default']!r}"
+        click.echo(f"  {option['name']} ({option['type']}, {default})")
+        if option["description"]:
+            click.echo(f"      {option['description']}")
+    for need, providers in entry["needs"].items():
+        click.echo(f"\nneeds {need!r}: provided by {', '.join(providers) or 'nothing that is installed'}")
+    if entry["provides"]:
+        click.echo(f"\nprovides {', '.join(entry['provides'])}")

@@ -1,0 +1,21 @@
+"""`saekit recipes`."""
+
+from __future__ import annotations
+
+import click
+
+from saekit.plugins import Registry
+
+
+@click.command("recipes")
+@click.argument("name", required=False)
+def command(name: str | None) -> None:
+    """List the ready-made run files, or print one so that it can be saved and changed."""
+    registry = Registry()
+    if name is not None:
+        from saekit.runner.compose import recipe_path
+
+        click.echo(recipe_path(registry.find("recipe", name)).read_text(encoding="utf-8"), nl=False)
+        return
+    for component in registry.components("recipe"):
+        click.echo(f"{component.name:<20} {component.summary}  [{component.distribution} {component.version}]")

@@ -1,0 +1,111 @@
+"""`saekit run`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from saekit.errors import UsageError
+
+
+def _many(*names: str, help: str) -> Any:
+    return click.option(*names, multiple=True, metavar="NAME[:key=value,...]", help=help)
+
+
+@click.command("run")
+@click.argument("what", required=False, metavar="[RECIPE|FILE.toml]")
+@click.option("--source", metavar="NAME[:key=value,...]", help="Take activations from this source instead.")
+@click.option("--architecture", metavar="NAME[:key=value,...]", help="Train this architecture instead.")
+@_many("--loss", help="Add a loss.")
+@_many("--callback", help="Add a callback.")
+@_many("--metric", help="Add a metric.")
+@_many("--analyze", help="Add an analyzer.")
+@_many("--tracker", help="Add a tracker.")
+@click.option("-o", "--override", "overrides", multiple=True, metavar="key=value", help="Set any key, e.g. training.lr=1e-3.")
+@click.option("--plugin", "plugins", multiple=True, metavar="FILE.py", help="Load a Python file as a plugin.")
+@click.option("--no-plugin", "no_plugins", multiple=True, metavar="NAME", help="Leave an installed plugin out.")
+@click.option("--directory", metavar="DIR", help="The run directory; dated and named by default.")
+@click.option("--resume", metavar="DIR", help="Continue an interrupted run.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; no model is loaded.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def command(
+    what: str | None,
+    source: str | None,
+    architecture: str | None,
+    loss: tuple[str, ...],
+    callback: tuple[str, ...],
+    metric: tuple[str, ...],
+    analyze: tuple[str, ...],
+    tracker: tuple[str, ...],
+    overrides: tuple[str, ...],
+    plugins: tuple[str, ...],
+    no_plugins: tuple[str, ...],
+    directory: str | None,
+    resume: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train an SAE and analyse it. Without an argument: the quickstart on the bundled model organism.
+
+    RECIPE is a name from `saekit recipes`; FILE.toml a run file. Options add to what it says; -o changes it.
+    """
+    uses = {
+        "source": [source] if source else [],
+        "architecture": [architecture] if architecture else [],
+        "loss": loss,
+        "callback": callback,
+        "metric": metric,
+        "analyzer": analyze,
+        "tracker": tracker,
+    }
+    if resume is not None:
+        given = [what, source, architecture, directory, *loss, *callback, *metric, *analyze, *tracker, *overrides, *plugins]
+        if any(given) or dry_run:
+            raise UsageError("--resume continues a run exactly as it was begun; give it no other options.")
+        finished = _resume(resume, no_plugins, as_json)
+    else:
+        finished = _start(what, uses, overrides, plugins, no_plugins, directory, dry_run, as_json)
+    if finished is not None and as_json:
+        click.echo(json.dumps(finished.summary, indent=2, ensure_ascii=False))
+
+
+def _resume(where: str, no_plugins: tuple[str, ...], as_json: bool) -> Any:
+    from saekit.api import resume
+
+    return resume(where, no_plugins=no_plugins, view=_view(as_json))
+
+
+def _start(
+    what: str | None,
+    uses: dict[str, Any],
+    overrides: tuple[str, ...],
+    plugins: tuple[str, ...],
+    no_plugins: tuple[str, ...],
+    directory: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> Any:
+    from saekit.runner.compose import Request, compose
+    from saekit.runner.plan import make_plan
+
+    config, registry = compose(Request(what, uses, overrides, plugins, no_plugins))
+    plan = make_plan(config, registry)
+    if dry_run:
+        from saekit.cli.show_plan import plan_as_json, print_plan
+
+        if as_json:
+            click.echo(json.dumps(plan_as_json(plan), indent=2, ensure_ascii=False))
+        else:
+            print_plan(plan)
+        return None
+    from saekit.api import start
+
+    return start(plan, registry, directory, _view(as_json))
+
+
+def _view(as_json: bool) -> Any:
+    from saekit.terminal import choose_view
+
+    return choose_view(json=as_json)

@@ -1,0 +1,56 @@
+"""How a plan is shown by `saekit run --dry-run`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from saekit.files import plain
+from saekit.runner.plan import Plan
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as one JSON document: the resolved run file, each part's origin, and what is known of the source."""
+    return {
+        "config": plan.config.model_dump(mode="json", by_alias=True),
+        "parts": [
+            {
+                "key": part.key,
+                "component": part.component.qualified_name,
+                "distribution": part.component.distribution,
+                "version": part.component.version,
+                "options": plain(part.options),
+            }
+            for part in plan.parts
+        ],
+        "steps": plan.total_steps,
+        "source": plain(plan.facts),
+        "warnings": plan.warnings,
+    }
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"Plan of {plan.config.recipe or 'the run'}", title_justify="left", show_lines=False)
+    for column in ("key", "component", "options", "from"):
+        table.add_column(column, overflow="fold")
+    for part in plan.parts:
+        options = ", ".join(f"{k}={v!r}" for k, v in part.options.items())
+        weight = getattr(part.entry, "weight", None)
+        if weight is not None:
+            options = f"weight={weight!r}" + (f", {options}" if options else "")
+        if part.key == "architecture":
+            options = f"d_sae={plan.config.architecture.d_sae}" + (f", {options}" if options else "")
+        table.add_row(part.key, part.component.name, options, f"{part.component.distribution} {part.component.version}")
+    console.print(table)
+    training = plan.config.training
+    console.print(
+        f"{plan.total_steps} steps of {training.batch_size} activations, {training.tokens:,} in all; seed {training.seed}."
+    )
+    for name, value in plan.facts.items():
+        console.print(f"{name}: {value}", highlight=False)
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", highlight=False)

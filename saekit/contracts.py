@@ -1,0 +1,108 @@
+"""What the target of each kind of component must be able to do, as protocols: nothing here is inherited from.
+
+The core asks for a capability where it needs one (`hasattr`), so an optional method may simply be left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from saekit.activations.batch import Activations, TokenBatch
+    from saekit.activations.subject import Subject
+    from saekit.result import Result
+    from saekit.runner.context import RunContext
+    from saekit.training.step import Step
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A function or an object that takes a `Step` and returns an unweighted scalar tensor.
+
+    An object may also have: `prepare(context)`, called with a `RunContext` before training; `active(step) -> bool`,
+    False when it has nothing to say (it is then skipped, and excused by the gradient guard); parameters, if it is
+    an `nn.Module` (they join the optimiser); `state_dict()` and `load_state_dict()` (they join the checkpoint).
+    """
+
+    def __call__(self, step: Step) -> Tensor:
+        """The loss of one batch, before its weight."""
+        ...
+
+
+class Source(Protocol):
+    """Where activations come from.
+
+    `blocks` must be a function of the options, the split, the seed and the block's number alone: that is what makes
+    a run resumable bit for bit. Attributes after `open`: `d_in`, `d_out` (equal for an SAE), `hook_point` (or None),
+    `subject` (a `Subject`, or None where there is no model).
+    """
+
+    d_in: int
+    d_out: int
+    hook_point: str | None
+    subject: Subject | None
+
+    def peek(self) -> dict[str, Any]:
+        """What is known without loading a model or data: any of `model`, `hook_point`, `d_in`, `d_out`, `data`.
+
+        Raises UsageError for what can already be seen to be wrong (a missing file, say)."""
+        ...
+
+    def open(self, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Load what is needed to give activations, of `dtype` and on `device`."""
+        ...
+
+    def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
+        """Blocks number `start`, `start + 1`, ... of about `size` activations each.
+
+        The split "train" never ends (it begins another pass over the data, in another order); "held_out" ends, keeps
+        the order of the documents, and shares no document with "train"."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the activations, for provenance and caches: names and hashes of model, tokenizer and data,
+        hook point, whether the first position is left out."""
+        ...
+
+    def token_batches(self, split: str, *, rows: int) -> Iterator[TokenBatch]:
+        """Rows of tokens, in the order and numbering of `blocks` for "held_out". Only with a `subject`."""
+        ...
+
+    def token_strings(self, tokens: Tensor) -> list[str]:
+        """Each token id of a [n] tensor as readable text. Only where `Activations.tokens` is given."""
+        ...
+
+
+class Metric(Protocol):
+    """A streaming measure of held-out batches; a `torchmetrics.Metric` fits if its update takes a `Step`.
+
+    `headline`, a class attribute, names those of its values that belong into the live view and the summary's table.
+    """
+
+    def update(self, step: Step) -> None:
+        """Take in one held-out batch."""
+        ...
+
+    def compute(self) -> dict[str, float | None]:
+        """Named plain numbers; None where a value is not defined (with the reason given to `context.warn`)."""
+        ...
+
+
+class ModelMetric(Protocol):
+    """A measure that needs the subject model, not only a batch of activations."""
+
+    def measure(self, context: RunContext) -> dict[str, float | None]:
+        """Named plain numbers, measured on held-out data."""
+        ...
+
+
+class Analyzer(Protocol):
+    """A question asked of a finished SAE."""
+
+    def __call__(self, context: RunContext) -> Result:
+        """The answer; files may be written under `context.directory`."""
+        ...

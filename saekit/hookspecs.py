@@ -1,0 +1,136 @@
+"""The contract between saekit and its plugins, in prose.
+
+A plugin is a module that an entry point of the group `saekit` names, or a file given with `--plugin`. It
+implements any of the hooks below with `@saekit.hookimpl`. A hook may take fewer arguments than are listed.
+
+*Declaring hooks* say which components a plugin offers. They are called to list, complete and validate names,
+so they import nothing heavy and yield `Component`s whose targets are strings. What a target must be able to do
+stands in `saekit.contracts`, one class for each kind.
+
+*Lifecycle hooks* are called during a run on its listeners (callbacks, trackers, the terminal view). A listener
+is an object that the run built from a component; it implements any of the lifecycle hooks as plain methods
+marked `@saekit.hookimpl`. Listeners are called in the order of the run file. What a listener returns is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from saekit.component import Component
+    from saekit.training.trainer import Trainer
+
+PROJECT = "saekit"
+CONTRACT_VERSION = 1
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Declaring:
+    """Called whenever names are listed or looked up; each returns (or yields) components of one kind."""
+
+    @hookspec
+    def saekit_architectures(self) -> Iterable[Component]:
+        """Sparse autoencoders. Target: a subclass of `saekit.SparseAutoencoder`."""
+
+    @hookspec
+    def saekit_losses(self) -> Iterable[Component]:
+        """Losses. Target: a function or a class whose instances take a `Step` and return an unweighted scalar."""
+
+    @hookspec
+    def saekit_graph_builders(self) -> Iterable[Component]:
+        """Feature graphs. Target: called with the SAE and a stream of codes, returns a `FeatureGraph`."""
+
+    @hookspec
+    def saekit_metrics(self) -> Iterable[Component]:
+        """Metrics on held-out data. Target: see `saekit.contracts.Metric` and `saekit.contracts.ModelMetric`."""
+
+    @hookspec
+    def saekit_analyzers(self) -> Iterable[Component]:
+        """Questions asked of a finished SAE. Target: called with a `RunContext`, returns a `Result`."""
+
+    @hookspec
+    def saekit_callbacks(self) -> Iterable[Component]:
+        """Listeners that may change the run. One that raises stops the run with exit code 3."""
+
+    @hookspec
+    def saekit_sources(self) -> Iterable[Component]:
+        """Where activations come from. Target: see `saekit.contracts.Source`."""
+
+    @hookspec
+    def saekit_trackers(self) -> Iterable[Component]:
+        """Listeners that only write down. One that raises is dropped with a warning; the run goes on."""
+
+    @hookspec
+    def saekit_recipes(self) -> Iterable[Component]:
+        """Ready-made run files. Target: the path of a TOML file inside a package, as `"package:file.toml"`."""
+
+
+class Lifecycle:
+    """Called on the listeners of a run, and only there."""
+
+    @hookspec
+    def run_started(self, run: Any) -> None:
+        """The plan is made and the directory exists; nothing heavy is loaded. `run` is the `saekit.runner.run.Run`."""
+
+    @hookspec
+    def phase_started(self, phase: str, total: int | None) -> None:
+        """A phase begins: `prepare`, `harvest`, `train`, `evaluate`, `analyse` or `report`. `total` counts its units
+        (tokens for harvest, train and evaluate; components for analyse) where it is known."""
+
+    @hookspec
+    def phase_advanced(self, phase: str, done: int) -> None:
+        """`done` units of the phase are behind us, in all."""
+
+    @hookspec
+    def phase_ended(self, phase: str, seconds: float) -> None:
+        """The phase is over."""
+
+    @hookspec
+    def training_started(self, trainer: Trainer) -> None:
+        """Weights, optimiser and losses exist (and are restored, on a resume); the first step is next."""
+
+    @hookspec
+    def step_started(self, trainer: Trainer, number: int) -> None:
+        """Step `number` (0 for the first) is about to encode its batch."""
+
+    @hookspec
+    def gradients_ready(self, trainer: Trainer, number: int) -> None:
+        """Backward is done and gradients are clipped; the optimiser has not moved yet."""
+
+    @hookspec
+    def step_ended(self, trainer: Trainer, number: int) -> None:
+        """The optimiser has moved. `trainer.step` and `trainer.losses` hold this step's tensors: reading one to the
+        host costs a synchronisation, so a listener does it only where it must."""
+
+    @hookspec
+    def logged(self, trainer: Trainer, number: int, values: dict[str, float]) -> None:
+        """Every `training.log_every` steps: losses and running measures as plain numbers."""
+
+    @hookspec
+    def checkpoint_saved(self, trainer: Trainer, number: int, path: Path) -> None:
+        """A whole checkpoint after step `number` stands at `path`."""
+
+    @hookspec
+    def evaluated(self, metrics: dict[str, float | None]) -> None:
+        """Metrics on held-out data."""
+
+    @hookspec
+    def analysed(self, name: str, result: Any) -> None:
+        """Analyzer `name` has returned its `Result`."""
+
+    @hookspec
+    def warned(self, message: str) -> None:
+        """Something that the user should know and that does not stop the run."""
+
+    @hookspec
+    def run_finished(self, run: Any, summary: dict[str, Any]) -> None:
+        """All is on disk; `summary` is what `summary.json` holds."""
+
+    @hookspec
+    def run_failed(self, run: Any, error: BaseException) -> None:
+        """The run stops with `error`; called once, also on an interruption."""

@@ -1,0 +1,81 @@
+"""The listeners of one run: callbacks, trackers and the view, called by the lifecycle hooks in the run file's order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+
+from saekit.errors import PluginError, SaekitError, near_names
+from saekit.hookspecs import PROJECT, Lifecycle
+
+
+@dataclass
+class Listener:
+    """One listener: what it is called in the run, the object, and whether a failure of it stops the run."""
+
+    label: str
+    instance: Any
+    origin: str
+    vital: bool
+
+
+class Listeners:
+    """Calls lifecycle hooks on listeners. One that is vital (a callback) stops the run when it raises; another
+    (a tracker, the view) is dropped with a warning."""
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(Lifecycle)
+        self._listeners: dict[str, Listener] = {}
+        self._calls: dict[str, list[tuple[Listener, Any, tuple[str, ...]]]] = {}
+        self.warnings: list[str] = []
+
+    def add(self, listener: Listener) -> None:
+        """Register a listener behind those that are there; a hook it misspells is a PluginError."""
+        known = [name for name in vars(Lifecycle) if not name.startswith("_")]
+        for name in dir(type(listener.instance)):
+            if hasattr(getattr(listener.instance, name, None), f"{PROJECT}_impl") and name not in known:
+                raise PluginError(f"{listener.origin}: {name!r} is no lifecycle hook.{near_names(name, known)}")
+        try:
+            self._manager.register(listener.instance, name=listener.label)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise PluginError(f"{listener.origin}: {' '.join(str(error).split())}") from None
+        self._listeners[listener.label] = listener
+        self._calls.clear()
+
+    def __iter__(self):
+        return iter(self._listeners.values())
+
+    def emit(self, hook: str, **values: Any) -> None:
+        """Call `hook` on every listener that has it, in order."""
+        for listener, function, names in self._of(hook):
+            try:
+                function(*[values[name] for name in names])
+            except (SaekitError, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                what = f"{listener.origin} failed in {hook}: {type(error).__name__}: {error}"
+                if listener.vital:
+                    raise PluginError(f"{what}. What was saved is kept; mend it or leave {listener.label!r} out.") from error
+                self._drop(listener)
+                self.warn(f"{what}. It is dropped and the run goes on.")
+
+    def warn(self, message: str) -> None:
+        """Tell every listener, and remember it for the summary; the same message only once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+            self.emit("warned", message=message)
+
+    def _of(self, hook: str):
+        if hook not in self._calls:
+            # pluggy lists implementations last registered last, and would call them in reverse; we call in order.
+            implementations = getattr(self._manager.hook, hook).get_hookimpls()
+            self._calls[hook] = [(self._listeners[i.plugin_name], i.function, i.argnames) for i in implementations]
+        return list(self._calls[hook])
+
+    def _drop(self, listener: Listener) -> None:
+        self._manager.unregister(name=listener.label)
+        del self._listeners[listener.label]
+        self._calls.clear()

@@ -1,0 +1,204 @@
+"""How plugins are found: entry points and files in, named components out. What a component is: `component.py`.
+
+An error in a plugin is data here, not a crash: it is shown by `saekit plugins` and raised only for a run that
+names what the plugin would have provided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from saekit.component import HOOKS, KINDS, Component
+from saekit.errors import PluginError, UsageError, near_names
+from saekit.hookspecs import PROJECT, Declaring
+
+OWN_DISTRIBUTION = "saekit"
+DISABLE_VARIABLE = "SAEKIT_DISABLE_PLUGINS"
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass
+class Plugin:
+    """One plugin as it was found: its origin, its components, and its error if it has one."""
+
+    name: str
+    distribution: str
+    version: str
+    components: list[Component] = field(default_factory=list)
+    error: str | None = None
+    disabled: bool = False
+    file: Path | None = None
+
+
+class Registry:
+    """Every component that is installed, by kind and name.
+
+    files: plugins given as Python files. disabled: names of plugins to leave out, besides those in the environment
+    variable SAEKIT_DISABLE_PLUGINS (comma separated).
+    """
+
+    def __init__(self, *, files: Iterable[str | Path] = (), disabled: Iterable[str] = ()) -> None:
+        self.plugins: list[Plugin] = []
+        self.warnings: list[str] = []
+        blocked = {*disabled, *filter(None, os.environ.get(DISABLE_VARIABLE, "").split(","))}
+        for entry_point in sorted(importlib.metadata.entry_points(group=PROJECT), key=lambda e: e.name):
+            distribution = entry_point.dist
+            self._add(
+                Plugin(entry_point.name, distribution.name if distribution else "?", distribution.version if distribution else "?"),
+                entry_point.load,
+                blocked,
+            )
+        for given in files:
+            path = Path(given).resolve()
+            if not path.is_file():
+                raise UsageError(f"--plugin {given}: there is no such file.")
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+            plugin = Plugin(path.stem, str(path), digest, file=path)
+            self._add(plugin, lambda path=path: _module_from_file(path), blocked)
+        unknown = blocked - {plugin.name for plugin in self.plugins}
+        for name in sorted(unknown):
+            self.warnings.append(f"There is no plugin {name!r} to disable.{near_names(name, (p.name for p in self.plugins))}")
+
+    def _add(self, plugin: Plugin, load: Callable[[], Any], blocked: set[str]) -> None:
+        self.plugins.append(plugin)
+        if plugin.name in blocked:
+            plugin.disabled = True
+            return
+        try:
+            # What a plugin prints while it loads must not end up in the output of `--json`.
+            with contextlib.redirect_stdout(sys.stderr):
+                module = load()
+                plugin.components = _declared(module, plugin)
+        except PluginError as error:
+            plugin.error = str(error)
+        except Exception as error:
+            plugin.error = f"{type(error).__name__}: {error}"
+
+    def components(self, kind: str | None = None) -> list[Component]:
+        """All components of a kind (or of all kinds) of the plugins that loaded, in the order of their names."""
+        found = [c for p in self.plugins for c in p.components if kind in (None, c.kind)]
+        return sorted(found, key=lambda c: (KINDS.index(c.kind), c.name, c.plugin))
+
+    def find(self, kind: str, name: str, where: str = "", requires: Iterable[str] = ()) -> Component:
+        """The component that a run means by `name`, short or qualified (`plugin.name`).
+
+        where: the key that asked, for messages. requires: distributions that the run file says it needs.
+        """
+        prefix = f"{where}: " if where else ""
+        candidates = [c for c in self.components(kind) if name in (c.name, c.qualified_name)]
+        if not candidates:
+            raise self._unknown(kind, name, prefix, requires)
+        files = [c for c in candidates if any(p.file and p.name == c.plugin for p in self.plugins)]
+        others = files or [c for c in candidates if c.distribution != OWN_DISTRIBUTION]
+        if len({c.distribution for c in others}) > 1:
+            claims = " and ".join(f"{c.qualified_name} ({c.distribution} {c.version})" for c in others)
+            raise UsageError(f"{prefix}two plugins offer a {kind} {name!r}: {claims}. Name the one you mean in full.")
+        chosen = (others or candidates)[0]
+        if len(candidates) > 1:
+            hidden = ", ".join(c.qualified_name for c in candidates if c is not chosen)
+            warning = f"{kind} {name!r} is {chosen.qualified_name} ({chosen.distribution}), which overrides {hidden}."
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+        return chosen
+
+    def _unknown(self, kind: str, name: str, prefix: str, requires: Iterable[str]) -> Exception:
+        word = kind.replace("_", " ")
+        plugin_name = name.partition(".")[0] if "." in name else None
+        for plugin in self.plugins:
+            if plugin_name == plugin.name and plugin.disabled:
+                return UsageError(f"{prefix}{word} {name!r} belongs to plugin {plugin.name!r}, which is disabled.")
+        broken = [p for p in self.plugins if p.error]
+        if plugin_name is not None:
+            broken = [p for p in broken if p.name == plugin_name]
+        known = [c.name for c in self.components(kind)]
+        absent = [r for r in requires if not _installed(r)]
+        if broken and not absent:
+            causes = "; ".join(f"plugin {p.name!r} ({p.distribution} {p.version}) failed to load: {p.error}" for p in broken)
+            return PluginError(
+                f"{prefix}there is no {word} {name!r}, but {causes}. Mend it, upgrade {broken[0].distribution}, "
+                f"or run with --no-plugin {broken[0].name}.{near_names(name, known)}"
+            )
+        disabled = [p.name for p in self.plugins if p.disabled]
+        if absent:
+            fix = f" This run file asks for what is not installed: pip install {' '.join(absent)}"
+        elif disabled:
+            fix = f" Disabled plugins: {', '.join(disabled)}."
+        else:
+            fix = " If it comes with a plugin, install that one with pip (they are named saekit-*)."
+        return UsageError(
+            f"{prefix}there is no {word} {name!r}.{near_names(name, known)} Installed: {', '.join(known) or 'none'}.{fix}"
+        )
+
+
+def _installed(requirement: str) -> bool:
+    name = re.split(r"[<>=!~\[; ]", requirement, maxsplit=1)[0]
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _module_from_file(path: Path) -> ModuleType:
+    name = f"saekit_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _declared(module: Any, plugin: Plugin) -> list[Component]:
+    """The components that a plugin's module declares; raises PluginError on anything that would silently do nothing."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(Declaring)
+    known = {hook: kind for kind, hook in HOOKS.items()}
+    for name, value in vars(module).items():
+        if name.startswith("saekit_") and inspect.isroutine(value) and name not in known:
+            raise PluginError(f"{name!r} is no hook of saekit.{near_names(name, known)}")
+        if name in known and inspect.isroutine(value) and not hasattr(value, f"{PROJECT}_impl"):
+            raise PluginError(f"{name!r} lacks the decorator @saekit.hookimpl, so it would never be called.")
+    try:
+        manager.register(module, name=plugin.name)
+    except pluggy.PluginValidationError as error:
+        raise PluginError(" ".join(str(error).split())) from None
+    found = []
+    for hook_name, kind in known.items():
+        for implementation in getattr(manager.hook, hook_name).get_hookimpls():
+            found += [_checked(c, hook_name, kind, plugin) for c in implementation.function()]
+    return found
+
+
+def _checked(component: Any, hook_name: str, kind: str, plugin: Plugin) -> Component:
+    if not isinstance(component, Component):
+        raise PluginError(f"{hook_name} must yield saekit.Component, not {type(component).__name__}.")
+    if not _NAME.fullmatch(component.name):
+        raise PluginError(f"{hook_name}: {component.name!r} is no name for a component; use lower case and underscores.")
+    if not isinstance(component.target, str) and plugin.file is None:
+        raise PluginError(
+            f"{hook_name}: the target of {component.name!r} must be a string 'package.module:Object', so that listing "
+            "names imports nothing; only a file given with --plugin may hand over the object itself."
+        )
+    summary = component.summary
+    if not summary and not isinstance(component.target, str):
+        summary = (inspect.getdoc(component.target) or "").partition("\n")[0]
+    return dataclasses.replace(
+        component, kind=kind, plugin=plugin.name, distribution=plugin.distribution, version=plugin.version, summary=summary
+    )

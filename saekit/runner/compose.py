@@ -1,0 +1,73 @@
+"""From what a user names (a recipe, a file, names on the command line, overrides) to a RunConfig and a Registry."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saekit.component import Component
+from saekit.config import RunConfig, override, parse_config, read_toml, table_of
+from saekit.errors import PluginError, UsageError
+from saekit.plugins import Registry
+
+
+@dataclass
+class Request:
+    """What the user asked for. uses: for each section, components as `NAME[:key=value,...]`."""
+
+    what: str | None = None
+    uses: Mapping[str, Iterable[str]] = field(default_factory=dict)
+    overrides: Iterable[str] = ()
+    plugins: Iterable[str] = ()
+    no_plugins: Iterable[str] = ()
+
+
+def compose(request: Request) -> tuple[RunConfig, Registry]:
+    """The configuration and the plugins of a new run."""
+    files = [str(Path(p).resolve()) for p in request.plugins]
+    path = _file_of(request.what)
+    table = read_toml(path) if path is not None else None
+    if path is not None and table is not None:
+        files += [str((path.parent / p).resolve()) for p in table.get("plugins", [])]
+    registry = Registry(files=dict.fromkeys(files), disabled=request.no_plugins)
+    if table is None:
+        path = recipe_path(_recipe(request.what, registry))
+        table = read_toml(path)
+    assert path is not None
+    table.setdefault("recipe", path.stem)
+    if files:
+        table["plugins"] = list(dict.fromkeys(files))
+    for section, values in request.uses.items():
+        table_of(values, section, table)
+    for assignment in request.overrides:
+        override(table, assignment)
+    changed = any(list(values) for values in request.uses.values()) or list(request.overrides)
+    where = f"{path} with what the command line adds" if changed else str(path)
+    return parse_config(table, where), registry
+
+
+def _file_of(what: str | None) -> Path | None:
+    if what is None or not (what.endswith(".toml") or "/" in what or Path(what).exists()):
+        return None
+    return Path(what)
+
+
+def _recipe(name: str | None, registry: Registry) -> Component:
+    if name is not None:
+        return registry.find("recipe", name)
+    for component in registry.components("recipe"):
+        if component.default:
+            return component
+    raise UsageError("No installed plugin offers a default recipe. Name a recipe or a run file (see: saekit recipes).")
+
+
+def recipe_path(component: Component) -> Path:
+    """The file of a recipe, whose target is `package:path/inside/it.toml`."""
+    package, _, inside = str(component.target).partition(":")
+    try:
+        return Path(str(importlib.resources.files(package).joinpath(inside)))
+    except Exception as error:
+        raise PluginError(f"{component.origin}: its file {component.target!r} cannot be found: {error}") from error

@@ -1,0 +1,70 @@
+"""`RunContext`: what metrics that need the model, analyzers, and `prepare` methods of losses are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit.training.step import Step
+
+if TYPE_CHECKING:
+    import torch
+
+    from saekit.config import RunConfig
+    from saekit.sae.base import SparseAutoencoder
+
+
+@dataclass
+class RunContext:
+    """The run as seen from outside the training loop.
+
+    sae: in the units of the raw activations (None while `prepare` runs before it exists). source: opened.
+    directory: where an analyzer may write files. warn: tells the user. advance: reports progress of an analyzer.
+    """
+
+    sae: SparseAutoencoder
+    source: Any
+    config: RunConfig
+    device: torch.device
+    directory: Path
+    warn: Callable[[str], None]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.training.seed
+
+    def held_out(self, tokens: int | None = None) -> Iterator[Step]:
+        """Held-out activations through the SAE, in the order of the documents, without gradients.
+
+        tokens: how many activations at most; `evaluation.tokens` by default."""
+        import torch
+
+        wanted = tokens or self.config.evaluation.tokens
+        with torch.no_grad():
+            for batch in self.held_out_activations(wanted):
+                code = self.sae.encode(batch.x)
+                yield Step(
+                    x=batch.x,
+                    target=batch.x if batch.target is None else batch.target,
+                    code=code,
+                    reconstruction=self.sae.decode(code),
+                    sae=self.sae,
+                    labels=batch.labels,
+                    tokens=batch.tokens,
+                )
+
+    def held_out_activations(self, tokens: int) -> Iterator[Any]:
+        """Batches of held-out `Activations` as the source gives them, `tokens` in all at most, on the run's device."""
+        size = self.config.evaluation.batch_size
+        left = tokens
+        for block in self.source.blocks("held_out", size=self.config.training.buffer, seed=self.seed):
+            for start in range(0, len(block), size):
+                batch = block.rows(slice(start, min(start + size, start + left)))
+                left -= len(batch)
+                if len(batch):
+                    yield batch.to(self.device)
+                if left <= 0:
+                    return

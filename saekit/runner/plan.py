@@ -1,0 +1,167 @@
+"""The plan of a run: every name resolved, every option checked, every need met, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from saekit.component import Component
+from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, Use
+from saekit.errors import UsageError
+from saekit.plugins import Registry
+from saekit.schedules import value_at
+
+ALWAYS_PROVIDED = {"activations"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component of the plan with its checked options. key: where it stands in the run file, such as `loss.l1`."""
+
+    key: str
+    label: str
+    component: Component
+    options: dict[str, Any]
+    entry: Use
+
+    def build(self, *args: Any) -> Any:
+        """The component at work."""
+        return self.component.build(self.options, *args)
+
+
+@dataclass
+class Plan:
+    """What a run will do. `config` is the resolved configuration: run again, it gives the same plan."""
+
+    config: RunConfig
+    source: Part
+    architecture: Part
+    losses: list[Part]
+    callbacks: list[Part]
+    metrics: list[Part]
+    analyzers: list[Part]
+    trackers: list[Part]
+    facts: dict[str, Any]
+    warnings: list[str]
+
+    @property
+    def parts(self) -> list[Part]:
+        """Every component of the run, in the order of the run file's sections."""
+        return [
+            self.source, self.architecture, *self.losses, *self.callbacks, *self.metrics, *self.analyzers, *self.trackers
+        ]  # fmt: skip
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.training.tokens // self.config.training.batch_size
+
+    @property
+    def model(self) -> str:
+        """The subject model's name as far as it is known without loading it."""
+        return str(self.facts.get("model", "-"))
+
+
+def make_plan(config: RunConfig, registry: Registry) -> Plan:
+    """Resolve and check everything that can be checked without loading a model. Raises UsageError or PluginError."""
+    config = _with_defaults(config, registry)
+    source = _part("source", config.source, registry, config)
+    architecture = _part("architecture", config.architecture, registry, config)
+    sections = {
+        section: [
+            _part(section, entry, registry, config, key=f"{section}.{entry.label}") for entry in getattr(config, section)
+        ]
+        for section in LISTS
+    }
+    plan = Plan(
+        config=config,
+        source=source,
+        architecture=architecture,
+        losses=sections["loss"],
+        callbacks=sections["callback"],
+        metrics=sections["metric"],
+        analyzers=sections["analyzer"],
+        trackers=sections["tracker"],
+        facts={},
+        warnings=list(registry.warnings),
+    )
+    _check_needs(plan, registry)
+    _check_training(plan)
+    plan.facts = plan.source.build().peek()
+    plan.warnings += [w for w in registry.warnings if w not in plan.warnings]
+    return plan
+
+
+def _part(kind: str, entry: Use, registry: Registry, config: RunConfig, key: str | None = None) -> Part:
+    key = key or kind
+    component = registry.find(kind, entry.use, where=key, requires=config.requires)
+    reserved = set(type(entry).model_fields) & set(component.options_model().model_fields)
+    if reserved:
+        raise UsageError(f"{key}: {component.origin} has options named {sorted(reserved)}, which belong to saekit's own keys.")
+    return Part(key, entry.label, component, component.validate(entry.options, key), entry)
+
+
+def _with_defaults(config: RunConfig, registry: Registry) -> RunConfig:
+    """The configuration with the components that their plugins mark as default, where the run can hold them."""
+    if not config.defaults:
+        return config
+    provided = _provided([registry.find("source", config.source.use, where="source", requires=config.requires)])
+    added: dict[str, list[Use]] = {}
+    for section in LISTS:
+        entries = list(getattr(config, section))
+        named = {registry.find(section, e.use, f"{section}.{e.label}", config.requires).qualified_name for e in entries}
+        for component in registry.components(section):
+            fits = set(component.needs) <= provided
+            if component.default and fits and component.qualified_name not in named:
+                entry = LossUse(use=component.name) if section == "loss" else Use(use=component.name)
+                entries.append(entry)
+        added[section] = entries
+    return config.model_copy(update={**added, "defaults": False})
+
+
+def _provided(components: list[Component]) -> set[str]:
+    return ALWAYS_PROVIDED.union(*(c.provides for c in components))
+
+
+def _check_needs(plan: Plan, registry: Registry) -> None:
+    provided = _provided([part.component for part in plan.parts])
+    for part in plan.parts:
+        missing = [need for need in part.component.needs if need not in provided]
+        if missing:
+            need = missing[0]
+            providers = [c for c in registry.components() if need in c.provides]
+            if providers:
+                names = ", ".join(f"{c.kind} {c.name!r} ({c.distribution})" for c in providers)
+                fix = f"It is provided by {names}."
+            else:
+                fix = "No installed plugin provides it."
+            raise UsageError(
+                f"{part.key}: {part.component.kind} {part.component.name!r} needs {need!r}, which nothing in this run "
+                f"provides. {fix}"
+            )
+
+
+def _check_training(plan: Plan) -> None:
+    config, training = plan.config, plan.config.training
+    architecture = config.architecture
+    assert isinstance(architecture, ArchitectureUse)
+    if architecture.d_sae is None and architecture.from_ is None:
+        raise UsageError("architecture.d_sae: is missing. Say how many latents, for example d_sae = 4096.")
+    if training.tokens == 0 and architecture.from_ is None:
+        raise UsageError(
+            "training.tokens: 0 trains nothing, which makes sense only for an SAE that is there already. "
+            "Name it in architecture.from, or give tokens."
+        )
+    if 0 < training.tokens < training.batch_size:
+        raise UsageError(
+            f"training.tokens: {training.tokens} is less than one batch of {training.batch_size}. Give more tokens, or "
+            "lower training.batch_size."
+        )
+    if training.tokens and not plan.losses:
+        raise UsageError('loss: is missing; nothing would be learned. Add [[loss]] with use = "mse".')
+    if training.tokens and all(
+        value_at(p.entry.weight, n, plan.total_steps) == 0  # type: ignore[attr-defined]
+        for p in plan.losses
+        for n in range(0, plan.total_steps, max(1, plan.total_steps // 100))
+    ):
+        raise UsageError("loss: every weight is zero throughout; nothing would be learned.")

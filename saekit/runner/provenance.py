@@ -1,0 +1,51 @@
+"""What produced a run: versions, hashes, seed and command line, so that a number can be traced."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from saekit.runner.plan import Plan
+
+LIBRARIES = ("torch", "transformers", "transformer_lens", "sae_lens", "numpy", "safetensors", "pydantic", "pluggy")
+
+
+def provenance(plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+    """The content of `provenance.json`; `identity` is the source's own account of model and data."""
+    return {
+        "saekit": importlib.metadata.version("saekit"),
+        "plugins": plugins_used(plan),
+        "source": identity,
+        "seed": plan.config.training.seed,
+        "threads": torch.get_num_threads(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def plugins_used(plan: Plan) -> list[dict[str, str]]:
+    """Each plugin that this run uses, with its distribution and version."""
+    used = {}
+    for part in plan.parts:
+        component = part.component
+        used[component.plugin] = {
+            "name": component.plugin,
+            "distribution": component.distribution,
+            "version": component.version,
+        }
+    return list(used.values())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,134 @@
+"""`SparseAutoencoder`: what every architecture shares. An architecture states only its difference, the gate.
+
+    pre  = (x - b_dec) @ W_enc + b_enc      [batch, d_sae]
+    code = gate(pre)                        rows of active latents
+    x'   = code @ W_dec + b_dec             [batch, d_out]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saekit.sae.code import Code, DenseCode, SparseCode
+from saekit.sae.kernels import Pattern, decode_sparse, encode_selected
+
+DECODER_NORMS = ("unit", "free")
+
+
+class SparseAutoencoder(nn.Module):
+    """A dictionary with an encoder. Subclasses implement `gate` (and override what differs).
+
+    d_in, d_sae, d_out: widths of what is read, of the code, and of what is rebuilt (d_in by default).
+    decoder_norm: "unit" keeps every decoder row at norm 1 (as Bricken et al. 2023 and Gao et al. 2024 do, with the
+    gradient along the row removed), "free" leaves it alone.
+
+    Parameters have SAELens's names and shapes: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out].
+    W_enc lies latent-major in memory (its transpose is contiguous), since its gradient is made latent by latent.
+    """
+
+    saelens_name: str | None = None
+    """The architecture's name in sae_lens, or None where it has no counterpart there."""
+
+    def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: str = "unit") -> None:
+        super().__init__()
+        if decoder_norm not in DECODER_NORMS:
+            raise ValueError(f"decoder_norm must be one of {DECODER_NORMS}, not {decoder_norm!r}")
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_out or d_in
+        self.decoder_norm = decoder_norm
+        self.reads_centred = self.d_out == d_in  # a transcoder's b_dec lives at another site
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in).t())  # [d_in, d_sae]
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+
+    def options(self) -> dict[str, Any]:
+        """The options this SAE was built with, so that it can be built again: what `sae/cfg.json` keeps."""
+        return {"decoder_norm": self.decoder_norm}
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator, sample: Tensor) -> None:
+        """Random unit decoder rows, the encoder their transpose, b_dec the mean of `sample` [n, d_out].
+
+        The tied start is that of Gao et al. (2024, section 2.4 and appendix A.1), which has fewer dead latents."""
+        rows = torch.randn(self.d_sae, self.d_out, generator=generator)
+        rows = nn.functional.normalize(rows, dim=1)
+        self.W_dec.copy_(rows)
+        if self.d_out == self.d_in:
+            self.W_enc.copy_(rows.t())
+        else:
+            self.W_enc.copy_(nn.functional.normalize(torch.randn(self.d_sae, self.d_in, generator=generator), dim=1).t())
+        self.b_enc.zero_()
+        self.b_dec.copy_(sample.mean(0))
+
+    def centred(self, x: Tensor) -> Tensor:
+        """What the encoder multiplies: x less the decoder's bias, [batch, d_in]."""
+        return x - self.b_dec if self.reads_centred else x
+
+    def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """Pre-activations of some latents (all if None), with gradients: [batch, n] for x of [batch, d_in]."""
+        if latents is None:
+            return torch.addmm(self.b_enc, self.centred(x), self.W_enc)
+        return torch.addmm(self.b_enc[latents], self.centred(x), self.W_enc[:, latents])
+
+    def encode(self, x: Tensor) -> Code:
+        """The code of x [batch, d_in]."""
+        return self.gate(x, self.centred(x))
+
+    def gate(self, x: Tensor, centred: Tensor) -> Code:
+        """From the centred input to the code; see `sparse_code` and `dense_code` for the two ways to make one."""
+        raise NotImplementedError(f"{type(self).__name__} must implement gate(x, centred).")
+
+    def sparse_code(self, x: Tensor, centred: Tensor, pre: Tensor, latents: Tensor) -> SparseCode:
+        """The code with `latents` [batch, k] active in each row at ReLU of their pre-activations.
+
+        `pre` [batch, d_sae] was computed without a gradient; the gradient is attached to the chosen entries alone."""
+        batch, k = latents.shape
+        offsets = torch.arange(0, batch * k + 1, k, device=latents.device)
+        pattern = Pattern(latents.reshape(-1), offsets, self.d_sae, k)
+        chosen = pre.gather(1, latents).reshape(-1)  # [batch * k]
+        values = encode_selected(centred, self.W_enc, self.b_enc, chosen, pattern).relu()
+        return SparseCode(pattern, values, lambda wanted: self.pre_activations(x, wanted))
+
+    def dense_code(self, x: Tensor, activations: Tensor) -> DenseCode:
+        """The code held whole: activations [batch, d_sae], with their gradient."""
+        return DenseCode(activations, lambda wanted: self.pre_activations(x, wanted))
+
+    def decode(self, code: Code) -> Tensor:
+        """The reconstruction of a code: [batch, d_out]."""
+        if isinstance(code, SparseCode):
+            return decode_sparse(code.values, self.W_dec, self.b_dec, code.pattern)
+        return torch.addmm(self.b_dec, code.dense(), self.W_dec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The reconstruction of x: [batch, d_in] -> [batch, d_out]."""
+        return self.decode(self.encode(x))
+
+    @torch.no_grad()
+    def constrain_gradients(self) -> None:
+        """Called after backward. With unit decoder rows: removes each row's gradient along the row, which the
+        normalisation would undo anyway and which would only fill Adam's moments."""
+        if self.decoder_norm == "unit" and self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)  # [d_sae, 1]
+            self.W_dec.grad.addcmul_(self.W_dec, along, value=-1.0)
+
+    @torch.no_grad()
+    def constrain_weights(self) -> None:
+        """Called after the optimiser's step, and once before the first."""
+        if self.decoder_norm == "unit":
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        """From an SAE of `scale * x` to the SAE of x that rebuilds the same: activations and biases shrink by `scale`.
+
+        Holds for gates that are homogeneous (a positive factor passes through them): ReLU and top-k are."""
+        self.b_enc.div_(scale)
+        self.b_dec.div_(scale)
+
+    def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(the architecture's own keys of cfg.json, tensors) in sae_lens's layout."""
+        cfg = {"apply_b_dec_to_input": self.reads_centred}
+        return cfg, {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}

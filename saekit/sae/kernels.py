@@ -1,0 +1,145 @@
+"""The sparse products of an SAE: decode, and the gradients of decoder, encoder, biases and input on the non-zeros.
+
+Everything is built from one primitive, a weighted sum of table rows for each bag of indices
+(`torch.nn.functional.embedding_bag`), and one sampled product. With k of F latents active, each costs about
+k / F of the dense product of the same shapes, so that the encoder's dense product dominates a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+_GATHER_LIMIT = 1 << 24  # elements of a gathered block in the fallback of `sampled_product`: 64 MB of float32
+
+
+@dataclass
+class Pattern:
+    """Where a code's entries stand: compressed rows.
+
+    indices: [nnz] latents, row after row. offsets: [batch + 1], row i is `indices[offsets[i]:offsets[i + 1]]`.
+    d_sae: number of latents. k: entries a row where every row has the same number, else None.
+    """
+
+    indices: Tensor
+    offsets: Tensor
+    d_sae: int
+    k: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        return self.offsets.shape[0] - 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """[nnz] the row of each entry."""
+        if self.k:
+            return torch.arange(self.indices.shape[0], device=self.indices.device) // self.k
+        numbers = torch.arange(self.batch, device=self.indices.device)
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(numbers, counts, output_size=self.indices.shape[0])
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor]:
+        """(order [nnz], offsets [d_sae + 1]): the entries sorted by latent, for products with the transpose."""
+        order = torch.argsort(self.indices, stable=True)  # stable: the sums below always add in the same order
+        counts = torch.bincount(self.indices, minlength=self.d_sae)
+        offsets = torch.zeros(self.d_sae + 1, dtype=torch.long, device=self.indices.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        return order, offsets
+
+
+def bag_sum(weights: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
+    """Row i of the result is the sum of `weights[n] * table[indices[n]]` over n in bag i: [bags, d], no gradient."""
+    if indices.shape[0] == 0:
+        return table.new_zeros(offsets.shape[0] - 1, table.shape[1])
+    return functional.embedding_bag(
+        indices, table, offsets, mode="sum", per_sample_weights=weights.to(table.dtype), include_last_offset=True
+    )
+
+
+def transposed_sum(weights: Tensor, pattern: Pattern, rows_of: Tensor) -> Tensor:
+    """Row j of the result is the sum of `weights[n] * rows_of[row of n]` over the entries n of latent j: [d_sae, d]."""
+    order, offsets = pattern.by_latent
+    return bag_sum(weights[order], pattern.rows[order], offsets, rows_of)
+
+
+def latent_sum(weights: Tensor, pattern: Pattern) -> Tensor:
+    """The sum of the weights of each latent's entries: [d_sae]."""
+    return weights.new_zeros(pattern.d_sae).index_add_(0, pattern.indices, weights)
+
+
+def sampled_product(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
+    """`left[row] . right[latent]` for every entry: [nnz], with left [batch, d] and right [d_sae, d]."""
+    if left.device.type == "cpu" and left.dtype == right.dtype and left.dtype in (torch.float32, torch.float64):
+        crow, ones = pattern.offsets, left.new_zeros(pattern.indices.shape[0])
+        if pattern.indices.shape[0] == 0:
+            return ones
+        mask = torch.sparse_csr_tensor(crow, pattern.indices, ones, (pattern.batch, pattern.d_sae), check_invariants=False)
+        return torch.sparse.sampled_addmm(mask, left, right.t(), beta=0.0).values()
+    step = max(1, _GATHER_LIMIT // left.shape[1])
+    parts = [
+        (left[pattern.rows[i : i + step]] * right[pattern.indices[i : i + step]]).sum(1)
+        for i in range(0, pattern.indices.shape[0], step)
+    ]
+    return torch.cat(parts) if parts else left.new_zeros(0)
+
+
+class _Encode(torch.autograd.Function):
+    """Attaches the encoder's gradient to pre-activations that were computed and selected without one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(x, W_enc)
+        ctx.pattern = pattern
+        return selected.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, W_enc = ctx.saved_tensors
+        pattern = ctx.pattern
+        d_x = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_x = bag_sum(grad, pattern.indices, pattern.offsets, W_enc.t())  # [batch, d_in]
+        if ctx.needs_input_grad[1]:
+            d_W = transposed_sum(grad, pattern, x).t()  # [d_in, d_sae], latent-major in memory like W_enc
+        if ctx.needs_input_grad[2]:
+            d_b = latent_sum(grad, pattern)  # [d_sae]
+        return d_x, d_W, d_b, None, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, W_dec: Tensor, b_dec: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.pattern = pattern
+        return bag_sum(values, pattern.indices, pattern.offsets, W_dec) + b_dec  # [batch, d_out]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        values, W_dec = ctx.saved_tensors
+        pattern = ctx.pattern
+        grad = grad.contiguous()
+        d_values = d_W = d_b = None
+        if ctx.needs_input_grad[0]:
+            d_values = sampled_product(pattern, grad, W_dec)  # [nnz]
+        if ctx.needs_input_grad[1]:
+            d_W = transposed_sum(values, pattern, grad)  # [d_sae, d_out]
+        if ctx.needs_input_grad[2]:
+            d_b = grad.sum(0)
+        return d_values, d_W, d_b, None
+
+
+def encode_selected(x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: Tensor, pattern: Pattern) -> Tensor:
+    """The selected pre-activations [nnz], with gradients to x, W_enc and b_enc through those entries alone."""
+    return _Encode.apply(x, W_enc, b_enc, selected, pattern)
+
+
+def decode_sparse(values: Tensor, W_dec: Tensor, b_dec: Tensor, pattern: Pattern) -> Tensor:
+    """`code @ W_dec + b_dec` of a compressed code: [batch, d_out], with gradients to values, W_dec and b_dec."""
+    return _Decode.apply(values, W_dec, b_dec, pattern)

@@ -1,0 +1,43 @@
+"""Which latents fire, and for how long the others have been silent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FiringStatistics:
+    """For each latent, how many activations have passed since it last fired.
+
+    `dead` and `n_dead` are refreshed every `check_every` steps only, since counting needs the host to wait.
+    """
+
+    def __init__(self, d_sae: int, dead_after: int, device: torch.device, check_every: int = 10) -> None:
+        self.dead_after, self.check_every = dead_after, check_every
+        self.silent = torch.zeros(d_sae, dtype=torch.long, device=device)  # [d_sae] activations since the last firing
+        self.dead = torch.zeros(d_sae, dtype=torch.bool, device=device)
+        self.n_dead = 0
+
+    def update(self, fired: Tensor, rows: int, number: int) -> None:
+        """Take in step `number`: `fired` [d_sae] counts of rows in which each latent fired, of `rows` rows."""
+        self.silent += rows
+        self.silent.masked_fill_(fired > 0, 0)
+        if (number + 1) % self.check_every == 0:
+            self.dead = self.silent >= self.dead_after
+            self.n_dead = int(self.dead.sum())
+
+    def revive(self, latents: Tensor) -> None:
+        """Count these latents as living again, after they were given new weights."""
+        self.silent[latents] = 0
+        self.dead[latents] = False
+        self.n_dead = int(self.dead.sum())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {"silent": self.silent, "dead": self.dead}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        self.silent.copy_(state["silent"])
+        self.dead = state["dead"].to(self.silent.device)
+        self.n_dead = int(self.dead.sum())

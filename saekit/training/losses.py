@@ -1,0 +1,99 @@
+"""The weighted terms of a run's total loss, and the guard that each of them teaches something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saekit.component import Component
+from saekit.errors import PluginError, RunError, SaekitError
+from saekit.schedules import value_at
+from saekit.training.step import Step
+
+
+@dataclass
+class Term:
+    """One loss of the run: its name there, the callable, its weight (a number or a schedule), where it came from."""
+
+    label: str
+    function: Callable[[Step], Tensor]
+    weight: Any
+    component: Component
+    has_taught: bool = field(default=False, init=False)
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The loss's own trainable parameters, named `loss.LABEL.NAME`."""
+        if not isinstance(self.function, nn.Module):
+            return []
+        return [(f"loss.{self.label}.{name}", p) for name, p in self.function.named_parameters()]
+
+    def weight_at(self, number: int, total: int) -> float:
+        """The weight at step `number` of `total`."""
+        return value_at(self.weight, number, total)
+
+    def value(self, step: Step) -> Tensor | None:
+        """The unweighted loss, or None where it says that it has nothing to say now."""
+        active = getattr(self.function, "active", None)
+        try:
+            if active is not None and not active(step):
+                return None
+            value = self.function(step)
+        except SaekitError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"{self.component.origin} failed at step {step.number}: {type(error).__name__}: {error}. "
+                f"Mend it, or leave {self.label!r} out of the run; what was saved is kept."
+            ) from error
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise PluginError(f"{self.component.origin} returned {got}; a loss returns a scalar tensor.")
+        return value.reshape(())
+
+
+def refuse_non_finite(values: dict[str, Tensor], number: int) -> None:
+    """Stop with a RunError that names the loss and the step if any of the (detached) values is not finite."""
+    for label, value in values.items():
+        if not bool(torch.isfinite(value)):
+            raise RunError(
+                f"loss {label!r} is {float(value)} at step {number}. The last checkpoint is from before and is kept; "
+                f"lower training.lr or the weight of {label!r}, then continue with --resume or start again."
+            )
+
+
+class GradientGuard:
+    """Watches the first steps: which parameters and which losses have moved anything at all.
+
+    It costs one extra backward a loss in the steps before that loss has taught something, usually one step.
+    """
+
+    def __init__(self, parameters: list[tuple[str, nn.Parameter]], terms: list[Term]) -> None:
+        self._waiting = dict(parameters)
+        self._terms = terms
+
+    def watch_losses(self, values: dict[str, Tensor], parameters: list[nn.Parameter]) -> None:
+        """Before backward: whether each loss, on its own, reaches any parameter."""
+        for term in self._terms:
+            value = values.get(term.label)
+            if term.has_taught or value is None or not value.requires_grad:
+                continue
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            term.has_taught = any(g is not None and bool(g.any()) for g in gradients)
+
+    def watch_parameters(self) -> None:
+        """After backward: which parameters have received a gradient that is not zero everywhere."""
+        self._waiting = {n: p for n, p in self._waiting.items() if p.grad is None or not bool(p.grad.any())}
+
+    def findings(self, spoke: set[str]) -> list[str]:
+        """What to tell the user, once the first steps are over; `spoke` are the losses that were ever active."""
+        found = [f"No gradient has reached parameter {name!r} in the first steps." for name in self._waiting]
+        for term in self._terms:
+            if term.label in spoke and not term.has_taught:
+                found.append(
+                    f"Loss {term.label!r} has given no gradient to any parameter in the first steps: it changes nothing."
+                )
+        return found

@@ -1,0 +1,45 @@
+"""`Step`: the one thing that losses see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.sae.base import SparseAutoencoder
+    from saekit.sae.code import Code
+
+
+@dataclass
+class Step:
+    """One batch on its way through the SAE.
+
+    x: [batch, d_in], the activations that the SAE reads.
+    target: [batch, d_out], what it must rebuild: `x` for an SAE, another site for a transcoder.
+    code: the latents' activations, compressed where the architecture gates them to zero.
+    reconstruction: [batch, d_out].
+    labels: [batch, n_concepts] with NaN where a row has none; None where the source has no labels.
+    tokens: [batch] token ids; None where the source has no tokens.
+    number, fraction: which step (0 for the first), and how far through the run (0 to 1).
+    dead: [d_sae], True for latents that have been silent for `training.dead_after` activations; None outside training.
+    n_dead: how many of them there were when they were last counted, a plain number that costs no synchronisation.
+    """
+
+    x: Tensor
+    target: Tensor
+    code: Code
+    reconstruction: Tensor
+    sae: SparseAutoencoder
+    labels: Tensor | None = None
+    tokens: Tensor | None = None
+    number: int = 0
+    fraction: float = 0.0
+    dead: Tensor | None = None
+    n_dead: int = 0
+
+    @property
+    def error(self) -> Tensor:
+        """What the reconstruction misses, `target - reconstruction`: [batch, d_out]."""
+        return self.target - self.reconstruction

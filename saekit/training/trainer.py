@@ -1,0 +1,224 @@
+"""`Trainer`: one SAE on its way, and the step that moves it."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.activations.batch import Activations
+from saekit.config import TrainingConfig
+from saekit.listeners import Listeners
+from saekit.sae.base import SparseAutoencoder
+from saekit.schedules import value_at
+from saekit.training.firing import FiringStatistics
+from saekit.training.losses import GradientGuard, Term, refuse_non_finite
+from saekit.training.step import Step
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose, so that drawing more for one does not shift another."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
+
+
+class Trainer:
+    """One SAE with its losses, optimiser, statistics and listeners.
+
+    Listeners may read everything here, and change `sae` and `optimizer` state. Draws belong to `generator`, whose
+    state is in the checkpoint, so that a resumed run draws the same.
+
+    sae: sees activations times `scale`. step: the last `Step`. losses: its unweighted values by name (detached).
+    fired: [d_sae], in how many rows of the last batch each latent fired. number: steps done. tokens: activations seen.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        terms: list[Term],
+        config: TrainingConfig,
+        *,
+        total_steps: int,
+        scale: float,
+        device: torch.device,
+        listeners: Listeners,
+    ) -> None:
+        self.sae, self.terms, self.config, self.listeners = sae, terms, config, listeners
+        self.total_steps, self.scale, self.device = total_steps, scale, device
+        self.named_parameters = [(n, p) for n, p in sae.named_parameters() if p.requires_grad]
+        self.named_parameters += [pair for term in terms for pair in term.parameters()]
+        self._parameters = [p for _, p in self.named_parameters]
+        self.optimizer = torch.optim.Adam(self._parameters, lr=1.0, betas=config.betas, fused=device.type != "mps")
+        self.generator = torch.Generator().manual_seed(seed_for(config.seed, "listeners"))
+        self.firing = FiringStatistics(sae.d_sae, config.dead_after, device)
+        self.guard: GradientGuard | None = GradientGuard(self.named_parameters, terms)
+        self.number = 0
+        self.step: Step | None = None
+        self.fired: Tensor | None = None
+        self.losses: dict[str, Tensor] = {}
+        self.grad_norm: Tensor | None = None
+        self.last_logged: dict[str, float] = {}
+        self._spoke: set[str] = set()
+        self._unread: list[tuple[int, dict[str, Tensor]]] = []  # losses that the host has not looked at yet
+
+    @property
+    def tokens(self) -> int:
+        """Activations trained on so far."""
+        return self.number * self.config.batch_size
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return value_at(self.config.lr, self.number, self.total_steps)
+
+    def train_on(self, batch: Activations) -> None:
+        """One optimiser step on one batch of activations, unscaled."""
+        number = self.number
+        self.listeners.emit("step_started", trainer=self, number=number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            step = self.step = self._forward(batch)
+            values = self._loss_values(step)
+        self._move(step, values)
+        self.fired = step.code.fired()
+        self.firing.update(self.fired, len(batch), number)
+        self.number += 1
+        self.listeners.emit("step_ended", trainer=self, number=number)
+
+    def _forward(self, batch: Activations) -> Step:
+        x = batch.x * self.scale  # [batch, d_in]
+        target = x if batch.target is None else batch.target * self.scale
+        code = self.sae.encode(x)
+        return Step(
+            x=x,
+            target=target,
+            code=code,
+            reconstruction=self.sae.decode(code),
+            sae=self.sae,
+            labels=batch.labels,
+            tokens=batch.tokens,
+            number=self.number,
+            fraction=self.number / max(self.total_steps, 1),
+            dead=self.firing.dead,
+            n_dead=self.firing.n_dead,
+        )
+
+    def _loss_values(self, step: Step) -> dict[str, Tensor]:
+        values = {}
+        for term in self.terms:
+            if term.weight_at(self.number, self.total_steps) != 0:
+                value = term.value(step)
+                if value is not None:
+                    values[term.label] = value
+        return values
+
+    def _move(self, step: Step, values: dict[str, Tensor]) -> None:
+        self.losses = {label: value.detach() for label, value in values.items()}
+        self._spoke |= set(values)
+        if self.device.type == "cpu":
+            refuse_non_finite(self.losses, self.number)  # costs nothing here; elsewhere `read_losses` does it later
+        else:
+            self._unread.append((self.number, self.losses))
+        weights = {term.label: term.weight_at(self.number, self.total_steps) for term in self.terms}
+        total = sum((weights[label] * value for label, value in values.items()), start=step.x.new_zeros(()))
+        self.losses["loss"] = total.detach()
+        if self.guard:
+            self.guard.watch_losses(values, self._parameters)
+        self.optimizer.zero_grad(set_to_none=True)
+        if total.requires_grad:
+            total.backward()
+            self._finish_step()
+
+    def _finish_step(self) -> None:
+        if self.guard:
+            self.guard.watch_parameters()
+            if self.number + 1 >= min(self.config.guard_steps, self.total_steps):
+                for finding in self.guard.findings(self._spoke):
+                    self.listeners.warn(finding)
+                self.guard = None
+        self.sae.constrain_gradients()
+        if self.config.clip is not None:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
+        self.listeners.emit("gradients_ready", trainer=self, number=self.number)
+        self.optimizer.step()
+        self.sae.constrain_weights()
+
+    def read_losses(self) -> None:
+        """Look at the losses that were computed on a device since the last look; one wait for all of them."""
+        for number, values in self._unread:
+            refuse_non_finite(values, number)
+        self._unread.clear()
+
+    @torch.no_grad()
+    def measures(self) -> dict[str, float]:
+        """What is logged of the last step: losses, weights, L0, explained variance of the batch, dead latents."""
+        self.read_losses()
+        step = self.step
+        assert step is not None
+        values = {"loss": float(self.losses["loss"])}
+        values |= {f"loss/{label}": float(v) for label, v in self.losses.items() if label != "loss"}
+        values |= {f"weight/{t.label}": t.weight_at(step.number, self.total_steps) for t in self.terms}
+        spread = (step.target - step.target.mean(0)).square().sum()
+        values["explained_variance"] = 1.0 - float(step.error.square().sum() / spread.clamp_min(1e-30))
+        values["l0"] = float(step.code.count().mean())
+        values["dead"] = float(self.firing.n_dead)
+        values["lr"] = value_at(self.config.lr, step.number, self.total_steps)
+        if self.grad_norm is not None:
+            values["grad_norm"] = float(self.grad_norm)
+        values["tokens"] = float(self.tokens)
+        return values
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, plain values) from which `load_state` restores this trainer exactly."""
+        self.read_losses()
+        tensors = {f"sae.{name}": t for name, t in self.sae.state_dict().items()}
+        for name, parameter in self.named_parameters:
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+        tensors |= {f"firing.{name}": t for name, t in self.firing.state_dict().items()}
+        tensors["rng.listeners"] = self.generator.get_state()
+        tensors["rng.torch"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        values: dict[str, Any] = {"scale": self.scale, "spoke": sorted(self._spoke), "last_logged": self.last_logged}
+        for prefix, holder in self._stateful():
+            for key, value in holder.state_dict().items():
+                if isinstance(value, Tensor):
+                    tensors[f"{prefix}{key}"] = value
+                else:
+                    values[f"{prefix}{key}"] = value
+        return tensors, values
+
+    def load_state(self, number: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Restore what `state` gave after step `number`."""
+        self.number = number
+        self.sae.load_state_dict(_below("sae.", tensors))
+        for name, parameter in self.named_parameters:
+            for key, value in _below(f"optimizer.{name}.", tensors).items():
+                like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+                # Adam's moments take the parameter's layout in memory; `step` stays where the fused kernel wants it.
+                self.optimizer.state[parameter][key] = like.copy_(value).to(self.device)
+        self.firing.load_state_dict(_below("firing.", tensors))
+        self.generator.set_state(tensors["rng.listeners"])
+        torch.set_rng_state(tensors["rng.torch"])
+        if "rng.cuda" in tensors and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self._spoke = set(values["spoke"])
+        self.last_logged = values["last_logged"]
+        if number >= self.config.guard_steps:
+            self.guard = None
+        for prefix, holder in self._stateful():
+            state = {**_below(prefix, tensors), **_below(prefix, values)}
+            if state:
+                holder.load_state_dict(state)
+
+    def _stateful(self) -> list[tuple[str, Any]]:
+        holders = [(f"loss.{t.label}.", t.function) for t in self.terms]
+        holders += [(f"listener.{listener.label}.", listener.instance) for listener in self.listeners]
+        return [(p, h) for p, h in holders if hasattr(h, "state_dict") and hasattr(h, "load_state_dict")]
+
+
+def _below(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
