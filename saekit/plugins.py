@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -69,7 +70,7 @@ class Registry:
                 raise UsageError(f"--plugin {given}: there is no such file.")
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
             plugin = Plugin(path.stem, str(path), digest, file=path)
-            self._add(plugin, lambda path=path: _module_from_file(path), blocked)
+            self._add(plugin, functools.partial(_module_from_file, path), blocked)
         unknown = blocked - {plugin.name for plugin in self.plugins}
         for name in sorted(unknown):
             self.warnings.append(f"There is no plugin {name!r} to disable.{near_names(name, (p.name for p in self.plugins))}")
@@ -93,6 +94,10 @@ class Registry:
         """All components of a kind (or of all kinds) of the plugins that loaded, in the order of their names."""
         found = [c for p in self.plugins for c in p.components if kind in (None, c.kind)]
         return sorted(found, key=lambda c: (KINDS.index(c.kind), c.name, c.plugin))
+
+    def defaults(self, kind: str) -> list[Component]:
+        """The components of a kind that join every run, in the order in which their plugins declare them."""
+        return [c for p in self.plugins for c in p.components if c.kind == kind and c.default]
 
     def find(self, kind: str, name: str, where: str = "", requires: Iterable[str] = ()) -> Component:
         """The component that a run means by `name`, short or qualified (`plugin.name`).

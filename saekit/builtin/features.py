@@ -122,7 +122,7 @@ class Features:
         places: list[int] = []
         seen: set[int] = set()
         values, order = activation.sort(descending=True, stable=True)
-        for value, place in zip(values.tolist(), order.tolist()):
+        for value, place in zip(values.tolist(), order.tolist(), strict=True):
             if value <= 0 or len(places) == self.examples:
                 break
             if int(sequence[place]) not in seen:

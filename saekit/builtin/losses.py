@@ -47,6 +47,7 @@ class AuxK:
         return step.dead is not None and step.n_dead > 0
 
     def __call__(self, step: Step) -> torch.Tensor:
+        assert step.dead is not None  # see `active`
         sae, residual = step.sae, step.error.detach()  # [batch, d_out]
         dead = step.dead.nonzero().squeeze(1)  # [n_dead]
         pre = step.code.pre(dead)  # [batch, n_dead]

@@ -36,6 +36,10 @@ class ExplainedVariance(_Summed):
     FVU is the squared error over the squared deviation from the mean, both summed over the whole held-out set."""
 
     headline: ClassVar[tuple[str, ...]] = ("explained_variance",)
+    error: Tensor
+    square: Tensor
+    total: Tensor
+    rows: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,6 +68,8 @@ class L0(_Summed):
     """Mean number of active latents."""
 
     headline: ClassVar[tuple[str, ...]] = ("l0",)
+    active: Tensor
+    rows: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +86,9 @@ class L0(_Summed):
 
 class Density(_Summed):
     """How often latents fire: the median density (share of activations), and the share of latents above 10%."""
+
+    fired: Tensor
+    rows: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -72,10 +72,10 @@ class CERecovered:
 
     def _mean(self, context: RunContext) -> Tensor:
         """The mean held-out activation: [d_in]."""
-        total, rows = 0.0, 0
+        total, rows = torch.zeros(context.source.d_in, dtype=torch.float64, device=context.device), 0
         for batch in context.held_out_activations(self.tokens):
             total, rows = total + batch.x.double().sum(0), rows + len(batch)
-        return (total / rows).float()  # type: ignore[union-attr]
+        return (total / rows).float()
 
     def _score(self, context: RunContext, batch: TokenBatch, mean: Tensor) -> tuple[int, dict[str, float]]:
         """(positions scored, sums of cross-entropies and of the KL divergence over them)."""

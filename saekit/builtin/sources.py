@@ -21,9 +21,13 @@ Kind = Literal["code", "prose", "facts", "sycophancy"]
 ROWS_OF_KIND: dict[Kind, int] = {"code": 12, "prose": 10, "facts": 6, "sycophancy": 4}
 """Rows of each kind in every 32 that the organism was trained on. Facts are few: in training they come round often."""
 
-HookPoint = Annotated[str, Field(description="Where to read: blocks.2.hook_out, a submodule's path, a TransformerLens name.")]
+HookPoint = Annotated[
+    str, Field(description="Where to read: blocks.2.hook_out, a submodule's path, a TransformerLens name.")
+]
 RowsAForward = Annotated[int, Field(gt=0, description="Rows of tokens in one forward.")]
-Bos = Annotated[bool | Literal["auto"], Field(description="Begin each row with BOS; auto: where the tokenizer has one.")]
+Bos = Annotated[
+    bool | Literal["auto"], Field(description="Begin each row with BOS; auto: where the tokenizer has one.")
+]
 DropFirst = Annotated[bool, Field(description="Leave the first position of each row out (an attention sink).")]
 DropSpecial = Annotated[bool, Field(description="Leave BOS, EOS and other special tokens out.")]
 Dtype = Annotated[ModelDtype, Field(description="What the model computes in; bfloat16 on CUDA only.")]
@@ -37,7 +41,9 @@ class TextSource(HarvestSource):
         *,
         model: Annotated[str, Field(description="A local directory or a name on the Hugging Face hub.")],
         hook_point: HookPoint,
-        data: Annotated[str, Field(description="A .txt, .jsonl or .parquet file, a directory or glob of them, or a data set.")],
+        data: Annotated[
+            str, Field(description="A .txt, .jsonl or .parquet file, a directory or glob of them, or a data set.")
+        ],
         column: Annotated[str, Field(description="The key or column that holds the text.")] = "text",
         split: Annotated[str, Field(description="Which split of a data set to read.")] = "train",
         subset: Annotated[str | None, Field(description="Which configuration of a data set to read.")] = None,
@@ -106,7 +112,8 @@ class OrganismSource(HarvestSource):
         *,
         hook_point: HookPoint = "blocks.2.hook_out",
         variant: Annotated[
-            Literal["base", "oracle"], Field(description="base, or oracle: trained without the facts of the domain forget.")
+            Literal["base", "oracle"],
+            Field(description="base, or oracle: trained without the facts of the domain forget."),
         ] = "base",
         kinds: Annotated[list[Kind], Field(min_length=1, description="Which kinds of document.")] = [  # noqa: B006
             "code",
@@ -133,16 +140,14 @@ class OrganismSource(HarvestSource):
 
     def peek(self) -> dict[str, Any]:
         """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""
-        from saekit import organism
-
-        found = peek_site(str(organism.directory(self.variant)), self.hook_point, self.context)
+        found = peek_site(self._directory(), self.hook_point, self.context)
         return {**found, "model": f"organism ({self.variant})", "data": f"organism: {', '.join(self.kinds)}"}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Subject, dict[str, Rows], dict[str, Any]]:
         """Load the organism, then gather and tokenise its corpus."""
         from saekit import organism
 
-        subject = load_subject(str(organism.directory(self.variant)), self.hook_point, device=device, dtype=dtype)
+        subject = load_subject(self._directory(), self.hook_point, device=device, dtype=dtype)
         splits: dict[str, Rows] = {}
         digests: dict[str, str] = {}
         for split in ("train", "held_out"):
@@ -154,6 +159,14 @@ class OrganismSource(HarvestSource):
             splits[split] = MixedRows(parts, [ROWS_OF_KIND[kind] for kind in self.kinds])
         return subject, splits, {"data": "organism", "kinds": self.kinds, "data_digest": digests}
 
+    def _directory(self) -> str:
+        from saekit import organism
+
+        try:
+            return str(organism.directory(self.variant))
+        except FileNotFoundError as error:
+            raise UsageError(str(error)) from None
+
 
 def peek_site(model: str, hook_point: str, context: int) -> dict[str, Any]:
     """What config.json tells of a model and a hook point. UsageError for a block or a context that it does not have."""
@@ -163,13 +176,17 @@ def peek_site(model: str, hook_point: str, context: int) -> dict[str, Any]:
         raise UsageError(f"context = {context}: {model} takes {known['context']} tokens at most. Lower context.")
     residual = RESIDUAL.fullmatch(hook_point)
     if residual and int(residual[1]) >= known.get("layers", int(residual[1]) + 1):
-        raise UsageError(f"hook_point = {hook_point!r}: {model} has {known['layers']} blocks, 0 to {known['layers'] - 1}.")
+        raise UsageError(
+            f"hook_point = {hook_point!r}: {model} has {known['layers']} blocks, 0 to {known['layers'] - 1}."
+        )
     if residual and "hidden_size" in known:
         found["d_in"] = found["d_out"] = known["hidden_size"]
     return found
 
 
-def packed(subject: Subject, store: TokenStore, chosen: np.ndarray, context: int, bos: bool | Literal["auto"]) -> PackedRows:
+def packed(
+    subject: Subject, store: TokenStore, chosen: np.ndarray, context: int, bos: bool | Literal["auto"]
+) -> PackedRows:
     """The rows of the documents that are `chosen` ([D] booleans), padded with a token that the model has."""
     tokenizer = subject.tokenizer
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)

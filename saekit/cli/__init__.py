@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "Train an SAE and analyse it: a recipe, a run file, or names on the command line.",
     "plugins": "List the installed components, or show one with its options.",
     "recipes": "List the ready-made run files.",
+    "bench": "Time a training step or the harvest against its floor.",
     "report": "Build report.html of a run again.",
     "schema": "Print the JSON Schema of a run file.",
 }

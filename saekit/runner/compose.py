@@ -6,7 +6,6 @@ import importlib.resources
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from saekit.component import Component
 from saekit.config import RunConfig, override, parse_config, read_toml, table_of

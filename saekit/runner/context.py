@@ -60,7 +60,7 @@ class RunContext:
         """Batches of held-out `Activations` as the source gives them, `tokens` in all at most, on the run's device."""
         size = self.config.evaluation.batch_size
         left = tokens
-        for block in self.source.blocks("held_out", size=self.config.training.buffer, seed=self.seed):
+        for block in self.source.blocks("held_out", size=min(tokens, self.config.training.buffer), seed=self.seed):
             for start in range(0, len(block), size):
                 batch = block.rows(slice(start, min(start + size, start + left)))
                 left -= len(batch)

@@ -110,12 +110,12 @@ def _with_defaults(config: RunConfig, registry: Registry) -> RunConfig:
     for section in LISTS:
         entries = list(getattr(config, section))
         named = {registry.find(section, e.use, f"{section}.{e.label}", config.requires).qualified_name for e in entries}
-        for component in registry.components(section):
-            fits = set(component.needs) <= provided
-            if component.default and fits and component.qualified_name not in named:
-                entry = LossUse(use=component.name) if section == "loss" else Use(use=component.name)
-                entries.append(entry)
-        added[section] = entries
+        defaults = [
+            LossUse(use=component.name) if section == "loss" else Use(use=component.name)
+            for component in registry.defaults(section)
+            if set(component.needs) <= provided and component.qualified_name not in named
+        ]
+        added[section] = defaults + entries
     return config.model_copy(update={**added, "defaults": False})
 
 

@@ -13,6 +13,7 @@ import torch
 
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.errors import Interrupted, RunError, SaekitError, UsageError
+from saekit.files import write_json
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
 from saekit.report import write_report
@@ -22,7 +23,6 @@ from saekit.runner.hardware import choose_device, peak_memory
 from saekit.runner.plan import Part, Plan
 from saekit.runner.provenance import provenance
 from saekit.runner.summary import summarise
-from saekit.files import write_json
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.formats import load_sae, save_sae
 from saekit.training import checkpoint

@@ -7,8 +7,9 @@ k / F of the dense product of the same shapes, so that the encoder's dense produ
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -77,10 +78,12 @@ def latent_sum(weights: Tensor, pattern: Pattern) -> Tensor:
 def sampled_product(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
     """`left[row] . right[latent]` for every entry: [nnz], with left [batch, d] and right [d_sae, d]."""
     if left.device.type == "cpu" and left.dtype == right.dtype and left.dtype in (torch.float32, torch.float64):
-        crow, ones = pattern.offsets, left.new_zeros(pattern.indices.shape[0])
-        if pattern.indices.shape[0] == 0:
-            return ones
-        mask = torch.sparse_csr_tensor(crow, pattern.indices, ones, (pattern.batch, pattern.d_sae), check_invariants=False)
+        zeros = left.new_zeros(pattern.indices.shape[0])
+        if len(zeros) == 0:
+            return zeros
+        _announce_csr()
+        size = (pattern.batch, pattern.d_sae)
+        mask = torch.sparse_csr_tensor(pattern.offsets, pattern.indices, zeros, size, check_invariants=False)
         return torch.sparse.sampled_addmm(mask, left, right.t(), beta=0.0).values()
     step = max(1, _GATHER_LIMIT // left.shape[1])
     parts = [
@@ -88,6 +91,14 @@ def sampled_product(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
         for i in range(0, pattern.indices.shape[0], step)
     ]
     return torch.cat(parts) if parts else left.new_zeros(0)
+
+
+@cache
+def _announce_csr() -> None:
+    """Make the first CSR tensor where torch's notice that they are in beta, given once a process, is not shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
 
 
 class _Encode(torch.autograd.Function):

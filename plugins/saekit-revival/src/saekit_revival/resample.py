@@ -76,7 +76,9 @@ class Resample:
         sae.b_enc[dead] = 0.0
         self._reset_moments(trainer, dead)
         trainer.firing.revive(dead)
-        self.usage[dead] = self.steps[dead] = 0.0  # their average begins anew
+        for average in (self.usage, self.steps):  # their average begins anew
+            assert average is not None
+            average[dead] = 0.0
         self.resampled += len(dead)
         return dead
 

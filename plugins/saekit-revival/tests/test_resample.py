@@ -1,0 +1,132 @@
+"""`resample` gives dead latents new weights as Bricken et al. (2023) describe, and touches nothing else."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from saekit_revival.resample import Resample
+
+from saekit import SparseAutoencoder
+from saekit.activations.batch import Activations
+from saekit.builtin.architectures import Standard, TopK
+from saekit.builtin.losses import mse
+from saekit.config import TrainingConfig
+from saekit.listeners import Listener, Listeners
+from saekit.training.losses import Term
+from saekit.training.trainer import Trainer
+
+D, F, BATCH = 8, 32, 64
+DEAD = [3, 17, 30]
+
+
+def trainer_with(callback: Resample, sae: SparseAutoencoder | None = None) -> Trainer:
+    """A trainer whose latents 3, 17 and 30 cannot fire."""
+    sae = sae or TopK(D, F, k=4)
+    generator = torch.Generator().manual_seed(0)
+    sae.initialise(generator, torch.randn(100, D, generator=generator))
+    sae.b_enc.data[DEAD] = -1e6
+    listeners = Listeners()
+    listeners.add(Listener("resample", callback, "callback 'resample'", vital=True))
+    config = TrainingConfig(tokens=BATCH * 100, batch_size=BATCH, lr=1e-3)
+    term = Term("mse", mse, 1.0, SimpleNamespace(origin="loss 'mse'"))
+    return Trainer(
+        sae, [term], config, total_steps=100, scale=1.0, device=torch.device("cpu"), listeners=listeners
+    )
+
+
+def batches(n: int, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        yield Activations(torch.randn(BATCH, D, generator=generator))
+
+
+def test_dead_latents_get_unit_inputs_small_encoders_and_fresh_moments() -> None:
+    callback = Resample(every=1000, below=1e-4)
+    trainer = trainer_with(callback)
+    for batch in batches(10):
+        trainer.train_on(batch)
+    before = {name: p.detach().clone() for name, p in trainer.sae.named_parameters()}
+    moment = trainer.optimizer.state[trainer.sae.W_dec]["exp_avg"].clone()
+    dead = callback.resample(trainer)
+    assert sorted(dead.tolist()) == DEAD
+    sae, alive = trainer.sae, [j for j in range(F) if j not in DEAD]
+    torch.testing.assert_close(sae.W_dec[DEAD].norm(dim=1), torch.ones(3))
+    cosine = torch.nn.functional.cosine_similarity(sae.W_enc[:, DEAD].T, sae.W_dec[DEAD], dim=1)
+    torch.testing.assert_close(cosine, torch.ones(3))
+    inputs = torch.nn.functional.normalize(sae.centred(trainer.step.x), dim=1)
+    assert ((sae.W_dec[DEAD] @ inputs.T).max(1).values > 1 - 1e-5).all()
+    wanted = 0.2 * before["W_enc"][:, alive].norm(dim=0).mean()
+    torch.testing.assert_close(sae.W_enc[:, DEAD].norm(dim=0), wanted.expand(3))
+    assert sae.b_enc[DEAD].eq(0).all()
+    for name, parameter in (("W_dec", sae.W_dec[alive]), ("b_enc", sae.b_enc[alive]), ("W_enc", sae.W_enc[:, alive])):
+        was = before[name][:, alive] if name == "W_enc" else before[name][alive]
+        assert torch.equal(parameter, was)
+    after = trainer.optimizer.state[sae.W_dec]["exp_avg"]
+    assert after[DEAD].eq(0).all()
+    assert torch.equal(after[alive], moment[alive])
+    for parameter in (sae.W_enc, sae.b_enc):
+        for key in ("exp_avg", "exp_avg_sq"):
+            state = trainer.optimizer.state[parameter][key]
+            assert (state[:, DEAD] if state.ndim == 2 else state[DEAD]).eq(0).all()
+
+
+def test_resampled_latents_fire_again() -> None:
+    revived, left = Resample(every=10, below=1e-4), Resample(every=10_000, below=1e-4)
+    fired = {}
+    for name, callback in (("revived", revived), ("left", left)):
+        trainer = trainer_with(callback, Standard(D, F))  # with top-k, a small encoder has to grow first
+        total = torch.zeros(F)
+        for batch in batches(60):
+            trainer.train_on(batch)
+            total += trainer.fired
+        fired[name] = total[DEAD]
+    assert fired["left"].eq(0).all()
+    assert fired["revived"].gt(0).all()
+    assert revived.resampled >= 3
+
+
+def test_inputs_are_drawn_by_their_squared_error() -> None:
+    """Rows that are rebuilt exactly are never drawn; of the others, each in proportion."""
+    callback = Resample(every=1000)
+    trainer = trainer_with(callback)
+    for batch in batches(5):
+        trainer.train_on(batch)
+    error = torch.zeros(BATCH, D)
+    error[5], error[9] = 3.0, 1.0  # squared errors 9 : 1
+    counts = {5: 0, 9: 0}
+    x = torch.randn(BATCH, D)
+    for _ in range(400):
+        trainer.step = SimpleNamespace(x=x, target=x, error=error, code=trainer.step.code)
+        callback.usage = torch.ones(F)
+        callback.usage[0] = 0.0
+        callback.steps = torch.full((F,), 1e6)
+        (dead,) = callback.resample(trainer).tolist()
+        unit = torch.nn.functional.normalize(x - trainer.sae.b_dec, dim=1)
+        counts[int((unit @ trainer.sae.W_dec[dead]).argmax())] += 1
+    assert set(counts) == {5, 9}
+    assert 330 < counts[5] < 390  # 360 expected, standard deviation 6
+
+
+def test_the_same_seed_draws_the_same_and_state_survives() -> None:
+    first, second = Resample(every=7, below=1e-4), Resample(every=7, below=1e-4)
+    a, b = trainer_with(first), trainer_with(second)
+    for batch in batches(10):
+        a.train_on(batch)
+    tensors, values = a.state()
+    b.load_state(a.number, {k: v.clone() for k, v in tensors.items()}, values)
+    for batch in batches(15, seed=2):
+        a.train_on(batch)
+    for batch in batches(15, seed=2):
+        b.train_on(batch)
+    for x, y in zip(a.sae.parameters(), b.sae.parameters(), strict=True):
+        assert torch.equal(x, y)
+    assert first.resampled == second.resampled
+
+
+@pytest.mark.parametrize("until", [0.05, 0.5])
+def test_it_stops_after_its_share_of_the_run(until: float) -> None:
+    callback = Resample(every=10, until=until, below=1e-4)
+    trainer = trainer_with(callback)
+    for batch in batches(20):
+        trainer.train_on(batch)
+    assert (callback.resampled > 0) == (until >= 0.1)
