@@ -11,6 +11,7 @@ from torch import Tensor
 from saekit.errors import UsageError
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code
+from saekit.sae.kernels import Pattern
 
 DecoderNorm = Annotated[
     Literal["unit", "free"], Field(description="unit: decoder rows are kept at norm 1; free: left alone.")
@@ -52,10 +53,9 @@ class TopK(SparseAutoencoder):
         return {**super().options(), "k": self.k}
 
     def gate(self, x: Tensor, centred: Tensor) -> Code:
-        with torch.no_grad():
-            pre = torch.addmm(self.b_enc, centred, self.W_enc)  # [batch, d_sae]
-            latents = pre.topk(self.k, dim=1, sorted=False).indices  # [batch, k]
-        return self.sparse_code(x, centred, pre, latents)
+        pre = self.dense_pre(centred)  # [batch, d_sae]
+        pattern = Pattern.regular(pre.topk(self.k, dim=1, sorted=False).indices, self.d_sae)
+        return self.sparse_code(x, pattern, self.pre_at(centred, pre, pattern).relu())
 
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         cfg, tensors = super().to_saelens()

@@ -53,8 +53,7 @@ class AuxK:
         pre = step.code.pre(dead)  # [batch, n_dead]
         k = min(self.k or max(1, sae.d_in // 2), dead.shape[0])
         values, chosen = pre.topk(k, dim=1, sorted=False)  # [batch, k]
-        offsets = torch.arange(0, chosen.numel() + 1, k, device=chosen.device)
-        pattern = Pattern(dead[chosen].reshape(-1), offsets, sae.d_sae, k)
+        pattern = Pattern.regular(dead[chosen], sae.d_sae)
         rebuilt = decode_sparse(values.relu().reshape(-1), sae.W_dec, torch.zeros_like(sae.b_dec), pattern)
         spread = (residual - residual.mean(0)).square().mean()
         return ((residual - rebuilt).square().mean() / spread.clamp_min(1e-12)).nan_to_num(0.0)

@@ -78,18 +78,29 @@ class SparseAutoencoder(nn.Module):
         return self.gate(x, self.centred(x))
 
     def gate(self, x: Tensor, centred: Tensor) -> Code:
-        """From the centred input to the code; see `sparse_code` and `dense_code` for the two ways to make one."""
+        """From the centred input to the code. Two ways to make one:
+
+        - compressed: `pre = self.dense_pre(centred)`, a `Pattern` of the active entries, their values from
+          `self.pre_at(centred, pre, pattern)`, and `self.sparse_code(x, pattern, values)`;
+        - whole: `self.dense_code(x, activations)`, with activations [batch, d_sae] that carry their own gradient.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement gate(x, centred).")
 
-    def sparse_code(self, x: Tensor, centred: Tensor, pre: Tensor, latents: Tensor) -> SparseCode:
-        """The code with `latents` [batch, k] active in each row at ReLU of their pre-activations.
+    @torch.no_grad()
+    def dense_pre(self, centred: Tensor) -> Tensor:
+        """All pre-activations without a gradient: [batch, d_sae]. The one dense product of a sparse step."""
+        return torch.addmm(self.b_enc, centred, self.W_enc)
 
-        `pre` [batch, d_sae] was computed without a gradient; the gradient is attached to the chosen entries alone."""
-        batch, k = latents.shape
-        offsets = torch.arange(0, batch * k + 1, k, device=latents.device)
-        pattern = Pattern(latents.reshape(-1), offsets, self.d_sae, k)
-        chosen = pre.gather(1, latents).reshape(-1)  # [batch * k]
-        values = encode_selected(centred, self.W_enc, self.b_enc, chosen, pattern).relu()
+    def pre_at(self, centred: Tensor, pre: Tensor, pattern: Pattern) -> Tensor:
+        """The entries of `pre` [batch, d_sae] at `pattern`, with their gradient: [nnz]."""
+        if pattern.k:
+            chosen = pre.gather(1, pattern.indices.view(-1, pattern.k)).reshape(-1)
+        else:
+            chosen = pre[pattern.rows, pattern.indices]
+        return encode_selected(centred, self.W_enc, self.b_enc, chosen, pattern)
+
+    def sparse_code(self, x: Tensor, pattern: Pattern, values: Tensor) -> SparseCode:
+        """The code with `values` [nnz] at `pattern`."""
         return SparseCode(pattern, values, lambda wanted: self.pre_activations(x, wanted))
 
     def dense_code(self, x: Tensor, activations: Tensor) -> DenseCode:

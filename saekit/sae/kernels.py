@@ -31,6 +31,28 @@ class Pattern:
     d_sae: int
     k: int | None = None
 
+    @classmethod
+    def regular(cls, latents: Tensor, d_sae: int) -> Pattern:
+        """The pattern of `latents` [batch, k], the same number in every row."""
+        batch, k = latents.shape
+        offsets = torch.arange(0, batch * k + 1, k, device=latents.device)
+        return cls(latents.reshape(-1), offsets, d_sae, k)
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> Pattern:
+        """The entries that are True in `mask` [batch, d_sae]. The host waits, to learn how many there are."""
+        rows, indices = (column.contiguous() for column in mask.nonzero(as_tuple=True))
+        return cls.of_rows(rows, indices, mask.shape[0], mask.shape[1])
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, indices: Tensor, batch: int, d_sae: int) -> Pattern:
+        """The pattern of entries (row, latent), [nnz] each, in the order of their rows."""
+        offsets = torch.zeros(batch + 1, dtype=torch.long, device=rows.device)
+        torch.cumsum(torch.bincount(rows, minlength=batch), 0, out=offsets[1:])
+        pattern = cls(indices, offsets, d_sae)
+        pattern.__dict__["rows"] = rows  # known already: fills the cached property
+        return pattern
+
     @property
     def batch(self) -> int:
         """Number of rows."""
