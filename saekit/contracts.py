@@ -80,7 +80,8 @@ class Source(Protocol):
 class Metric(Protocol):
     """A streaming measure of held-out batches; a `torchmetrics.Metric` fits if its update takes a `Step`.
 
-    `headline`, a class attribute, names those of its values that belong into the live view and the summary's table.
+    Two class attributes may help the reader: `headline` names those of its values that belong into the live view and
+    the summary's table, and `meanings` gives a line for each value, shown in the report.
     """
 
     def update(self, step: Step) -> None:

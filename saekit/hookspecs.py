@@ -79,8 +79,9 @@ class Lifecycle:
 
     @hookspec
     def phase_started(self, phase: str, total: int | None) -> None:
-        """A phase begins: `prepare`, `harvest`, `train`, `evaluate`, `analyse` or `report`. `total` counts its units
-        (tokens for harvest, train and evaluate; components for analyse) where it is known."""
+        """A phase begins: `prepare`, `train`, `evaluate`, `analyse` or `report`. `total` counts its units (tokens for
+        train and evaluate; analyzers for analyse) where it is known. Harvest goes on inside the others; only the time
+        that training waits for it is counted, under its own name."""
 
     @hookspec
     def phase_advanced(self, phase: str, done: int) -> None:
@@ -109,7 +110,8 @@ class Lifecycle:
 
     @hookspec
     def logged(self, trainer: Trainer, number: int, values: dict[str, float]) -> None:
-        """Every `training.log_every` steps: losses and running measures as plain numbers."""
+        """Every `training.log_every` steps: losses and running measures of step `number` (0 for the first) as plain
+        numbers."""
 
     @hookspec
     def checkpoint_saved(self, trainer: Trainer, number: int, path: Path) -> None:
@@ -129,7 +131,7 @@ class Lifecycle:
 
     @hookspec
     def run_finished(self, run: Any, summary: dict[str, Any]) -> None:
-        """All is on disk; `summary` is what `summary.json` holds."""
+        """All is on disk; `summary` is what `summary.json` holds. `run` is None where a finished run is shown again."""
 
     @hookspec
     def run_failed(self, run: Any, error: BaseException) -> None:

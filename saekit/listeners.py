@@ -7,7 +7,7 @@ from typing import Any
 
 import pluggy
 
-from saekit.errors import PluginError, SaekitError, near_names
+from saekit.errors import PluginError, SaekitError, UsageError, near_names
 from saekit.hookspecs import PROJECT, Lifecycle
 
 
@@ -36,8 +36,11 @@ class Listeners:
         """Register a listener behind those that are there; a hook it misspells is a PluginError."""
         known = [name for name in vars(Lifecycle) if not name.startswith("_")]
         for name in dir(type(listener.instance)):
-            if hasattr(getattr(listener.instance, name, None), f"{PROJECT}_impl") and name not in known:
+            marked = getattr(getattr(listener.instance, name, None), f"{PROJECT}_impl", None)
+            if marked and name not in known:
                 raise PluginError(f"{listener.origin}: {name!r} is no lifecycle hook.{near_names(name, known)}")
+            if marked and (marked["wrapper"] or marked["hookwrapper"]):
+                raise PluginError(f"{listener.origin}: {name!r} is a hook wrapper, which saekit does not call.")
         try:
             self._manager.register(listener.instance, name=listener.label)
         except (pluggy.PluginValidationError, ValueError) as error:
@@ -51,16 +54,20 @@ class Listeners:
     def emit(self, hook: str, **values: Any) -> None:
         """Call `hook` on every listener that has it, in order."""
         for listener, function, names in self._of(hook):
+            if listener.label not in self._listeners:  # dropped since the list was made
+                continue
             try:
                 function(*[values[name] for name in names])
-            except (SaekitError, KeyboardInterrupt):
-                raise
             except Exception as error:
+                # What a listener says itself to the user is passed on as it is; a tracker may so refuse what it was given,
+                # but not stop a run because the disk is full or a server is away.
+                if isinstance(error, SaekitError if listener.vital else UsageError) and hook != "run_failed":
+                    raise
                 what = f"{listener.origin} failed in {hook}: {type(error).__name__}: {error}"
-                if listener.vital:
+                if listener.vital and hook != "run_failed":
                     raise PluginError(f"{what}. What was saved is kept; mend it or leave {listener.label!r} out.") from error
                 self._drop(listener)
-                self.warn(f"{what}. It is dropped and the run goes on.")
+                self.warn(f"{what}. It is dropped{'.' if hook == 'run_failed' else ' and the run goes on.'}")
 
     def warn(self, message: str) -> None:
         """Tell every listener, and remember it for the summary; the same message only once."""
@@ -77,5 +84,8 @@ class Listeners:
 
     def _drop(self, listener: Listener) -> None:
         self._manager.unregister(name=listener.label)
+        close = getattr(listener.instance, "close", None)
+        if close is not None:  # a view must give the terminal back
+            close()
         del self._listeners[listener.label]
         self._calls.clear()

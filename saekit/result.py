@@ -11,7 +11,8 @@ class Result:
     """The answer of an analyzer.
 
     scalars: named plain numbers, shown in the summary; None where a value is not defined.
-    tables: named lists of rows, each row a dictionary of plain values.
+    tables: named lists of rows, each row a dictionary of plain values. Rows that have `latent`, `activation` and
+    `token` (with `before` and `after`, or `tokens` and `activations`) are shown as text with the token highlighted.
     figures: named plotly figures, as the dictionary of `figure.to_plotly_json()`.
     files: paths relative to the analyzer's directory of what it wrote there itself.
     notes: sentences that a reader of the figures must know (a null result and its reason, a low fidelity).

@@ -36,6 +36,11 @@ class ExplainedVariance(_Summed):
     FVU is the squared error over the squared deviation from the mean, both summed over the whole held-out set."""
 
     headline: ClassVar[tuple[str, ...]] = ("explained_variance",)
+    meanings: ClassVar[dict[str, str]] = {
+        "explained_variance": "share of the activations' variance that the reconstruction keeps; 1 is perfect",
+        "fvu": "share of the activations' variance that the reconstruction misses; 0 is perfect",
+        "mse": "squared error, averaged over activations and their coordinates",
+    }
     error: Tensor
     square: Tensor
     total: Tensor
@@ -68,6 +73,7 @@ class L0(_Summed):
     """Mean number of active latents."""
 
     headline: ClassVar[tuple[str, ...]] = ("l0",)
+    meanings: ClassVar[dict[str, str]] = {"l0": "latents active on an activation, on average"}
     active: Tensor
     rows: Tensor
 
@@ -86,6 +92,11 @@ class L0(_Summed):
 
 class Density(_Summed):
     """How often latents fire: the median density (share of activations), and the share of latents above 10%."""
+
+    meanings: ClassVar[dict[str, str]] = {
+        "density_median": "share of activations on which a latent is active, for the latent in the middle",
+        "dense_fraction": "share of latents that are active on more than a tenth of the activations",
+    }
 
     fired: Tensor
     rows: Tensor
@@ -111,8 +122,12 @@ class Dead(Density):
     """Latents that never fired on the held-out set: dead_fraction and their number. It depends on the set's size."""
 
     headline: ClassVar[tuple[str, ...]] = ("dead_fraction",)
+    meanings: ClassVar[dict[str, str]] = {
+        "dead_latents": "latents that were never active on the held-out data",
+        "dead_fraction": "share of latents that were never active on the held-out data",
+    }
 
     def compute(self) -> dict[str, Any]:
-        """dead_fraction and dead."""
+        """dead_fraction and dead_latents."""
         dead = self._densities() == 0
-        return {"dead_fraction": float(dead.double().mean()), "dead": float(dead.sum())}
+        return {"dead_fraction": float(dead.double().mean()), "dead_latents": float(dead.sum())}

@@ -60,6 +60,9 @@ def command(
         "analyzer": analyze,
         "tracker": tracker,
     }
+    # With --json nothing but the document may reach stdout, whatever a plugin or a library prints.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        finished = _carry_out()
     if resume is not None:
         given = [what, source, architecture, directory, *loss, *callback, *metric, *analyze, *tracker, *overrides, *plugins]
         if any(given) or dry_run:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from saekit.component import Component
-from saekit.config import RunConfig, override, parse_config, read_toml, table_of
+from saekit.config import RunConfig, check_shape, override, parse_config, read_toml, table_of
 from saekit.errors import PluginError, UsageError
 from saekit.plugins import Registry
 
@@ -30,11 +30,14 @@ def compose(request: Request) -> tuple[RunConfig, Registry]:
     path = _file_of(request.what)
     table = read_toml(path) if path is not None else None
     if path is not None and table is not None:
+        check_shape(table, str(path))
         files += [str((path.parent / p).resolve()) for p in table.get("plugins", [])]
     registry = Registry(files=dict.fromkeys(files), disabled=request.no_plugins)
+    registry.refuse_broken_files()
     if table is None:
         path = recipe_path(_recipe(request.what, registry))
         table = read_toml(path)
+        check_shape(table, str(path))
     assert path is not None
     table.setdefault("recipe", path.stem)
     if files:
@@ -49,7 +52,8 @@ def compose(request: Request) -> tuple[RunConfig, Registry]:
 
 
 def _file_of(what: str | None) -> Path | None:
-    if what is None or not (what.endswith(".toml") or "/" in what or Path(what).exists()):
+    # A directory that happens to have a recipe's name does not hide the recipe.
+    if what is None or not (what.endswith(".toml") or "/" in what or Path(what).is_file()):
         return None
     return Path(what)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,16 +74,29 @@ class RunDirectory:
     def _dated(config: RunConfig) -> Path:
         now = datetime.datetime.now()
         digest = hashlib.sha256((config.to_toml() + now.isoformat()).encode()).hexdigest()[:4]
-        return Path(config.directory) / f"{now:%Y-%m-%d}-{config.recipe or 'run'}-{digest}"
+        word = re.sub(r"[^\w.-]+", "-", config.recipe or "run")[:60]
+        return Path(config.directory) / f"{now:%Y-%m-%d}-{word}-{digest}"
+
+    def withdraw(self) -> None:
+        """Undo `create` for a run that turned out to be impossible before it began, so that the same command works once
+        its mistake is mended."""
+        begun = {self.run_toml.name, self.provenance.name}
+        if {path.name for path in self.path.iterdir()} <= begun:
+            for name in begun:
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
 
     @classmethod
     def resume(cls, where: str) -> tuple[RunDirectory, RunConfig]:
         """The directory of an earlier run with its configuration."""
         directory = cls(Path(where))
         if not directory.path.is_dir():
-            raise UsageError(f"--resume {where}: there is no such directory.")
+            raise UsageError(f"--resume {where}: there is no such directory. Name one that an earlier run printed.")
         if not directory.run_toml.is_file():
-            raise UsageError(f"--resume {where}: has no run.toml, so it is not a run directory, or nothing was begun in it.")
+            raise UsageError(
+                f"--resume {where}: has no run.toml, so it is not a run directory, or nothing was begun in it. Start the "
+                "run without --resume."
+            )
         return directory, parse_config(read_toml(directory.run_toml), str(directory.run_toml))
 
     def finished_summary(self) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from saekit.component import Component
 from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, Use
 from saekit.errors import UsageError
 from saekit.plugins import Registry
+from saekit.runner.blame import explained
 from saekit.schedules import value_at
 
 ALWAYS_PROVIDED = {"activations"}
@@ -87,7 +88,8 @@ def make_plan(config: RunConfig, registry: Registry) -> Plan:
     )
     _check_needs(plan, registry)
     _check_training(plan)
-    plan.facts = plan.source.build().peek()
+    with explained([plan.source]):
+        plan.facts = plan.source.build().peek()
     plan.warnings += [w for w in registry.warnings if w not in plan.warnings]
     return plan
 
@@ -110,11 +112,13 @@ def _with_defaults(config: RunConfig, registry: Registry) -> RunConfig:
     for section in LISTS:
         entries = list(getattr(config, section))
         named = {registry.find(section, e.use, f"{section}.{e.label}", config.requires).qualified_name for e in entries}
-        defaults = [
-            LossUse(use=component.name) if section == "loss" else Use(use=component.name)
-            for component in registry.defaults(section)
-            if set(component.needs) <= provided and component.qualified_name not in named
-        ]
+        labels = {entry.label for entry in entries}
+        defaults = []
+        for offered in registry.defaults(section):
+            component = registry.find(section, offered.name)  # a third party may override it
+            if set(component.needs) <= provided and component.qualified_name not in named and component.name not in labels:
+                defaults.append(LossUse(use=component.name) if section == "loss" else Use(use=component.name))
+                labels.add(component.name)
         added[section] = defaults + entries
     return config.model_copy(update={**added, "defaults": False})
 
@@ -162,6 +166,10 @@ def _check_training(plan: Plan) -> None:
     if training.tokens and all(
         value_at(p.entry.weight, n, plan.total_steps) == 0  # type: ignore[attr-defined]
         for p in plan.losses
-        for n in range(0, plan.total_steps, max(1, plan.total_steps // 100))
+        for n in range(plan.total_steps)
     ):
         raise UsageError("loss: every weight is zero throughout; nothing would be learned.")
+    rates = [value_at(training.lr, n, plan.total_steps) for n in range(plan.total_steps)]
+    if rates and (min(rates) < 0 or max(rates) == 0):
+        step = next((n for n, rate in enumerate(rates) if rate < 0), 0)
+        raise UsageError(f"training.lr: is {rates[step]:g} at step {step}. A learning rate is not negative, nor always zero.")

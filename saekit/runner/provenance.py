@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,16 @@ def provenance(plan: Plan, identity: dict[str, Any]) -> dict[str, Any]:
         "command": sys.argv,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def with_resumption(path: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """What `path` says of how the run was begun, and under "resumed" what is different of each time it went on."""
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        resumed = [*begun.pop("resumed", []), {key: value for key, value in now.items() if begun.get(key) != value}]
+    except (OSError, ValueError, AttributeError):
+        return now
+    return {**begun, "resumed": resumed}
 
 
 def plugins_used(plan: Plan) -> list[dict[str, str]]:

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 
 from saekit.activations.shuffle import ShuffledBatches
-from saekit.errors import Interrupted, RunError, SaekitError, UsageError
-from saekit.files import write_json
+from saekit.errors import Interrupted, RunError, UsageError
+from saekit.files import DiskFull, disk_errors, plain, write_json
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
 from saekit.report import write_report
+from saekit.result import Result
+from saekit.runner.blame import blamed_on, explained
 from saekit.runner.context import RunContext
 from saekit.runner.directory import RunDirectory
 from saekit.runner.hardware import choose_device, peak_memory
-from saekit.runner.plan import Part, Plan
-from saekit.runner.provenance import provenance
+from saekit.runner.plan import Plan
+from saekit.runner.provenance import plugins_used, provenance, with_resumption
 from saekit.runner.summary import summarise
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.formats import load_sae, save_sae
@@ -46,26 +48,30 @@ class Run:
         self.config = plan.config
         self.metrics: dict[str, float | None] = {}
         self.headline: list[str] = []
+        self.meanings: dict[str, str] = {}
         self.analysis: dict[str, dict[str, Any]] = {}
         self.losses: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         self.trained_tokens = self.tokens_this_time = 0
         self.listeners = Listeners()
-        self._stop_asked = False
+        self._stop_asked = self._in_loop = False
         for part in (*plan.callbacks, *plan.trackers):
             vital = part.component.kind == "callback"
-            self.listeners.add(Listener(part.label, part.build(), part.component.origin, vital))
+            self.listeners.add(Listener(part.key, part.build(), part.component.origin, vital))
         if view is not None:
             self.listeners.add(Listener("view", view, "the terminal view", vital=False))
 
     def execute(self) -> dict[str, Any]:
         """Carry the plan out; returns what `summary.json` holds. Listeners hear of failures before they are raised."""
         try:
-            with self._interruptible():
+            with self._interruptible(), explained(self.plan.parts):
                 return self._phases()
         except BaseException as error:
+            if isinstance(error, DiskFull):
+                fix = f"What was saved is whole. Free some space and continue with: saekit run --resume {self.directory.path}"
+                error = DiskFull(error.path, fix)
             self.listeners.emit("run_failed", run=self, error=error)
-            raise
+            raise error
 
     def _phases(self) -> dict[str, Any]:
         self.listeners.emit("run_started", run=self)
@@ -82,7 +88,7 @@ class Run:
         with self._phase("analyse", len(self.plan.analyzers)):
             self._analyse()
         with self._phase("report", None):
-            summary = summarise(self)
+            summary = plain(summarise(self))
             write_json(self.directory.summary, summary)
             write_report(self.directory.path)
         summary["seconds"] = {k: round(v, 3) for k, v in self.seconds.items()}
@@ -100,7 +106,9 @@ class Run:
         torch.manual_seed(seed_for(training.seed, "torch"))
         self.source = self.plan.source.build()
         self.source.open(device=self.device, dtype=torch.float32)
-        write_json(self.directory.provenance, provenance(self.plan, self.source.identity()))
+        self.identity = plain(self.source.identity())
+        made_by = provenance(self.plan, self.identity)
+        write_json(self.directory.provenance, with_resumption(self.directory.provenance, made_by))
         self.sae, self.scale = self._initial_sae()
 
     def _initial_sae(self) -> tuple[SparseAutoencoder, float]:
@@ -122,7 +130,9 @@ class Run:
         else:
             sae = self.plan.architecture.build(self.source.d_in, entry.d_sae, self.source.d_out)
         training = self.config.training
-        first = next(self.source.blocks("train", size=min(SCALE_SAMPLE, training.buffer), seed=training.seed))
+        first = next(self.source.blocks("train", size=min(SCALE_SAMPLE, training.buffer), seed=training.seed), None)
+        if first is None:
+            raise RunError("the source gave no activations to train on. Give more data.")
         if not bool(torch.isfinite(first.x).all()):
             raise RunError(
                 f"the activations of {self.plan.model} at {self.source.hook_point} are not finite. "
@@ -155,7 +165,9 @@ class Run:
             position=position,
         )
         with contextlib.closing(batches):
+            self._in_loop = True
             self._loop(trainer, batches)
+            self._in_loop = False
         self.losses = {k.removeprefix("loss/"): v for k, v in trainer.last_logged.items() if k.startswith("loss/")}
         self.trained_tokens = trainer.tokens
         self.tokens_this_time = trainer.tokens - started_at
@@ -184,17 +196,42 @@ class Run:
             self.listeners.warn(f"{warning} An older checkpoint is used.")
         if path is None:
             return trainer, (0, 0)
-        checkpoint.refuse_other(path, state, self.config)
+        checkpoint.refuse_other(path, state, checkpoint.decisive(self.config, self.identity))
+        self._say_what_changed(state)
         trainer.load_state(state["step"], tensors, state["trainer"])
         self.scale = trainer.scale = state["trainer"]["scale"]
         return trainer, (state["position"][0], state["position"][1])
+
+    def _say_what_changed(self, state: dict[str, Any]) -> None:
+        """Warn of what may move the last bits of the weights, and repeat what the run had warned of before."""
+        for warning in state["warnings"]:
+            self.listeners.warn(warning)
+        if state["threads"] != torch.get_num_threads():
+            self.listeners.warn(
+                f"The run was begun with {state['threads']} CPU threads and goes on with {torch.get_num_threads()}: its "
+                "weights may differ in the last digits from those of a run that was not interrupted."
+            )
+        now_used = {plugin["name"]: plugin for plugin in plugins_used(self.plan)}
+        for was in state["plugins"]:
+            now = now_used.get(was["name"], was)
+            if was != now:
+                self.listeners.warn(
+                    f"Plugin {now['name']!r} has changed since the run was begun: it was {was['distribution']} "
+                    f"{was['version']} and is {now['distribution']} {now['version']}."
+                )
 
     def _loop(self, trainer: Trainer, batches: ShuffledBatches) -> None:
         training, last = self.config.training, self.plan.total_steps
         began, first = time.perf_counter(), trainer.number
         while trainer.number < last:
             waited = time.perf_counter()
-            batch = next(batches).to(self.device)
+            batch = next(batches, None)
+            if batch is None:
+                raise RunError(
+                    f"the source ended after {trainer.tokens} activations, but training.tokens asks for "
+                    f"{self.config.training.tokens}. Lower it, or give more data."
+                )
+            batch = batch.to(self.device)
             self._add_seconds("harvest", time.perf_counter() - waited)
             trainer.train_on(batch)
             number = trainer.number
@@ -217,8 +254,10 @@ class Run:
         state = {
             "trainer": values,
             "position": list(position),
-            "config": checkpoint.decisive(self.config),
+            "decisive": checkpoint.decisive(self.config, self.identity),
+            "plugins": plugins_used(self.plan),
             "threads": torch.get_num_threads(),
+            "warnings": self.listeners.warnings,
         }
         path = checkpoint.save(
             self.directory.checkpoints, trainer.number, tensors, state, self.config.training.keep_checkpoints
@@ -228,12 +267,11 @@ class Run:
     def _save_sae(self) -> None:
         """Write `sae/` in the units of the raw activations, and go on with exactly what stands there."""
         self.sae.rescale(self.scale)
-        identity = self.source.identity()
         metadata = {
-            "model_name": identity.get("model"),
+            "model_name": self.identity.get("model"),
             "hook_name": self.source.hook_point,
-            "context_size": identity.get("context"),
-            "prepend_bos": identity.get("bos"),
+            "context_size": self.identity.get("context"),
+            "prepend_bos": self.identity.get("bos"),
         }
         name = self.plan.architecture.component.qualified_name
         save_sae(self.sae, self.directory.sae, name=name, metadata={k: v for k, v in metadata.items() if v is not None})
@@ -252,28 +290,32 @@ class Run:
         done = 0
         for step in context.held_out():
             for part, metric in streaming:
-                with _blamed_on(part):
+                with blamed_on(part):
                     metric.update(step)
             done += len(step.code)
             self.listeners.emit("phase_advanced", phase="evaluate", done=done)
         if done == 0:
             raise RunError("the held-out split gave no activations. Give more data, or a larger held_out share.")
         for part, metric in built:
-            with _blamed_on(part):
+            with blamed_on(part):
                 values = metric.compute() if hasattr(metric, "update") else metric.measure(context)
-            self.metrics |= {name: None if v is None else float(v) for name, v in values.items()}
+                self.metrics |= {name: None if v is None else float(v) for name, v in values.items()}
             self.headline += [name for name in getattr(metric, "headline", ()) if name in values]
+            self.meanings |= getattr(metric, "meanings", {})
         self.listeners.emit("evaluated", metrics=self.metrics)
 
     def _analyse(self) -> None:
         for done, part in enumerate(self.plan.analyzers, start=1):
             directory = self.directory.analysis(part.label)
-            directory.mkdir(parents=True, exist_ok=True)
+            with disk_errors(directory):
+                directory.mkdir(parents=True, exist_ok=True)
             analyzer = part.build()
-            with _blamed_on(part):
+            with blamed_on(part):
                 result = analyzer(self._context(directory))
-            self.directory.write_analysis(part.label, result)
-            self.analysis[part.label] = dict(result.scalars)
+                if not isinstance(result, Result):
+                    raise TypeError(f"it returned {type(result).__name__}, not a saekit.Result")
+                self.directory.write_analysis(part.label, result)
+                self.analysis[part.label] = plain(dict(result.scalars))
             self.listeners.emit("analysed", name=part.label, result=result)
             self.listeners.emit("phase_advanced", phase="analyse", done=done)
 
@@ -301,7 +343,7 @@ class Run:
         """Ctrl-C in training ends the step, saves a checkpoint and stops; elsewhere, or pressed twice, it stops at once."""
 
         def ask(signum: int, frame: Any) -> None:
-            if self._stop_asked or "train" in self.seconds or not hasattr(self, "scale"):
+            if self._stop_asked or not self._in_loop:
                 raise KeyboardInterrupt
             self._stop_asked = True
 
@@ -320,14 +362,11 @@ class Run:
             signal.signal(signal.SIGINT, before)
 
 
-@contextlib.contextmanager
-def _blamed_on(part: Part) -> Iterator[None]:
-    """An error inside the block is the component's: a PluginError that names it."""
-    from saekit.errors import PluginError
-
-    try:
-        yield
-    except SaekitError:
-        raise
-    except Exception as error:
-        raise PluginError(f"{part.component.origin} failed: {type(error).__name__}: {error}.") from error
+def show_finished(directory: RunDirectory, summary: dict[str, Any], view: Any) -> None:
+    """Let the view show the summary of a run that was finished before, and write its report if that is not there."""
+    if not directory.report.is_file():
+        write_report(directory.path)
+    listeners = Listeners()
+    if view is not None:
+        listeners.add(Listener("view", view, "the terminal view", vital=False))
+    listeners.emit("run_finished", run=None, summary=summary)

@@ -23,6 +23,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "sae": {"architecture": plan.architecture.component.name, "d_in": run.sae.d_in, "d_sae": run.sae.d_sae},
         "metrics": run.metrics,
         "headline": run.headline,
+        "meanings": run.meanings,
         "analysis": run.analysis,
         "losses": run.losses,
         "tokens": run.trained_tokens,

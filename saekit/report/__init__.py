@@ -1,0 +1,5 @@
+"""The self-contained HTML report of a run, made only of what lies in its directory."""
+
+from saekit.report.write import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,296 @@
+"""From the files of a run to what the template shows: plain data, nothing escaped yet (the template does that)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from saekit.report.curves import POINTS, loss_figures, measure_figures
+from saekit.report.rundir import RunFiles, is_number
+from saekit.report.words import NOT_DEFINED, clean, count, duration, label, memory, number
+
+TABLE_ROWS = 2000
+LATENTS = 200
+"""How much of a long result the page shows; all of it stays in result.json, and the page says so."""
+
+EXAMPLE_KEYS = {"latent", "activation", "token"}
+
+
+@dataclass
+class Cell:
+    """A table's cell; `sort` is the number to sort by, where it is one."""
+
+    text: str
+    sort: float | None = None
+
+
+@dataclass
+class Table:
+    """A table as shown; `note` says what was left out."""
+
+    name: str
+    columns: list[str]
+    numeric: list[bool]
+    rows: list[list[Cell]]
+    note: str = ""
+
+
+@dataclass
+class Token:
+    """A token and its share (0 to 1) of the largest activation shown for its latent."""
+
+    text: str
+    share: float = 0.0
+    activation: str = ""
+    peak: bool = False
+
+
+@dataclass
+class Latent:
+    """A latent with the contexts that activate it most."""
+
+    latent: str
+    facts: list[tuple[str, str]]
+    examples: list[tuple[str, list[Token]]] = field(default_factory=list)
+
+
+@dataclass
+class Figure:
+    """A plotly figure; `spec` goes into the page as JSON."""
+
+    id: str
+    name: str
+    spec: dict[str, Any]
+
+
+@dataclass
+class Analysis:
+    """What one analyzer found."""
+
+    id: str
+    name: str
+    notes: list[str]
+    scalars: list[tuple[str, str, bool]]
+    figures: list[Figure]
+    tables: list[Table]
+    latents: list[Latent]
+    latents_note: str
+    files: list[tuple[str, str | None]]
+
+
+def page(run: RunFiles) -> dict[str, Any]:
+    """Everything that the template names."""
+    summary = run.summary
+    sae = _dict(summary.get("sae"))
+    metrics = _dict(summary.get("metrics"))
+    meanings = {name: str(meaning) for name, meaning in _dict(summary.get("meanings")).items()}
+    headline = [name for name in _list(summary.get("headline")) if name in metrics] or list(metrics)[:6]
+    analyses = [_analysis(position, name, result, run) for position, (name, result) in enumerate(run.analyses.items())]
+    told = _dict(summary.get("analysis"))
+    # An analyzer that left only its scalars in the summary is still shown.
+    analyses += [
+        _analysis(position, name, {"scalars": _dict(scalars)}, run)
+        for position, (name, scalars) in enumerate(told.items(), start=len(analyses))
+        if name not in run.analyses
+    ]
+    notes = []
+    if len(run.history) > POINTS:
+        notes.append(
+            f"{len(run.history):,} lines were logged; the curves draw about {POINTS:,} of them, evenly spaced."
+        )
+    return {
+        "title": str(summary.get("run") or run.directory.resolve().name),
+        "identity": _identity(summary, sae),
+        "cards": [(label(n), *_shown(metrics[n]), meanings.get(n, "")) for n in headline],
+        "metrics": [(n, *_shown(v), meanings.get(n, "")) for n, v in metrics.items()],
+        "losses": [(n, *_shown(v)) for n, v in _dict(summary.get("losses")).items()],
+        "loss_figures": _figures("loss", loss_figures(run.history)),
+        "measure_figures": _figures("measure", measure_figures(run.history)),
+        "curve_notes": notes,
+        "analyses": analyses,
+        "timing": [(name, duration(s)) for name, s in _dict(summary.get("seconds")).items() if is_number(s)],
+        "plugins": [
+            [str(_dict(p).get(key) or "") for key in ("name", "distribution", "version")]
+            for p in _list(summary.get("plugins"))
+        ],
+        "config": run.config,
+        "provenance": list(_flat(run.provenance)),
+        "warnings": [str(w) for w in _list(summary.get("warnings"))],
+        "problems": run.problems,
+    }
+
+
+def _identity(summary: dict[str, Any], sae: dict[str, Any]) -> list[tuple[str, str]]:
+    facts: list[tuple[str, Any]] = [
+        ("recipe", summary.get("recipe")),
+        ("model", summary.get("model")),
+        ("hook point", summary.get("hook_point")),
+    ]
+    size = f"{number(sae['d_in'])} → {number(sae['d_sae'])} latents" if sae.get("d_in") and sae.get("d_sae") else ""
+    facts.append(("SAE", ", ".join(str(part) for part in (sae.get("architecture"), size) if part)))
+    if is_number(summary.get("tokens")):
+        steps = summary.get("steps")
+        facts.append(
+            ("trained on", f"{count(summary['tokens'])} tokens" + (f", {number(steps)} steps" if steps else ""))
+        )
+    if is_number(summary.get("tokens_per_second")):
+        facts.append(("speed", f"{count(summary['tokens_per_second'])} tokens/s"))
+    if is_number(summary.get("peak_memory_bytes")):
+        facts.append(("peak memory", memory(summary["peak_memory_bytes"])))
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _analysis(position: int, name: str, result: dict[str, Any], run: RunFiles) -> Analysis:
+    identifier = f"analysis-{position}"
+    tables = dict(result.get("tables", {}))
+    latents: list[Latent] = []
+    latents_note = ""
+    for key, rows in list(tables.items()):
+        if rows and all(row.keys() >= EXAMPLE_KEYS for row in rows):
+            latents, latents_note = _examples(tables.pop(key), tables.get("latents", []), name)
+            break
+    return Analysis(
+        id=identifier,
+        name=name,
+        notes=[str(note) for note in result.get("notes", [])],
+        scalars=[(key, *_shown(value)) for key, value in result.get("scalars", {}).items()],
+        figures=_figures(identifier, result.get("figures", {})),
+        tables=[_table(key, rows, name) for key, rows in tables.items()],
+        latents=latents,
+        latents_note=latents_note,
+        files=[_file(str(path), name, run) for path in result.get("files", [])],
+    )
+
+
+def _shown(value: Any) -> tuple[str, bool]:
+    """A value's text, and whether it has one: an undefined score must look different from a zero."""
+    if isinstance(value, (dict, list)):
+        return _compact(value), True
+    return number(value), number(value) != NOT_DEFINED
+
+
+def _figures(prefix: str, figures: dict[str, dict[str, Any]]) -> list[Figure]:
+    return [
+        Figure(
+            f"{prefix}-figure-{position}", name, {"data": safe(spec["data"]), "layout": safe(_dict(spec.get("layout")))}
+        )
+        for position, (name, spec) in enumerate(figures.items())
+    ]
+
+
+LINK = re.compile(r"<(?=\s*/?\s*a\b)", re.IGNORECASE)
+
+
+def safe(value: Any) -> Any:
+    """`value` as strict JSON (NaN is null) and without links, the one part of plotly's markup that leads away."""
+    if isinstance(value, dict):
+        return {str(key): safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [safe(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return LINK.sub("&lt;", value) if isinstance(value, str) else value
+
+
+def _table(name: str, rows: list[dict[str, Any]], analyzer: str) -> Table:
+    columns = list({str(key): None for row in rows for key in row})
+    shown = rows[:TABLE_ROWS]
+    cells = [[_cell(row.get(column, "")) for column in columns] for row in shown]
+    numeric = [any(is_number(row.get(column)) for row in shown) for column in columns]
+    note = ""
+    if len(rows) > TABLE_ROWS:
+        note = f"The first {TABLE_ROWS:,} of {len(rows):,} rows; all of them are in analysis/{analyzer}/result.json."
+    return Table(name, columns, numeric, cells, note)
+
+
+def _cell(value: Any) -> Cell:
+    if is_number(value):
+        # Identifiers such as a latent's index are read as they are, without separators.
+        return Cell(str(value) if isinstance(value, int) else number(value), float(value))
+    return Cell(_compact(value) if isinstance(value, (dict, list)) else number(value))
+
+
+def _compact(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 400 else text[:399] + "…"
+
+
+def _examples(rows: list[dict[str, Any]], about: list[dict[str, Any]], analyzer: str) -> tuple[list[Latent], str]:
+    """The rows of an `examples` table by latent, in the order in which they come."""
+    facts = {row.get("latent"): row for row in about if not isinstance(row.get("latent"), (dict, list))}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    keys: dict[str, Any] = {}
+    for row in rows:
+        name = _cell(row["latent"]).text
+        groups.setdefault(name, []).append(row)
+        keys[name] = row["latent"]
+    latents = []
+    for name, group in list(groups.items())[:LATENTS]:
+        group = sorted(group, key=lambda row: row["rank"] if is_number(row.get("rank")) else math.inf)
+        known = facts.get(keys[name], {}) if not isinstance(keys[name], (dict, list)) else {}
+        about_it = [(label(str(k)), _cell(v).text) for k, v in known.items() if k != "latent"]
+        strongest = max(
+            (a for row in group for a in (*_list(row.get("activations")), row["activation"]) if is_number(a)), default=0
+        )
+        latents.append(Latent(name, about_it, [(number(row["activation"]), _tokens(row, strongest)) for row in group]))
+    note = ""
+    if len(groups) > LATENTS:
+        note = f"The first {LATENTS} of {len(groups):,} latents; all of them are in analysis/{analyzer}/result.json."
+    return latents, note
+
+
+def _tokens(row: dict[str, Any], strongest: float) -> list[Token]:
+    def share(activation: Any) -> float:
+        return min(max(activation / strongest, 0.0), 1.0) if is_number(activation) and strongest > 0 else 0.0
+
+    texts, activations = _list(row.get("tokens")), _list(row.get("activations"))
+    if texts and len(texts) == len(activations):
+        finite = [a for a in activations if is_number(a)]
+        peak = activations.index(max(finite)) if finite else -1
+        return [
+            Token(_visible(text), share(a), number(a), position == peak)
+            for position, (text, a) in enumerate(zip(texts, activations, strict=True))
+        ]
+    middle = Token(_visible(row["token"]), share(row["activation"]), number(row["activation"]), True)
+    return [Token(_visible(row.get("before") or "")), middle, Token(_visible(row.get("after") or ""))]
+
+
+def _visible(text: Any) -> str:
+    """A token as it can be seen on one line."""
+    return clean(str(text).replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥"))
+
+
+def _file(path: str, analyzer: str, run: RunFiles) -> tuple[str, str | None]:
+    """A file that the analyzer wrote, and a link where it lies in the analyzer's directory."""
+    home = (run.directory / "analysis" / analyzer).resolve()
+    try:
+        inside = (home / path).resolve().is_relative_to(home) and (home / path).is_file()
+    except (OSError, ValueError):
+        inside = False
+    return path, "analysis/" + quote(f"{analyzer}/{path}") if inside else None
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested dictionaries as `section.key` and its value."""
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(item, dict) and item:
+            rows += _flat(item, f"{name}.")
+        elif isinstance(item, list) and all(isinstance(part, str) for part in item):
+            rows.append((name, " ".join(item)))
+        else:
+            rows.append((name, item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)))
+    return rows
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,88 @@
+"""Numbers, durations and names as people read them; shared by the report and the terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+NOT_DEFINED = "not defined"
+
+LABELS = {
+    "l0": "L0",
+    "lr": "learning rate",
+    "fvu": "FVU",
+    "mse": "MSE",
+    "kl": "KL",
+    "ce_recovered": "CE recovered",
+    "concept_auroc": "concept AUROC",
+    "dead": "dead latents",
+    "dead_fraction": "dead fraction",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+}
+
+def label(name: str) -> str:
+    """A key such as `ce_recovered` as the field writes it."""
+    head, slash, rest = name.partition("/")
+    return LABELS.get(head, head.replace("_", " ")) + (f" {slash} {rest.replace('_', ' ')}" if slash else "")
+
+
+def number(value: Any) -> str:
+    """A value at three or four significant digits; None is said in words, because an undefined score is not a zero."""
+    if value is None:
+        return NOT_DEFINED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "-infinite"
+    if value.is_integer() and abs(value) < 1e12:
+        return f"{int(value):,}"
+    if abs(value) >= 1e6 or abs(value) < 0.1:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
+
+
+def count(value: float) -> str:
+    """A count in at most six characters: 4,096, 62.3k, 1.25M, 3.00B."""
+    if abs(value) < 10_000:
+        return f"{value:,.0f}"
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999,960 would read 1000.0k; it belongs to the next size.
+        if abs(value) >= size * 0.9995 or suffix == "k":
+            scaled = value / size
+            return f"{scaled:.2f}{suffix}" if abs(scaled) < 9.995 else f"{scaled:.1f}{suffix}"
+    raise AssertionError("unreachable")
+
+
+def duration(seconds: float) -> str:
+    """0.8 s, 42 s, 3 min 05 s, 2 h 07 min."""
+    if seconds < 9.95:
+        return f"{max(seconds, 0.0):.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory(size: float) -> str:
+    """Bytes as MiB or GiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def percent(fraction: float) -> str:
+    """62 %; a share that is not all of it is never rounded up to 100 %."""
+    return f"{min(int(fraction * 100 + 0.5), 100 if fraction >= 1 else 99)} %"
+
+
+def clean(text: Any) -> str:
+    """Text without control characters: names, warnings and tokens come from outside and must not steer a terminal."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))

@@ -1,0 +1,70 @@
+"""`write_report`: report.html, one file that needs no network and can be sent to somebody."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+
+from saekit.files import whole_file
+from saekit.report.page import page
+from saekit.report.rundir import read_run
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(directory: Path) -> Path:
+    """Build `report.html` from the files of the run directory, and return its path.
+
+    Missing or damaged files are named in the report. Raises UsageError where `directory` is no run directory.
+    """
+    directory = Path(directory)
+    html = render(directory)
+    path = directory / "report.html"
+    with whole_file(path) as temporary:
+        # Text from data sets may hold half of a surrogate pair, which UTF-8 cannot say.
+        temporary.write_bytes(html.encode("utf-8", errors="replace"))
+    return path
+
+
+def render(directory: Path) -> str:
+    """The report as a string."""
+    # Imported here: the terminal imports this package for its words alone.
+    import jinja2
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    content = page(read_run(directory))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    has_figures = content["loss_figures"] or content["measure_figures"] or any(a.figures for a in content["analyses"])
+    scripts = [get_plotlyjs()] if has_figures else []
+    scripts.append(_part("report.js"))
+    return environment.get_template("report.html").render(
+        **content,
+        style=Markup(_part("report.css")),
+        scripts=[Markup(script) for script in scripts],
+        policy=_policy(scripts),
+    )
+
+
+def _part(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+
+
+def _policy(scripts: list[str]) -> str:
+    """A content security policy: nothing is fetched, and no script runs but ours, whatever a data set smuggles in.
+
+    Plotly's WebGL traces compile their drawing code, hence 'unsafe-eval'; its picture download is a data URL.
+    """
+    hashes = (base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return (
+        f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; "
+        "img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )

@@ -1,0 +1,134 @@
+"""`PlainView`: plain lines for logs, pipes and scripts: at the borders of phases, and now and then in between."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from saekit.hookspecs import hookimpl
+from saekit.report.words import clean, count, duration, label, number, percent
+from saekit.terminal.state import Phase, RunState
+from saekit.terminal.summary import render_summary
+
+INTERVAL = 5.0  # seconds between lines at first
+SHARE = 0.05  # a long phase speaks less often: after this share of the time it has taken
+TENTH = 0.1
+
+
+class PlainView:
+    """A listener that prints plain lines to `file` (stderr by default), without control characters."""
+
+    def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file = file
+        self._clock = clock
+        self.state = RunState()
+        self._said: dict[str, tuple[float, float]] = {}  # by phase: when it spoke last, and how far it was
+
+    @hookimpl
+    def run_started(self, run: Any) -> None:
+        self.state.start(run)
+        self._say(f"saekit run {run.directory.path}" + (f" ({self.state.subject})" if self.state.subject else ""))
+
+    @hookimpl
+    def phase_started(self, phase: str, total: int | None) -> None:
+        now = self._clock()
+        self.state.phase(phase).begin(total, now)
+        self._said[phase] = (now, 0.0)
+        self._say(f"{phase}: started")
+
+    @hookimpl
+    def phase_advanced(self, phase: str, done: int) -> None:
+        one = self.state.phase(phase)
+        one.advance(done, self._clock())
+        # Training speaks when it has logged: then it has something to say.
+        if phase != "train" and self._is_due(one):
+            self._say(f"{phase}: {_how_far(one, self._clock())}")
+
+    @hookimpl
+    def phase_ended(self, phase: str, seconds: float) -> None:
+        self.state.phase(phase).end(seconds)
+        self._say(f"{phase}: done in {duration(seconds)}")
+
+    @hookimpl
+    def logged(self, trainer: Any, number: int, values: dict[str, float]) -> None:
+        training = self.state.training_of(trainer)
+        training.log(number + 1, values)
+        phase = self.state.phase("train")
+        if "tokens" in values and phase.total:
+            # The loop logs a step before it counts it as progress.
+            phase.advance(int(values["tokens"]), self._clock())
+        if self._is_due(phase) or training.steps == training.total_steps:
+            self._say(self._training_line(trainer))
+
+    @hookimpl
+    def evaluated(self, metrics: dict[str, float | None]) -> None:
+        self._say("held out: " + ", ".join(f"{label(name)} {number(value)}" for name, value in metrics.items()))
+
+    @hookimpl
+    def analysed(self, name: str, result: Any) -> None:
+        scalars = ", ".join(f"{label(key)} {number(value)}" for key, value in result.scalars.items())
+        self._say(f"analysed {name}: {scalars or 'no scalars'}")
+
+    @hookimpl
+    def warned(self, message: str) -> None:
+        self._say(f"warning: {message}")
+
+    @hookimpl
+    def run_finished(self, summary: dict[str, Any]) -> None:
+        # Whatever the environment says about colours, this view's promise is that there are no control characters.
+        console = Console(file=self._stream, width=100, color_system=None, force_terminal=False, legacy_windows=False)
+        render_summary(summary, console)
+
+    @hookimpl
+    def run_failed(self, error: BaseException) -> None:
+        now = self._clock()
+        for phase in self.state.fail(now):
+            self._say(f"{phase.name}: stopped after {duration(phase.elapsed(now))} by {type(error).__name__}")
+
+    @property
+    def _stream(self) -> TextIO:
+        return self._file or sys.stderr
+
+    def _say(self, text: str) -> None:
+        print(clean(text), file=self._stream, flush=True)
+
+    def _is_due(self, phase: Phase) -> bool:
+        """Whether a tenth of the phase, or time enough, has gone by since its last line; if so, note the new line."""
+        now, fraction = self._clock(), phase.fraction or 0.0
+        then, before = self._said.get(phase.name, (now, 0.0))
+        waited = now - then >= max(INTERVAL, SHARE * phase.elapsed(now))
+        # A hair less than a tenth, since the steps of a short run rarely hit it exactly.
+        if not waited and fraction - before < TENTH - 1e-9:
+            return False
+        self._said[phase.name] = (now, fraction)
+        return True
+
+    def _training_line(self, trainer: Any) -> str:
+        training, phase = self.state.training_of(trainer), self.state.phase("train")
+        values = training.values
+        variant = getattr(trainer, "variant", "")
+        parts = [f"step {training.steps}" + (f"/{training.total_steps}" if training.total_steps else "")]
+        if phase.fraction is not None:
+            parts.append(percent(phase.fraction))
+        if "loss" in values:
+            parts.append(f"loss {number(values['loss'])}")
+        parts += [f"{row.name} {number(row.value)}" for row in training.losses()]
+        parts += [f"{label(name)} {number(value)}" for name, value in training.measures().items()]
+        if "lr" in values:
+            parts.append(f"lr {values['lr']:.3g}")
+        if "tokens_per_second" in values:
+            parts.append(f"{count(values['tokens_per_second'])} tokens/s")
+        left = phase.left(self._clock())
+        if left is not None:
+            parts.append(f"{duration(left)} left")
+        return f"train{f' {variant}' if variant else ''}: " + ", ".join(parts)
+
+
+def _how_far(phase: Phase, now: float) -> str:
+    parts = [percent(phase.fraction)] if phase.fraction is not None else [count(phase.done)]
+    left = phase.left(now)
+    return ", ".join([*parts, f"{duration(left)} left"] if left is not None else parts)

@@ -1,0 +1,146 @@
+"""`render_summary`: what a run came to, in one panel, from the document that stands in `summary.json`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from saekit.report.words import clean, count, duration, label, memory, number
+
+WIDEST = 108
+GAP = 4  # columns between two headline metrics
+
+
+def render_summary(summary: dict[str, Any], console: Console) -> None:
+    """Print the summary to `console`. Keys that are missing are left out; a value of None reads "not defined"."""
+    width = min(console.width, WIDEST)
+    sections: list[RenderableType] = [_what(summary), *_headline(summary, width)]
+    facts = [(clean(name), items) for name, items in _facts(summary)]
+    if facts:
+        names = min(max(cell_len(name) for name, _ in facts), 20)
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(style="dim", width=names, no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, items in facts:
+            table.add_row(Text(name), _flow(items, width - 8 - names))
+        sections += [Text(), table]
+    title = Text(clean(summary.get("run") or "run"), style="bold")
+    spent = sum((summary.get("seconds") or {}).values())
+    subtitle = Text(f"done in {duration(spent)}", style="dim") if spent else None
+    console.print()
+    console.print(
+        Panel(Group(*sections), title=title, title_align="left", subtitle=subtitle, subtitle_align="right",
+              border_style="cyan", padding=(1, 2), width=width)
+    )  # fmt: skip
+    for message in summary.get("warnings") or []:
+        console.print(Padding(Text(f"! {clean(message)}", style="yellow"), (0, 2), expand=False), width=width)
+    if summary.get("warnings"):
+        console.print()
+    # A path is copied: the terminal may wrap it, but no line break is put into it.
+    for name, text in _where(summary):
+        console.print(Text.assemble("  ", (f"{name:<8}", "dim"), clean(text)), soft_wrap=True)
+    console.print()
+
+
+def _what(summary: dict[str, Any]) -> Text:
+    sae = summary.get("sae") or {}
+    line = Text(clean(sae.get("architecture") or "SAE"), style="bold")
+    if sae.get("d_in") and sae.get("d_sae"):
+        line.append(f"  {sae['d_in']:,} -> {sae['d_sae']:,} latents", style="not bold")
+    site = " at ".join(clean(summary[key]) for key in ("model", "hook_point") if summary.get(key))
+    if site:
+        line.append(f"   {site}", style="not bold dim")
+    return line
+
+
+def _headline(summary: dict[str, Any], width: int) -> list[RenderableType]:
+    """The metrics that matter most, side by side; as many rows as they need."""
+    metrics = summary.get("metrics") or {}
+    names = [name for name in summary.get("headline") or [] if name in metrics] or list(metrics)[:6]
+    rows: list[list[str]] = []
+    room = 0
+    for name in names:
+        needed = max(len(label(name)), len(number(metrics[name]))) + GAP
+        if room < needed or not rows:
+            rows.append([])
+            room = width - 6
+        rows[-1].append(name)
+        room -= needed
+    sections: list[RenderableType] = []
+    for row in rows:
+        table = Table.grid(padding=(0, GAP, 0, 0))
+        table.add_row(*(Text(clean(label(name)), style="dim") for name in row))
+        table.add_row(*(_value(metrics[name], "bold cyan") for name in row))
+        sections += [Text(), table]
+    return sections
+
+
+def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, list[Text]]]:
+    """The rows below: a name, and items that are not to be broken."""
+    headline = summary.get("headline") or []
+    rest = {name: value for name, value in (summary.get("metrics") or {}).items() if headline and name not in headline}
+    if rest:
+        yield "also", _pairs(rest)
+    if summary.get("losses"):
+        yield "losses", _pairs(summary["losses"], words=False)
+    for name, scalars in (summary.get("analysis") or {}).items():
+        yield name, _pairs(scalars) if scalars else [Text("no scalars", style="dim")]
+    trained = []
+    if summary.get("tokens"):
+        steps = summary.get("steps")
+        trained.append(f"{count(summary['tokens'])} tokens" + (f" in {steps:,} steps" if steps else ""))
+    if summary.get("tokens_per_second"):
+        trained.append(f"{count(summary['tokens_per_second'])} tokens/s")
+    if summary.get("peak_memory_bytes"):
+        trained.append(f"peak memory {memory(summary['peak_memory_bytes'])}")
+    if trained:
+        yield "trained", [Text(text) for text in trained]
+    if summary.get("seconds"):
+        spent = summary["seconds"].items()
+        yield "time", [Text.assemble((f"{clean(phase)} ", "dim"), duration(seconds)) for phase, seconds in spent]
+
+
+def _pairs(values: dict[str, Any], words: bool = True) -> list[Text]:
+    return [
+        Text.assemble((clean(label(name) if words else name) + " ", "dim"), _value(value, ""))
+        for name, value in values.items()
+    ]
+
+
+def _flow(items: list[Text], width: int) -> Text:
+    """Items one after another; a line is broken between two of them and never inside one."""
+    flow, used = Text(), 0
+    for item in items:
+        if used and used + 3 + item.cell_len > width:
+            flow.append("\n")
+            used = 0
+        flow.append("   " if used else "")
+        flow.append_text(item)
+        used += (3 if used else 0) + item.cell_len
+    return flow
+
+
+def _value(value: Any, style: str) -> Text:
+    return Text(number(None), style="dim italic") if value is None else Text(clean(number(value)), style=style)
+
+
+def _where(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where everything lies, and what one may want to do next."""
+    directory = str(summary.get("directory") or summary.get("run") or ".")
+    quoted = shlex.quote(directory)
+    return [
+        ("run", directory),
+        ("report", str(Path(directory) / "report.html")),
+        ("SAE", str(Path(directory) / "sae")),
+        ("next", f"saekit compare {quoted} OTHER_RUN"),
+        ("", f"saekit report {quoted}"),
+    ]

@@ -1,0 +1,112 @@
+"""`LiveView`: one block on stderr that follows a run through all of its phases."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from saekit.hookspecs import hookimpl
+from saekit.terminal.block import draw
+from saekit.terminal.state import RunState
+from saekit.terminal.summary import render_summary
+
+FRAMES_PER_SECOND = 4  # enough to look alive; a frame takes a few milliseconds from the training
+
+
+class LiveView:
+    """A listener that redraws one block a few times a second, and leaves the summary when the run is over.
+
+    The hooks only write numbers down; drawing happens in rich's own thread, so that seconds go on counting while a
+    model loads. Nothing is written to stdout.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console or Console(stderr=True)
+        self.state = RunState()
+        self._clock = clock
+        self._lock = threading.Lock()  # the drawing thread must not see a dictionary while it grows
+        self._live: Live | None = None
+
+    @hookimpl
+    def run_started(self, run: Any) -> None:
+        self.state.start(run)
+        # Something that prints would break the block: it is led above it. Where stdout goes to a file it is left alone.
+        both = sys.stdout is not None and sys.stdout.isatty()
+        self._live = Live(
+            console=self.console,
+            get_renderable=self._draw,
+            refresh_per_second=FRAMES_PER_SECOND,
+            redirect_stdout=both,
+            transient=True,
+        )
+        self._live.start()
+
+    @hookimpl
+    def phase_started(self, phase: str, total: int | None) -> None:
+        with self._lock:
+            self.state.phase(phase).begin(total, self._clock())
+
+    @hookimpl
+    def phase_advanced(self, phase: str, done: int) -> None:
+        with self._lock:
+            self.state.phase(phase).advance(done, self._clock())
+
+    @hookimpl
+    def phase_ended(self, phase: str, seconds: float) -> None:
+        with self._lock:
+            self.state.phase(phase).end(seconds)
+
+    @hookimpl
+    def training_started(self, trainer: Any) -> None:
+        with self._lock:
+            self.state.training_of(trainer).steps = trainer.number
+
+    @hookimpl
+    def logged(self, trainer: Any, number: int, values: dict[str, float]) -> None:
+        with self._lock:
+            self.state.training_of(trainer).log(number + 1, values)
+
+    @hookimpl
+    def evaluated(self, metrics: dict[str, float | None]) -> None:
+        with self._lock:
+            self.state.metrics.update(metrics)
+
+    @hookimpl
+    def analysed(self, name: str, result: Any) -> None:
+        with self._lock:
+            self.state.analyses[name] = dict(result.scalars)
+
+    @hookimpl
+    def warned(self, message: str) -> None:
+        with self._lock:
+            self.state.warnings.append(message)
+
+    @hookimpl
+    def run_finished(self, summary: dict[str, Any]) -> None:
+        self.close()
+        render_summary(summary, self.console)
+
+    @hookimpl
+    def run_failed(self) -> None:
+        """Leave the terminal as it was, with the block as it stood: what had been reached explains the failure."""
+        with self._lock:
+            self.state.fail(self._clock())
+        if self._live is not None:
+            self.close()
+            self.console.print(self._draw())
+
+    def close(self) -> None:
+        """Take the block away and give the terminal back; safe to call twice."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _draw(self) -> RenderableType:
+        with self._lock:
+            return draw(self.state, self.console.width, self.console.height, self._clock())

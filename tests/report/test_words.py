@@ -1,0 +1,64 @@
+"""Numbers as people read them."""
+
+import math
+
+import pytest
+
+from saekit.report.words import clean, count, duration, label, number, percent
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "not defined"),
+        (0.0, "0"),
+        (0, "0"),
+        (32.0, "32"),
+        (0.91341, "0.9134"),
+        (0.0024, "0.0024"),
+        (1.2345e-7, "1.23e-07"),
+        (12345.6, "12,346"),
+        (1e12 + 0.5, "1e+12"),
+        (4096, "4,096"),
+        (math.nan, "not a number"),
+        (-math.inf, "-infinite"),
+        (True, "yes"),
+        ("text", "text"),
+    ],
+)
+def test_number(value, text):
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(999, "999"), (9999, "9,999"), (12_345, "12.3k"), (999_960, "1.00M"), (1.25e6, "1.25M"), (3e9, "3.00B")],
+)
+def test_count(value, text):
+    assert count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_what_is_not_complete_never_reads_as_complete():
+    assert percent(0.9999) == "99 %"
+    assert percent(1.0) == "100 %"
+
+
+def test_clean_removes_what_could_steer_a_terminal():
+    dirty = "a\x1b[2Jb\x07c\x9bd\u202ee\nf\tg\u00a0h"
+    cleaned = clean(dirty)
+    assert cleaned.isprintable()
+    assert cleaned.endswith("e f g h")
+
+
+def test_labels_keep_the_rest_of_a_key():
+    assert label("ce_recovered") == "CE recovered"
+    assert label("concept_auroc/python_code") == "concept AUROC / python code"
+    assert label("hoyer_share") == "hoyer share"

@@ -1,0 +1,106 @@
+"""The summary at the end, and its picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from rich.console import Console
+
+from saekit.terminal.picture import main, picture
+from saekit.terminal.summary import render_summary
+
+
+def text_of(summary: dict, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    render_summary(summary, console)
+    return console.file.getvalue()
+
+
+def test_says_what_was_trained_what_came_out_and_where_it_lies(document):
+    text = text_of(document)
+    for part in (
+        "topk  256 -> 4,096 latents",
+        "organism at blocks.2.hook_out",
+        "819.2k tokens in 400 steps",
+        "16.4k tokens/s",
+    ):
+        assert part in text
+    for part in ("0.9134", "0.9512", "not defined", "peak memory 1.50 GiB", "done in 1 min 20 s", "evaluate 6.0 s"):
+        assert part in text
+    for part in (
+        "steer",
+        "strength 15",
+        "hoyer 22.50",
+        "dead fraction 0.0024",
+        "had nothing to say [in 12 of 488 steps]",
+    ):
+        assert part in text
+    directory = document["directory"]
+    for part in (f"{directory}/report.html", f"saekit report {directory}", f"saekit compare {directory}"):
+        assert part in text
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_keeps_its_width_and_every_headline_metric(document, width):
+    text = text_of(document, width)
+    panel = [line for line in text.splitlines() if line[:1] in "╭│╰"]
+    assert {len(line) for line in panel if line} == {min(width, 108)}
+    for value in ("0.9134", "0.9512", "32", "not defined"):
+        assert value in text
+
+
+def test_an_empty_document_is_no_error():
+    assert "run" in text_of({})
+    nothing = dict.fromkeys(("sae", "metrics", "headline", "analysis", "losses", "seconds", "warnings", "tokens"))
+    assert "run" in text_of(nothing)
+
+
+def test_a_long_path_is_not_broken(document):
+    directory = "/a/very/long/path" * 12
+    assert f"{directory}/report.html\n" in text_of({**document, "directory": directory}, 60)
+
+
+def test_no_item_is_broken(document):
+    for width in range(40, 110):
+        assert "evaluate 6.0 s" in text_of(document, width)
+
+
+def test_a_path_with_spaces_can_be_pasted(document):
+    assert "saekit report 'my runs/a'" in text_of({**document, "directory": "my runs/a"})
+
+
+def test_markup_and_escapes_in_names_stay_text(document):
+    bad = "[bold]\x1b[31m[/x]"
+    text = text_of(
+        {**document, "run": bad, "warnings": [bad], "analysis": {bad: {bad: bad}}, "model": bad, "losses": {bad: 1.0}}
+    )
+    assert text.count("[bold]") >= 5 and "\x1b" not in text
+
+
+def test_the_picture_is_valid_svg_that_fetches_nothing(document, tmp_path):
+    history = [
+        {"step": s, "seconds": s / 10, "loss": 1 / (s + 1), "loss/mse": 1 / (s + 1), "weight/mse": 1.0}
+        for s in range(400)
+    ]
+    svg = picture(document, history)
+    root = ElementTree.fromstring(svg)
+    assert root.tag.endswith("svg")
+    words = "".join(root.itertext()).replace("\xa0", " ")
+    for part in ("step 400 of 400", "mse", "0.9134", "saekit compare"):
+        assert part in words
+    assert "@font-face" not in svg
+    assert not re.search(r"url\((?!#)|href=", svg)
+    (tmp_path / "summary.json").write_text(json.dumps(document))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)))
+    assert main([str(tmp_path), str(tmp_path / "out.svg")]) == 0
+    assert (tmp_path / "out.svg").read_text(encoding="utf-8") == svg
+
+
+def test_the_picture_of_an_unfinished_run_is_refused(tmp_path, capsys):
+    (tmp_path / "run.toml").write_text("")
+    assert main([str(tmp_path), str(tmp_path / "out.svg")]) == 2
+    assert "has no readable summary.json" in capsys.readouterr().err
