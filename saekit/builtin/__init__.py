@@ -11,13 +11,42 @@ from saekit.hookspecs import hookimpl
 @hookimpl
 def saekit_architectures() -> Iterator[Component]:
     yield Component("standard", "saekit.builtin.architectures:Standard", "ReLU; sparse by an l1 loss.")
+    yield Component("clipped", "saekit.builtin.architectures:Clipped", "ReLU clipped at a cap; sparse by an l1 loss.")
     yield Component("topk", "saekit.builtin.architectures:TopK", "The k largest pre-activations of each row.")
+    yield Component("batchtopk", "saekit.builtin.batchtopk:BatchTopK", "The largest pre-activations of a whole batch.")
+    yield Component(
+        "matryoshka",
+        "saekit.builtin.batchtopk:Matryoshka",
+        "BatchTopK with nested dictionaries.",
+        provides=("nested_reconstructions",),
+    )
+    yield Component(
+        "jumprelu", "saekit.builtin.jumprelu:JumpReLU", "A learned threshold for each latent.", provides=("l0_gradient",)
+    )
+    yield Component(
+        "gated", "saekit.builtin.gated:Gated", "Separate paths decide whether and how much.", provides=("gate_activations",)
+    )
 
 
 @hookimpl
 def saekit_losses() -> Iterator[Component]:
     yield Component("mse", "saekit.builtin.losses:mse", "Squared reconstruction error.")
     yield Component("l1", "saekit.builtin.losses:l1", "L1 norm of the code.")
+    yield Component("l0", "saekit.builtin.losses:gate_sum", "Number of active latents.", needs=("l0_gradient",))
+    yield Component("gate_l1", "saekit.builtin.losses:gate_sum", "L1 norm of the gates.", needs=("gate_activations",))
+    yield Component(
+        "gated_aux",
+        "saekit.builtin.losses:gated_aux",
+        "The gates alone rebuild the input through a frozen decoder.",
+        needs=("gate_activations",),
+    )
+    yield Component(
+        "matryoshka",
+        "saekit.builtin.losses:matryoshka",
+        "Squared error of every nested dictionary.",
+        needs=("nested_reconstructions",),
+    )
+    yield Component("decorrelation", "saekit.builtin.losses:Decorrelation", "Squared correlations between latents.")
     yield Component("auxk", "saekit.builtin.losses:AuxK", "Dead latents rebuild what the living ones missed.")
 
 

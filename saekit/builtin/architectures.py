@@ -19,15 +19,74 @@ DecoderNorm = Annotated[
 
 
 class Standard(SparseAutoencoder):
-    """ReLU of the pre-activations (Bricken et al. 2023, Towards Monosemanticity); sparse by an `l1` loss."""
+    """ReLU of the pre-activations (Bricken et al. 2023, Towards Monosemanticity); sparse by an `l1` loss.
+
+    The code begins dense and becomes sparse: it is compressed once fewer than `sparse_below` of its entries are
+    active, which is looked at every `look_every` batches. Both ways give the same numbers up to rounding.
+    """
 
     saelens_name = "standard"
+    sparse_below = 0.1
+    look_every = 16
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: DecoderNorm = "unit") -> None:
         super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+        self._density, self._batches = 1.0, 0
+
+    def activation(self, z: Tensor) -> Tensor:
+        """The gate, elementwise; zero for what is not positive."""
+        return z.relu()
 
     def gate(self, x: Tensor, centred: Tensor) -> Code:
-        return self.dense_code(x, torch.addmm(self.b_enc, centred, self.W_enc).relu())  # [batch, d_sae]
+        if self._density >= self.sparse_below:
+            code: Code = self.dense_code(x, self.activation(torch.addmm(self.b_enc, centred, self.W_enc)))
+        else:
+            pre = self.dense_pre(centred)  # [batch, d_sae]
+            pattern = Pattern.of_mask(pre > 0)
+            code = self.sparse_code(x, pattern, self.activation(self.pre_at(centred, pre, pattern)))
+        if self._batches % self.look_every == 0:
+            self._density = float(code.count().mean()) / self.d_sae
+        self._batches += 1
+        return code
+
+    def path_state(self) -> dict[str, Any]:
+        return {"density": self._density, "batches": self._batches}
+
+    def load_path_state(self, state: dict[str, Any]) -> None:
+        self._density, self._batches = state["density"], state["batches"]
+
+
+class Clipped(Standard):
+    """ReLU clipped at `cap`: no latent can say more than that (as in ReLU6).
+
+    Unit decoder rows with the gradient along each row removed have exactly the gradient that flows through a
+    normalisation of the rows, and one pass less.
+    """
+
+    saelens_name = None
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        d_out: int | None = None,
+        *,
+        cap: Annotated[float, Field(gt=0, description="The largest activation a latent can have.")] = 6.0,
+        decoder_norm: DecoderNorm = "unit",
+    ) -> None:
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+        self.cap = cap
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "cap": self.cap}
+
+    def activation(self, z: Tensor) -> Tensor:
+        return z.clamp(0.0, self.cap)
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        super().rescale(scale)
+        self.cap /= scale
 
 
 class TopK(SparseAutoencoder):

@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from saekit.sae.code import SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse
 from saekit.training.step import Step
 
@@ -27,6 +28,58 @@ def l1(
     if by_decoder_norm:
         return step.code.weighted_sum(step.sae.W_dec.norm(dim=1)).mean()
     return step.code.sum().mean()
+
+
+def gate_sum(step: Step) -> torch.Tensor:
+    """Mean over the batch of the sum of the gates: L0 for jumprelu (Rajamanoharan et al. 2024b, eq. 9, with its
+    straight-through gradient), the L1 norm of the ReLU'd gates for gated (Rajamanoharan et al. 2024a, eq. 8)."""
+    return _sparse(step).gate_sum().mean()
+
+
+def gated_aux(step: Step) -> torch.Tensor:
+    """Squared error of what the ReLU'd gates alone rebuild through a frozen decoder (Rajamanoharan et al. 2024a, eq. 8)."""
+    code, sae = _sparse(step), step.sae
+    assert code.gates is not None  # promised by the need `gate_activations`
+    rebuilt = decode_sparse(code.gates, sae.W_dec.detach(), sae.b_dec.detach(), code.pattern)
+    return (step.target - rebuilt).square().mean()
+
+
+def matryoshka(step: Step) -> torch.Tensor:
+    """Squared error of each nested dictionary's reconstruction, averaged over them, batch and coordinates
+    (Bussmann et al. 2025, eq. 3). It takes the place of `mse`: the whole dictionary is the last of them."""
+    nested = step.sae.nested_reconstructions(step.code)  # [prefixes, batch, d_out]
+    return (step.target - nested).square().mean()
+
+
+class Decorrelation:
+    """Mean squared correlation between the activations of different latents, over the batch.
+
+    Taken on the `latents` that fired most in the batch, so that [batch, d_sae] is never built; a latent that
+    hardly varies says nothing and is left out.
+    """
+
+    def __init__(
+        self, *, latents: Annotated[int, Field(gt=1, description="How many of the most frequent latents take part.")] = 256
+    ) -> None:
+        self.latents = latents
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        code = step.code
+        chosen = code.fired().topk(min(self.latents, code.d_sae)).indices
+        values = code.columns(chosen)  # [batch, n]
+        centred = values - values.mean(0)
+        spread = centred.square().sum(0)  # [n]
+        varies = spread.detach() > 1e-6 * values.detach().square().sum(0)
+        scaled = centred * torch.where(varies, spread, 1.0).rsqrt() * varies
+        correlation = scaled.t() @ scaled  # [n, n], ones on the diagonal of those that vary
+        n = correlation.shape[0]
+        off_diagonal = correlation - torch.diag(correlation.diagonal())
+        return off_diagonal.square().sum() / max(1, n * (n - 1))
+
+
+def _sparse(step: Step) -> SparseCode:
+    assert isinstance(step.code, SparseCode)  # only compressed codes have gates, and the plan has checked the need
+    return step.code
 
 
 class AuxK:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from saekit.files import plain, write_text
 from saekit.hookspecs import hookimpl
 
 
@@ -31,13 +32,13 @@ class JsonLines:
         kept = [line for line in _whole_lines(self._path) if line["step"] < trainer.number]
         if kept:
             self._started -= kept[-1]["seconds"]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))  # whole, or as it was
         self._file = self._path.open("a", encoding="utf-8")
 
     @hookimpl
     def logged(self, number: int, values: dict[str, float]) -> None:
         assert self._file is not None
-        line = {"step": number, "seconds": round(time.perf_counter() - self._started, 3), **values}
+        line = {"step": number, "seconds": round(time.perf_counter() - self._started, 3), **plain(values)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -62,7 +63,10 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or "step" not in line or "seconds" not in line:
+            break
+        lines.append(line)
     return lines

@@ -44,6 +44,14 @@ class SparseAutoencoder(nn.Module):
         self.W_dec = nn.Parameter(torch.empty(d_sae, self.d_out))
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
 
+    def path_state(self) -> dict[str, Any]:
+        """Plain values that decide how, not what, is computed; a checkpoint keeps them, so that a resumed run rounds
+        alike. Empty unless the architecture chooses between ways of computing."""
+        return {}
+
+    def load_path_state(self, state: dict[str, Any]) -> None:
+        """Restore what `path_state` gave."""
+
     def options(self) -> dict[str, Any]:
         """The options this SAE was built with, so that it can be built again: what `sae/cfg.json` keeps."""
         return {"decoder_norm": self.decoder_norm}
@@ -60,7 +68,8 @@ class SparseAutoencoder(nn.Module):
             self.W_enc.copy_(rows.t())
         else:
             self.W_enc.copy_(nn.functional.normalize(torch.randn(self.d_sae, self.d_in, generator=generator), dim=1).t())
-        self.b_enc.zero_()
+        if self.b_enc is not None:  # an architecture may have other biases in its place
+            self.b_enc.zero_()
         self.b_dec.copy_(sample.mean(0))
 
     def centred(self, x: Tensor) -> Tensor:
@@ -99,9 +108,9 @@ class SparseAutoencoder(nn.Module):
             chosen = pre[pattern.rows, pattern.indices]
         return encode_selected(centred, self.W_enc, self.b_enc, chosen, pattern)
 
-    def sparse_code(self, x: Tensor, pattern: Pattern, values: Tensor) -> SparseCode:
-        """The code with `values` [nnz] at `pattern`."""
-        return SparseCode(pattern, values, lambda wanted: self.pre_activations(x, wanted))
+    def sparse_code(self, x: Tensor, pattern: Pattern, values: Tensor, gates: Tensor | None = None) -> SparseCode:
+        """The code with `values` [nnz] at `pattern`; see `SparseCode.gates` for the last."""
+        return SparseCode(pattern, values, lambda wanted: self.pre_activations(x, wanted), gates)
 
     def dense_code(self, x: Tensor, activations: Tensor) -> DenseCode:
         """The code held whole: activations [batch, d_sae], with their gradient."""

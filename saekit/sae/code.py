@@ -79,10 +79,17 @@ class Code(ABC):
 class SparseCode(Code):
     """Compressed rows of (latent, activation) pairs. An entry may itself be zero (a top-k value cut by the ReLU)."""
 
-    def __init__(self, pattern: Pattern, values: Tensor, pre_activations: PreActivations | None = None) -> None:
+    def __init__(
+        self,
+        pattern: Pattern,
+        values: Tensor,
+        pre_activations: PreActivations | None = None,
+        gates: Tensor | None = None,
+    ) -> None:
         super().__init__(pre_activations)
         self.pattern = pattern
         self.values = values  # [nnz]
+        self.gates = gates  # [nnz], what the architecture's own sparsity loss sums; None where it has no gate to learn
         self.d_sae = pattern.d_sae
 
     def __len__(self) -> int:
@@ -104,6 +111,12 @@ class SparseCode(Code):
 
     def count(self) -> Tensor:
         return self._row_sum((self.values.detach() != 0).to(self.values.dtype))
+
+    def gate_sum(self) -> Tensor:
+        """Sum of each row's gates, with the architecture's own gradient: [batch]. ValueError where there are none."""
+        if self.gates is None:
+            raise ValueError("This architecture has no gates to learn.")
+        return self._row_sum(self.gates)
 
     def column(self, latent: int) -> Tensor:
         return self._row_sum(self.values * (self.pattern.indices == latent))

@@ -168,7 +168,7 @@ class _Decode(torch.autograd.Function):
         return d_values, d_W, d_b, None
 
 
-def encode_selected(x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: Tensor, pattern: Pattern) -> Tensor:
+def encode_selected(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, selected: Tensor, pattern: Pattern) -> Tensor:
     """The selected pre-activations [nnz], with gradients to x, W_enc and b_enc through those entries alone."""
     return _Encode.apply(x, W_enc, b_enc, selected, pattern)
 

@@ -1,0 +1,145 @@
+"""BatchTopK and Matryoshka: the k largest activations a row on average, chosen over the whole batch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from saekit.builtin.architectures import DecoderNorm
+from saekit.errors import UsageError
+from saekit.sae.base import SparseAutoencoder
+from saekit.sae.code import Code, SparseCode
+from saekit.sae.kernels import Pattern, decode_sparse
+
+
+class BatchTopK(SparseAutoencoder):
+    """The k * batch largest pre-activations of a batch, through a ReLU (Bussmann, Leask and Nanda 2024).
+
+    At inference a row's code must not depend on its neighbours: what exceeds `threshold`, the running mean of the
+    smallest activation that was kept in training, is active.
+    """
+
+    saelens_name = "jumprelu"
+    candidates = 4
+    """A row's largest `candidates * k` are looked at first; where that could miss one, the whole batch is."""
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        d_out: int | None = None,
+        *,
+        k: Annotated[int, Field(gt=0, description="Latents active in each row, on average.")] = 32,
+        threshold_memory: Annotated[
+            float, Field(ge=0, lt=1, description="How much of the running threshold stays from step to step.")
+        ] = 0.99,
+        decoder_norm: DecoderNorm = "unit",
+    ) -> None:
+        if k > d_sae:
+            raise UsageError(f"architecture.k: {k} latents cannot be active of d_sae = {d_sae}. Lower k or raise d_sae.")
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+        self.k, self.threshold_memory = k, threshold_memory
+        self.register_buffer("threshold", torch.tensor(-1.0))  # below zero: no batch has been seen
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "k": self.k, "threshold_memory": self.threshold_memory}
+
+    def gate(self, x: Tensor, centred: Tensor) -> Code:
+        pre = self.dense_pre(centred)  # [batch, d_sae]
+        if self.training:
+            pattern = self._largest_of_batch(pre)
+            values = self.pre_at(centred, pre, pattern).relu()
+            self._follow(values.detach())
+        else:
+            pattern = Pattern.of_mask(pre > self.threshold.clamp_min(0.0))
+            values = self.pre_at(centred, pre, pattern)
+        return self.sparse_code(x, pattern, values)
+
+    @torch.no_grad()
+    def _largest_of_batch(self, pre: Tensor) -> Pattern:
+        """The k * batch largest entries, found among each row's largest where that is exact."""
+        batch, wanted = pre.shape[0], self.k * pre.shape[0]
+        width = min(self.candidates * self.k, self.d_sae)
+        values, latents = pre.topk(width, dim=1, sorted=False)  # [batch, width]
+        chosen = values.reshape(-1).topk(wanted, sorted=False).indices  # [wanted]
+        rows = chosen.div(width, rounding_mode="floor")
+        full_rows = torch.bincount(rows, minlength=batch) == width
+        if width < self.d_sae and bool(full_rows.any()):  # such a row may have had more to give
+            chosen = pre.reshape(-1).topk(wanted, sorted=False).indices.sort().values
+            return Pattern.of_rows(chosen // self.d_sae, chosen % self.d_sae, batch, self.d_sae)
+        chosen = chosen.sort().values
+        return Pattern.of_rows(chosen // width, latents.reshape(-1)[chosen], batch, self.d_sae)
+
+    @torch.no_grad()
+    def _follow(self, values: Tensor) -> None:
+        """Move the threshold towards the smallest activation of this batch; without waiting for the device."""
+        positive = torch.where(values > 0, values, torch.inf)
+        smallest = positive.min()
+        smallest = torch.where(torch.isfinite(smallest), smallest, self.threshold)
+        moved = torch.lerp(smallest, self.threshold, self.threshold_memory)
+        self.threshold.copy_(torch.where(self.threshold < 0, smallest, moved))
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        super().rescale(scale)
+        self.threshold.div_(scale)
+
+    def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As a jumprelu with one threshold for all latents, which is what it is at inference."""
+        cfg, tensors = super().to_saelens()
+        threshold = self.threshold.clamp_min(0.0).expand(self.d_sae)
+        return cfg, {**tensors, "threshold": threshold}
+
+    def from_saelens(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        threshold = tensors["threshold"]
+        return {**{k: v for k, v in tensors.items() if k != "threshold"}, "threshold": threshold[0].clone()}
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK whose first latents rebuild the input on their own (Bussmann, Nabeshima, Karvonen and Nanda 2025).
+
+    `prefixes` are the sizes of nested dictionaries; the loss `matryoshka` asks every one of them for a reconstruction.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        d_out: int | None = None,
+        *,
+        k: Annotated[int, Field(gt=0, description="Latents active in each row, on average.")] = 32,
+        prefixes: Annotated[
+            list[int] | None,
+            Field(description="Sizes of the nested dictionaries; by default d_sae / 16, / 8, / 4, / 2 and d_sae."),
+        ] = None,
+        threshold_memory: Annotated[
+            float, Field(ge=0, lt=1, description="How much of the running threshold stays from step to step.")
+        ] = 0.99,
+        decoder_norm: DecoderNorm = "unit",
+    ) -> None:
+        super().__init__(d_in, d_sae, d_out, k=k, threshold_memory=threshold_memory, decoder_norm=decoder_norm)
+        sizes = prefixes or sorted({max(1, d_sae // part) for part in (16, 8, 4, 2, 1)})
+        if sizes != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] > d_sae:
+            raise UsageError(f"architecture.prefixes: {sizes} must rise, from 1 at least to d_sae = {d_sae} at most.")
+        self.prefixes = sizes if sizes[-1] == d_sae else [*sizes, d_sae]
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "prefixes": self.prefixes}
+
+    def nested_reconstructions(self, code: SparseCode) -> Tensor:
+        """What each prefix of the dictionary rebuilds: [len(prefixes), batch, d_out].
+
+        Each entry is decoded once, into the sum of its own ring of latents; prefixes are running sums of rings."""
+        pattern = code.pattern
+        bounds = torch.tensor(self.prefixes, device=pattern.indices.device)
+        ring = torch.bucketize(pattern.indices, bounds, right=True)  # [nnz] which ring each entry's latent is in
+        bag = pattern.rows * len(self.prefixes) + ring
+        order = bag.argsort(stable=True)
+        rings = Pattern.of_rows(bag[order], pattern.indices[order], len(code) * len(self.prefixes), self.d_sae)
+        sums = decode_sparse(code.values[order], self.W_dec, torch.zeros_like(self.b_dec), rings)
+        return sums.view(len(code), len(self.prefixes), self.d_out).transpose(0, 1).cumsum(0) + self.b_dec

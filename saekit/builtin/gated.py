@@ -1,0 +1,58 @@
+"""Gated: one path decides whether a latent is active, another how much."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saekit.builtin.architectures import DecoderNorm
+from saekit.sae.base import SparseAutoencoder
+from saekit.sae.code import Code
+from saekit.sae.kernels import Pattern, encode_selected
+
+
+class Gated(SparseAutoencoder):
+    """f = H(gate) * ReLU(magnitude) (Rajamanoharan et al. 2024a, Improving Dictionary Learning with Gated SAEs).
+
+    Both paths share one product, `shared = (x - b_dec) @ W_enc`: gate = shared + b_gate, magnitude = exp(r_mag) * shared
+    + b_mag (eqs. 5 and 6). The gate learns through the loss `gated_aux`, whose support is every open gate.
+    """
+
+    saelens_name = "gated"
+
+    def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: DecoderNorm = "unit") -> None:
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+        self.register_parameter("b_enc", None)
+        self.b_gate = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+
+    def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        """The gate's pre-activations: [batch, n]."""
+        if latents is None:
+            return torch.addmm(self.b_gate, self.centred(x), self.W_enc)
+        return torch.addmm(self.b_gate[latents], self.centred(x), self.W_enc[:, latents])
+
+    def gate(self, x: Tensor, centred: Tensor) -> Code:
+        with torch.no_grad():
+            shared = centred @ self.W_enc  # [batch, d_sae]
+            pattern = Pattern.of_mask(shared > -self.b_gate)
+            chosen = shared[pattern.rows, pattern.indices]  # [nnz]
+        z = encode_selected(centred, self.W_enc, None, chosen, pattern)
+        latents = pattern.indices
+        magnitude = torch.exp(self.r_mag)[latents] * z + self.b_mag[latents]
+        gates = z + self.b_gate[latents]  # positive on the whole pattern, so this is ReLU(gate)
+        return self.sparse_code(x, pattern, magnitude.relu(), gates)
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        self.b_gate.div_(scale)
+        self.b_mag.div_(scale)
+        self.b_dec.div_(scale)
+
+    def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        cfg, tensors = super().to_saelens()
+        del tensors["b_enc"]
+        return cfg, {**tensors, "b_gate": self.b_gate, "b_mag": self.b_mag, "r_mag": self.r_mag}

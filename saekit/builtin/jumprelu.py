@@ -1,0 +1,89 @@
+"""JumpReLU: a threshold for each latent, learned through straight-through estimators."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from saekit.builtin.architectures import DecoderNorm
+from saekit.sae.base import SparseAutoencoder
+from saekit.sae.code import Code
+from saekit.sae.kernels import Pattern
+
+
+class _Jump(torch.autograd.Function):
+    """JumpReLU and its gate at some entries (Rajamanoharan et al. 2024b, eqs. 10 to 12), for z, theta of [nnz].
+
+    Forward: z * H(z - theta), and H(z - theta). Backward, with K the rectangle of width `bandwidth` about theta:
+    d jump / d theta = -theta / bandwidth * K, d gate / d theta = -1 / bandwidth * K, d jump / d z = H, d gate / d z = 0.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        gate = (z > theta).to(z.dtype)
+        ctx.save_for_backward(z, theta, gate)
+        ctx.bandwidth = bandwidth
+        return z * gate, gate
+
+    @staticmethod
+    def backward(ctx, d_jump: Tensor, d_gate: Tensor):
+        z, theta, gate = ctx.saved_tensors
+        window = ((z - theta).abs() < ctx.bandwidth / 2).to(z.dtype) / ctx.bandwidth
+        return d_jump * gate, -(theta * d_jump + d_gate) * window, None
+
+
+class JumpReLU(SparseAutoencoder):
+    """z where z exceeds the latent's own threshold, else zero (Rajamanoharan et al. 2024b, Jumping Ahead).
+
+    The thresholds learn from latents within half a `bandwidth` of them, active or not: those entries are kept in the
+    code with the value zero, so that the gradient's support is exactly the estimator's. Goes with the loss `l0`.
+    The threshold is a parameter itself, not its logarithm, and is kept from falling below zero, as sae_lens does:
+    Adam moves a logarithm too slowly over a short run.
+    """
+
+    saelens_name = "jumprelu"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        d_out: int | None = None,
+        *,
+        threshold: Annotated[float, Field(ge=0, description="Every threshold at the start.")] = 0.1,
+        bandwidth: Annotated[float, Field(gt=0, description="Width of the window that a threshold learns from.")] = 0.1,
+        decoder_norm: DecoderNorm = "unit",
+    ) -> None:
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+        self.initial_threshold, self.bandwidth = threshold, bandwidth
+        self.threshold = nn.Parameter(torch.full((d_sae,), threshold))
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "threshold": self.initial_threshold, "bandwidth": self.bandwidth}
+
+    def gate(self, x: Tensor, centred: Tensor) -> Code:
+        pre = self.dense_pre(centred)  # [batch, d_sae]
+        if not self.training:
+            pattern = Pattern.of_mask(pre > self.threshold)
+            return self.sparse_code(x, pattern, self.pre_at(centred, pre, pattern))
+        pattern = Pattern.of_mask(pre > self.threshold.detach() - self.bandwidth / 2)
+        z = self.pre_at(centred, pre, pattern)
+        values, gates = _Jump.apply(z, self.threshold[pattern.indices], self.bandwidth)
+        return self.sparse_code(x, pattern, values, gates)
+
+    @torch.no_grad()
+    def constrain_weights(self) -> None:
+        super().constrain_weights()
+        self.threshold.clamp_min_(0.0)
+
+    @torch.no_grad()
+    def rescale(self, scale: float) -> None:
+        super().rescale(scale)
+        self.threshold.div_(scale)
+        self.bandwidth /= scale
+
+    def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        cfg, tensors = super().to_saelens()
+        return cfg, {**tensors, "threshold": self.threshold}
