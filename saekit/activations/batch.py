@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,8 @@ class Activations:
     def map(self, function) -> Activations:
         """`function` applied to every tensor that is there."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Activations(**{name: None if v is None else function(v) for name, v in values.items()})
+        changed: dict[str, Any] = {name: None if v is None else function(v) for name, v in values.items()}
+        return Activations(**changed)
 
     def rows(self, index: Tensor | slice) -> Activations:
         """Some rows, by index or slice."""
@@ -49,7 +50,7 @@ class Activations:
 
         if len(parts) == 1:
             return parts[0]
-        columns = {}
+        columns: dict[str, Any] = {}
         for f in fields(Activations):
             values = [getattr(part, f.name) for part in parts]
             columns[f.name] = None if values[0] is None else torch.cat(values)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saekit.errors import SaekitError, UsageError, near_names
+from saekit.errors import UsageError, near_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +61,7 @@ def read_documents(
 
 
 def find_files(data: str) -> list[Path] | None:
-    """The files that `data` means, sorted; None where it is the name of a data set. UsageError where nothing is found."""
+    """The files that `data` means, sorted; None where it is the name of a data set. UsageError if nothing is there."""
     path = Path(data).expanduser()
     kinds = ", ".join(SUFFIXES)
     if path.is_file():
@@ -187,7 +187,8 @@ def _text_of(record: dict[str, Any], path: Path, number: int, column: str) -> st
         lacking, total = _count_lacking(path, column)
         raise UsageError(
             f"{path}, line {number}: has no key {column!r} ({lacking} of {total} lines have none). "
-            f"Its keys: {', '.join(map(repr, record)) or 'none'}.{near_names(column, record)} Set column to one of them."
+            f"Its keys: {', '.join(map(repr, record)) or 'none'}.{near_names(column, record)} "
+            "Set column to one of them."
         )
     text = record[column]
     if not isinstance(text, str):
@@ -286,13 +287,12 @@ def _check_reachable(name: str) -> None:
         raise UsageError(f"data {name!r}: no such file, not in the local cache, and HF_HUB_OFFLINE is set. {fix}")
     try:
         HfApi().dataset_info(name, timeout=_TIMEOUT)
-    except SaekitError:
-        raise
     except RepositoryNotFoundError:
         raise UsageError(f"data {name!r}: neither a file nor a data set of the Hugging Face hub. {fix}") from None
     except Exception as error:  # whichever of the client's network errors
         raise UsageError(
-            f"data {name!r}: no such file, and the Hugging Face hub cannot be reached ({type(error).__name__}: {error}). {fix}"
+            f"data {name!r}: no such file, and the Hugging Face hub cannot be reached "
+            f"({type(error).__name__}: {error}). {fix}"
         ) from None
 
 

@@ -60,9 +60,13 @@ class HarvestSource:
         self.subject, self._splits, self._data = self.prepare(self._device, getattr(torch, self.model_dtype))
         limit = self.subject.context
         if limit is not None and self.context > limit:
-            raise UsageError(f"context = {self.context}: {self.subject.name} takes {limit} tokens at most. Lower context.")
+            raise UsageError(
+                f"context = {self.context}: {self.subject.name} takes {limit} tokens at most. Lower context."
+            )
         self.d_in = self.d_out = self.subject.width()
-        self._special = np.asarray(sorted(self.subject.tokenizer.all_special_ids) if self.drop_special else [], dtype=np.int64)
+        self._special = np.asarray(
+            sorted(self.subject.tokenizer.all_special_ids) if self.drop_special else [], dtype=np.int64
+        )
 
     def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
         """Blocks `start`, `start + 1`, ... of about `size` activations; see `contracts.Source.blocks`.

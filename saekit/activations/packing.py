@@ -32,7 +32,7 @@ class HasText(Protocol):
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Documents as tokens, held in memory: 4 bytes a token and 16 bytes a document.
+    """Documents as tokens, held in memory: 4 bytes a token (8 while it is made) and 16 bytes a document.
 
     ids: [N] int32, every document's tokens followed by EOS (where the tokenizer has one).
     offsets: [D + 1] int64, document i is `ids[offsets[i]:offsets[i + 1]]`. hashes: [D] uint64, of each text.
@@ -51,7 +51,7 @@ class TokenStore:
 
 
 def tokenise(documents: Iterable[HasText], tokenizer: Any) -> TokenStore:
-    """Every document's tokens, without special ones but for an EOS after each; about two megabytes of text at a time."""
+    """Every document's tokens, with no special one but an EOS after each; about two megabytes of text at a time."""
     eos = tokenizer.eos_token_id
     pieces: list[np.ndarray] = []
     lengths: list[int] = []
@@ -197,7 +197,9 @@ class MixedRows:
             kinds = self._kinds[slots]
             return kinds, cycles * self.weights[kinds] + self._ranks[slots]
         if self._once is None:
-            times = np.concatenate([(np.arange(p.count) + 0.5) / w for p, w in zip(self.parts, self.weights, strict=True)])
+            times = np.concatenate(
+                [(np.arange(p.count) + 0.5) / w for p, w in zip(self.parts, self.weights, strict=True)]
+            )
             order = np.argsort(times, kind="stable")
             counts = [part.count for part in self.parts]
             self._once = (

@@ -31,7 +31,7 @@ class ShuffledBatches:
     caller's thread. An exception of the source reaches the caller of `next` as it was raised. `close`, or leaving
     the `with` block, ends the thread: at once where the source calls `stop_point`, else when its block is done.
 
-    Memory: prefetch + 1 blocks, one more while a source keeps hold of the one it has given, and one batch.
+    Memory: prefetch + 1 blocks and one batch; one block more where a source keeps hold of the one it has given.
     """
 
     def __init__(
@@ -110,9 +110,12 @@ class _Ahead(threading.Thread):
         self._source = blocks
         self._room = threading.Semaphore(count)
         self._ready: queue.SimpleQueue[Activations | BaseException] = queue.SimpleQueue()
+        self._torch_threads = torch.get_num_threads()
         self.start()
 
     def run(self) -> None:
+        """Harvest until stopped, until the source ends or until it fails."""
+        torch.set_num_threads(self._torch_threads)  # per thread; another number may give other last bits
         while True:
             self._room.acquire()
             if self.stopping.is_set():

@@ -3,7 +3,8 @@
 A hook point is named in one of three ways:
 
 * residual-stream names, on any model that keeps its decoder blocks in one `nn.ModuleList`:
-  `blocks.2.hook_out` (or `hook_resid_post`), what block 2 gives; `blocks.2.hook_in` (or `hook_resid_pre`), what it is given;
+  `blocks.2.hook_out` (or `hook_resid_post`) is what block 2 gives, `blocks.2.hook_in` (or `hook_resid_pre`) what it
+  is given;
 * the path of a submodule: `transformer.h.2`, `model.layers.2.mlp`, `0.1`; with `:input` for what the module is
   given instead of what it gives; with `[0]` or `[name]` for one item of a tuple, a dictionary or a dataclass;
 * on a TransformerLens bridge or HookedTransformer, any of its own hook names.
@@ -103,7 +104,7 @@ class Site:
             return new if key is None else _with_item(output, key, new)
 
         def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            arguments = {**dict(enumerate(args)), **kwargs}
+            arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
             key = self._argument(arguments)
             new = visit(arguments[key])
             if new is None:
@@ -253,7 +254,7 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
         outermost.append(path)  # lists inside blocks, such as experts, are not blocks
         if len(module) and all(any(True for _ in m.children()) and any(True for _ in m.parameters()) for m in module):
             found.append((path, module))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     depth = getattr(config, "num_hidden_layers", None)

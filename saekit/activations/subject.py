@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.activations.batch import TokenBatch
+from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import RESIDUAL, Site, resolve, run_to_site
 from saekit.errors import SaekitError, UsageError
 
@@ -24,11 +25,12 @@ _TIMEOUT = 10.0  # seconds for the hub to say whether it has a model
 class Subject:
     """A model with a tokenizer and a site; every forward of saekit's goes through here.
 
-    model: takes `input_ids` [n, T] first and returns logits [n, T, vocab], or an object that has them.
+    model: takes token ids [n, T] and `attention_mask` [n, T], and returns logits [n, T, vocab] or an object with them.
     name: the directory or the hub name it came from. directory: the local directory, None for a hub name.
 
     A prefetching source and an evaluation may use one subject from two threads. Hooks belong to the model and not
-    to a thread, so `lock` is held during a forward and for as long as an activation is `replaced`.
+    to a thread, so `lock` is held during a forward and for as long as an activation is `replaced`: another thread
+    waits meanwhile, so do not ask for prefetched batches of this subject inside `replaced`.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, site: Site, *, name: str, directory: Path | None = None):
@@ -44,7 +46,7 @@ class Subject:
     @property
     def config(self) -> Any:
         """The Hugging Face configuration of the text model; None where the model has none."""
-        config = getattr(getattr(self.model, "original_model", self.model), "config", None)
+        config: Any = getattr(getattr(self.model, "original_model", self.model), "config", None)
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     @property
@@ -65,32 +67,35 @@ class Subject:
     @torch.no_grad()
     def activations(self, batch: TokenBatch) -> Tensor:
         """The activation at the site, [n, T, d], in the model's dtype; no layer above the site runs."""
-        with self.lock:
+        with self._alone():
             return run_to_site(self.site, lambda: self._forward(batch))
 
     @torch.no_grad()
     def logits(self, batch: TokenBatch) -> Tensor:
         """The whole model's logits, [n, T, vocab]."""
-        with self.lock:
+        with self._alone():
             output = self._forward(batch)
         return output if isinstance(output, Tensor) else output.logits
 
     @contextmanager
     def replaced(self, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace the activation at the site by `function(activation)`, [n, T, d] -> [n, T, d], in every forward inside."""
-        with self.lock, self.site.replaced(function):
+        """Replace the activation at the site by `function(activation)` in every forward inside: [n, T, d] -> [n, T, d]."""
+        with self._alone(), self.site.replaced(function):
             yield
 
     def width(self) -> int:
-        """The number of dimensions `d` at the site, from a forward of three tokens. UsageError unless it is [n, T, d]."""
+        """The number of dimensions `d` at the site, from a forward of 2 rows of 3 tokens.
+
+        UsageError where the activation is not a vector at each position of each row.
+        """
         if self._width is None:
-            tokens = torch.zeros(1, 3, dtype=torch.long)
-            everywhere = torch.ones(1, 3, dtype=torch.bool)
-            shape = self.activations(TokenBatch(tokens, everywhere, everywhere, torch.zeros(1, dtype=torch.long))).shape
-            if len(shape) != 3 or tuple(shape[:2]) != (1, 3):
+            tokens = torch.zeros(2, 3, dtype=torch.long)
+            everywhere = torch.ones(2, 3, dtype=torch.bool)
+            shape = self.activations(TokenBatch(tokens, everywhere, everywhere, torch.arange(2))).shape
+            if len(shape) != 3 or tuple(shape[:2]) != (2, 3):
                 raise UsageError(
-                    f"hook point {self.site.name!r}: for a row of 3 tokens the activation has shape {list(shape)}; "
-                    "it must be [1, 3, d], a vector at each position. Choose another hook point."
+                    f"hook point {self.site.name!r}: for 2 rows of 3 tokens the activation has shape {list(shape)}; "
+                    "it must be [2, 3, d], a vector at each position. Choose another hook point."
                 )
             self._width = shape[2]
         return self._width
@@ -108,11 +113,18 @@ class Subject:
                 self._digest = hashlib.sha256(f"{self.name}@{commit}".encode()).hexdigest()
         return self._digest
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        while not self.lock.acquire(timeout=0.1):
+            stop_point()  # a background thread may be told to stop while it waits
+        try:
+            yield
+        finally:
+            self.lock.release()
+
     def _forward(self, batch: TokenBatch) -> Any:
         device = self.device
-        options: dict[str, Any] = {}
-        if not bool(batch.mask.all()):  # full rows need no mask, and are faster without
-            options["attention_mask"] = batch.mask.to(device, torch.long)
+        options: dict[str, Any] = {"attention_mask": batch.mask.to(device, torch.long)}
         if getattr(self.config, "use_cache", False) and not hasattr(self.model, "hook_dict"):
             options["use_cache"] = False
         return self.model(batch.tokens.to(device), **options)
@@ -143,9 +155,16 @@ def load_subject(
         peek_model(model)
         _check_weight_files(directory)
     source = str(directory) if directory is not None else model
-    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": _local_only(model, directory)}
-    with _quiet(), _explained(model):
-        network, loading = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **settings)
+    settings: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": _local_only(model, directory),
+    }
+    with _quiet(), _explained(source):
+        # A mismatch is only told of in a log; here it is an error below.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+        network, loading = loaded
         tokenizer = AutoTokenizer.from_pretrained(source, **settings)
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -153,6 +172,14 @@ def load_subject(
             f"{model}: the weights lack {len(missing)} tensors that its config.json asks for, such as {missing[0]!r}. "
             "Download or save the model again, configuration and weights together."
         )
+    if loading["mismatched_keys"]:
+        key, there, asked = sorted(loading["mismatched_keys"])[0]
+        raise UsageError(
+            f"{model}: the weights do not fit config.json: {key!r} is {list(there)} and should be {list(asked)}. "
+            "Download or save the model again, configuration and weights together."
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where the files are missing
+        raise UsageError(f"{model}: has no tokenizer (tokenizer.json). Download or save it again, next to the weights.")
     network.eval().requires_grad_(False)
     network.to(device)
     site, network = _site(network, tokenizer, hook_point, source, device, dtype)
@@ -169,7 +196,9 @@ def peek_model(model: str) -> dict[str, Any]:
     if directory is not None:
         path = directory / "config.json"
         if not path.is_file():
-            raise UsageError(f"{path}: there is no such file, so {model!r} is not a Hugging Face model. Name its directory.")
+            raise UsageError(
+                f"{path}: there is no such file, so {model!r} is not a Hugging Face model. Name its directory."
+            )
     else:
         cached = _cached(model, "config.json")
         if cached is None:
@@ -254,18 +283,22 @@ def _local_only(model: str, directory: Path | None) -> bool:
     transformers alone retries for more than twenty seconds where there is no network.
     """
     weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    if directory is not None or _cached(model, "config.json") and any(_cached(model, name) for name in weights):
+    if directory is not None or (_cached(model, "config.json") and any(_cached(model, name) for name in weights)):
         return True
     fix = "Name a local directory with config.json, or a model of the hub (https://huggingface.co/models)."
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UsageError(f"model {model!r}: no such directory, not in the local cache, and HF_HUB_OFFLINE is set. {fix}")
+        raise UsageError(
+            f"model {model!r}: no such directory, not in the local cache, and HF_HUB_OFFLINE is set. {fix}"
+        )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         HfApi().model_info(model, timeout=_TIMEOUT)
     except GatedRepoError:
-        raise UsageError(f"model {model!r}: its owner asks for consent. Accept on its page, then log in: hf auth login.") from None
+        raise UsageError(
+            f"model {model!r}: its owner asks for consent. Accept on its page, then log in: hf auth login."
+        ) from None
     except RepositoryNotFoundError:
         raise UsageError(f"model {model!r}: neither a directory nor a model of the hub. {fix}") from None
     except Exception as error:  # whichever of the client's network errors
@@ -288,7 +321,9 @@ def _check_weight_files(directory: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path}: is truncated or not a safetensors file ({error}). Download or save it again.") from None
+            raise UsageError(
+                f"{path}: is truncated or not a safetensors file ({error}). Download or save it again."
+            ) from None
 
 
 def _directory_digest(directory: Path) -> str:
@@ -308,10 +343,23 @@ def _explained(model: str) -> Iterator[None]:
     except SaekitError:
         raise
     except Exception as error:  # OSError, ValueError, KeyError, RuntimeError, ... by model type
+        broken = _broken_json(Path(model))
+        if broken:
+            raise UsageError(f"{broken}. Download or save the model again.") from None
         raise UsageError(
             f"model {model!r}: cannot be loaded: {type(error).__name__}: {_first_line(error)} "
             "Check its directory, or download or save it again."
         ) from error
+
+
+def _broken_json(directory: Path) -> str:
+    """Which of a directory's JSON files cannot be read, and why; empty where all can."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{path}: is not valid JSON: {error}"
+    return ""
 
 
 def _first_line(error: BaseException) -> str:
