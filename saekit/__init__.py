@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from saekit.errors import SaekitError as SaekitError
     from saekit.errors import UsageError as UsageError
     from saekit.hookspecs import hookimpl as hookimpl
+    from saekit.interventions.attach import Attachment as Attachment
+    from saekit.interventions.attach import Mode as Mode
+    from saekit.interventions.attach import attach as attach
+    from saekit.interventions.attach import attach_all as attach_all
+    from saekit.interventions.attach import read as read
+    from saekit.interventions.edits import Edit as Edit
+    from saekit.interventions.edits import ablate as ablate
+    from saekit.interventions.edits import add as add
+    from saekit.interventions.edits import clamp as clamp
+    from saekit.interventions.edits import latent_statistics as latent_statistics
+    from saekit.interventions.edits import scale as scale
+    from saekit.interventions.edits import set_to as set_to
+    from saekit.interventions.generation import GeneratedPair as GeneratedPair
+    from saekit.interventions.generation import paired_generation as paired_generation
+    from saekit.interventions.order import ensure_downstream as ensure_downstream
     from saekit.result import Result as Result
     from saekit.runner.context import RunContext as RunContext
     from saekit.sae.base import SparseAutoencoder as SparseAutoencoder
@@ -35,6 +50,21 @@ _HOME = {
     "SaekitError": "saekit.errors",
     "UsageError": "saekit.errors",
     "hookimpl": "saekit.hookspecs",
+    "Attachment": "saekit.interventions.attach",
+    "Mode": "saekit.interventions.attach",
+    "attach": "saekit.interventions.attach",
+    "attach_all": "saekit.interventions.attach",
+    "read": "saekit.interventions.attach",
+    "Edit": "saekit.interventions.edits",
+    "ablate": "saekit.interventions.edits",
+    "add": "saekit.interventions.edits",
+    "clamp": "saekit.interventions.edits",
+    "latent_statistics": "saekit.interventions.edits",
+    "scale": "saekit.interventions.edits",
+    "set_to": "saekit.interventions.edits",
+    "GeneratedPair": "saekit.interventions.generation",
+    "paired_generation": "saekit.interventions.generation",
+    "ensure_downstream": "saekit.interventions.order",
     "Result": "saekit.result",
     "RunContext": "saekit.runner.context",
     "SparseAutoencoder": "saekit.sae.base",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,29 +51,41 @@ def start(plan: Plan, registry: Registry, directory: str | None, view: Any) -> F
     from saekit.runner.run import Run
 
     place = RunDirectory.create(plan.config, directory)
-    return FinishedRun(place.path, Run(plan, place, registry, view=view).execute())
+    try:
+        return FinishedRun(place.path, Run(plan, place, registry, view=view).execute())
+    except UsageError:
+        place.withdraw()
+        raise
 
 
 def resume(where: str, *, no_plugins: Iterable[str] = (), view: Any = None) -> FinishedRun:
     """Continue the run in the directory `where` from its newest whole checkpoint; a finished run is left as it is."""
-    from saekit.runner.run import Run
+    from saekit.runner.run import Run, show_finished
 
     place, config = RunDirectory.resume(where)
     summary = place.finished_summary()
     if summary is not None:
+        show_finished(place, summary, view)
         return FinishedRun(place.path, summary)
     registry = Registry(files=config.plugins, disabled=no_plugins)
+    registry.refuse_broken_files()
     plan = make_plan(config, registry)
     return FinishedRun(place.path, Run(plan, place, registry, resumed=True, view=view).execute())
 
 
 def _toml(value: Any) -> str:
+    """A value as TOML on one line."""
     import tomli_w
 
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(key), ensure_ascii=False)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, Path):
+        value = str(value)
     if value is None:
         raise UsageError("overrides: None cannot be written in a run file; leave the key out.")
-    return tomli_w.dumps({"value": value}).partition("=")[2].strip() if not isinstance(value, dict) else _inline(value)
-
-
-def _inline(table: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f"{key} = {_toml(value)}" for key, value in table.items()) + "}"
+    try:
+        return tomli_w.dumps({"value": value}).partition("=")[2].strip()
+    except TypeError:
+        raise UsageError(f"overrides: {value!r} cannot be written in a run file.") from None

@@ -6,6 +6,7 @@ twice: validation, `saekit plugins show`, completion and the JSON Schema all rea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -67,10 +68,11 @@ class Component:
             return self.target
         module_name, _, attribute = self.target.partition(":")
         try:
-            target: Any = importlib.import_module(module_name)
+            with contextlib.redirect_stdout(sys.stderr):  # stdout may be carrying a JSON document
+                target: Any = importlib.import_module(module_name)
             for part in attribute.split("."):
                 target = getattr(target, part)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self.origin} cannot be loaded from {self.target!r}: {type(error).__name__}: {error}. "
                 f"Mend or upgrade {self.distribution}, or leave {self.name!r} out of the run."
@@ -86,6 +88,7 @@ class Component:
         from pydantic import ValidationError
 
         model = self.options_model()
+        no_true_for_a_number(model, options, where)
         for key in options:
             if key not in model.model_fields:
                 known = ", ".join(model.model_fields) or "none"
@@ -96,7 +99,7 @@ class Component:
         try:
             checked = model(**options)
         except ValidationError as error:
-            raise UsageError("\n".join(validation_lines(error, where))) from None
+            raise UsageError("\n".join(validation_lines(error, where, options))) from None
         return {name: getattr(checked, name) for name in model.model_fields}
 
     def build(self, options: Mapping[str, Any], *args: Any) -> Any:
@@ -114,19 +117,56 @@ class Component:
         return functools.partial(target, **options) if options else target
 
 
-def validation_lines(error: Any, where: str = "") -> list[str]:
-    """A pydantic error as lines `key: what is wrong (got VALUE)`."""
+def validation_lines(error: Any, where: str = "", given: Any = None) -> list[str]:
+    """A pydantic error as lines `key: what is wrong (got VALUE)`; `given` is what was validated."""
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in (where, *problem["loc"]) if part != "")
+        key = ".".join([where] * bool(where) + _keys(problem["loc"], given, problem["type"] == "missing"))
         if problem["type"] == "missing":
             lines.append(f"{key}: is required and has no default.")
         else:
-            lines.append(f"{key}: {problem['msg']} (got {problem['input']!r}).")
+            lines.append(f"{key}: {problem['msg']} (got {_shown(problem['input'])}).")
     return lines
 
 
-@functools.lru_cache(maxsize=None)
+def _keys(loc: tuple[int | str, ...], given: Any, missing: bool) -> list[str]:
+    """pydantic's path to a value as the keys that a user wrote: entries of a list by their names, where they have one,
+    and without the names of a union's members, which pydantic puts in between."""
+    keys = []
+    for position, part in enumerate(loc):
+        if isinstance(given, Mapping) and part in given:
+            given = given[str(part)]
+            keys.append(str(part))
+        elif isinstance(given, list | tuple) and isinstance(part, int) and part < len(given):
+            given = given[part]
+            name = given.get("name") or given.get("use") if isinstance(given, Mapping) else None
+            keys.append(str(name or part))
+        elif missing and position == len(loc) - 1:
+            keys.append(str(part))
+    return keys
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def no_true_for_a_number(model: type[BaseModel], given: Mapping[str, Any], where: str) -> None:
+    """UsageError for `true` or `false` where a number is wanted: pydantic would take them for 1 and 0."""
+    for name, field_info in model.model_fields.items():
+        key = field_info.alias or name
+        if isinstance(given.get(key), bool) and _wants_number(field_info.annotation):
+            raise UsageError(f"{where + '.' if where else ''}{key}: is {str(given[key]).lower()}, but a number is wanted.")
+
+
+def _wants_number(annotation: Any) -> bool:
+    inside = typing.get_args(annotation)
+    if any(a is bool or bool in typing.get_args(a) for a in (annotation, *inside)):
+        return False
+    return annotation in (int, float) or any(_wants_number(a) for a in inside)
+
+
+@functools.cache
 def _options_model(component: Component) -> type[BaseModel]:
     from pydantic import ConfigDict, create_model
 
@@ -165,6 +205,6 @@ def _resolve(annotation: Any, function: Callable[..., Any], component: Component
     namespace = dict(vars(module)) if module else {}
     namespace = {**vars(typing), **namespace, **getattr(inspect.unwrap(function), "__globals__", {})}
     try:
-        return eval(annotation, namespace)  # noqa: S307 - a plugin's own annotation, code that is already running
+        return eval(annotation, namespace)  # a plugin's own annotation: code that is already running
     except Exception as error:
         raise PluginError(f"{component.origin}: the type of option {name!r}, {annotation!r}, cannot be read: {error}") from error

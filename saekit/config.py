@@ -5,29 +5,34 @@ Options of components are not validated here, since that needs their targets; `s
 
 from __future__ import annotations
 
+import datetime
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from saekit.component import validation_lines
+from saekit.component import no_true_for_a_number, validation_lines
 from saekit.errors import UsageError, near_names
-from saekit.schedules import Schedule
+from saekit.schedules import SCHEDULES, Scheduled
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Use(BaseModel):
     """A component by name, and its options: every key that is not a field of the section."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-    use: str = Field(description="The component's name, short or qualified.")
-    name: str | None = Field(default=None, description="What this entry is called in this run; `use` by default.")
+    use: str = Field(min_length=1, description="The component's name, short or qualified.")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_-]+$",  # it names files, and keys that are divided by dots
+        description="What this entry is called in this run; `use` by default.",
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -44,13 +49,16 @@ class ArchitectureUse(Use):
     """The sparse autoencoder."""
 
     d_sae: int | None = Field(default=None, gt=0, description="Number of latents; taken from `from` where that is given.")
-    from_: str | None = Field(default=None, alias="from", description="Start from this SAE: a directory or a release.")
+    from_: str | None = Field(default=None, alias="from", description="Start from this SAE: a directory, or RELEASE:SAE_ID.")
 
 
 class LossUse(Use):
     """One term of the total loss."""
 
-    weight: float | Schedule = Field(default=1.0, description="Multiplies the loss; a number or a schedule.")
+    weight: Scheduled = Field(default=1.0, description="Multiplies the loss; a number or a schedule.")
+
+
+_Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingConfig(_Section):
@@ -58,9 +66,9 @@ class TrainingConfig(_Section):
 
     tokens: int = Field(default=1_000_000, ge=0, description="Activations to train on; 0 for analysis alone.")
     batch_size: int = Field(default=2048, gt=0, description="Activations a step.")
-    lr: float | Schedule = Field(default=1e-3, description="Learning rate; a number or a schedule.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Adam's decay rates.")
-    clip: float | None = Field(default=1.0, gt=0, description="Largest norm of the whole gradient.")
+    lr: Scheduled = Field(default=1e-3, description="Learning rate; a number or a schedule.")
+    betas: tuple[_Share, _Share] = Field(default=(0.9, 0.999), description="Adam's decay rates.")
+    clip: float = Field(default=1.0, ge=0, description="Largest norm of the whole gradient; 0 leaves it as it is.")
     normalize: bool = Field(default=True, description="Train on activations scaled to a mean norm of sqrt(d_in).")
     seed: int = Field(default=0, ge=0, description="Decides initial weights, the order of the data and every draw.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
@@ -90,21 +98,22 @@ class RunConfig(_Section):
     plugins: list[str] = Field(default_factory=list, description="Python files to load as plugins.")
     requires: list[str] = Field(default_factory=list, description="pip requirements of the plugins that this file names.")
     defaults: bool = Field(default=True, description="Add the components that their plugins mark as default.")
-    source: Use
-    architecture: ArchitectureUse
-    loss: list[LossUse] = Field(default_factory=list)
-    callback: list[Use] = Field(default_factory=list)
-    metric: list[Use] = Field(default_factory=list)
-    analyzer: list[Use] = Field(default_factory=list)
-    tracker: list[Use] = Field(default_factory=list)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    source: Use = Field(description="Where activations come from.")
+    architecture: ArchitectureUse = Field(description="The sparse autoencoder.")
+    loss: list[LossUse] = Field(default_factory=list, description="The terms of the total loss.")
+    callback: list[Use] = Field(default_factory=list, description="Listeners that may change the run.")
+    metric: list[Use] = Field(default_factory=list, description="Measures on held-out data.")
+    analyzer: list[Use] = Field(default_factory=list, description="Questions asked of the trained SAE.")
+    tracker: list[Use] = Field(default_factory=list, description="Listeners that write down what happens.")
+    training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the SAE is trained.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="What the metrics see.")
 
     def to_toml(self) -> str:
         """The configuration as a run file that says the same."""
         import tomli_w
 
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json", by_alias=True)))
+        # Not in pydantic's JSON mode, which has no infinity: an option of a component may be one.
+        return tomli_w.dumps(_without_none(self.model_dump(by_alias=True)))
 
 
 LISTS = ("loss", "callback", "metric", "analyzer", "tracker")
@@ -131,19 +140,41 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: is not valid TOML: {error}.") from None
 
 
+def check_shape(table: Mapping[str, Any], where: str) -> None:
+    """UsageError where a section is not a table, or a list of tables, which all that reads them takes for granted."""
+    for section in SINGLES:
+        if not isinstance(table.get(section, {}), Mapping):
+            raise UsageError(f'{where}: {section}: is not a table. Write [{section}] and under it use = "...".')
+    for section in ("training", "evaluation"):
+        if not isinstance(table.get(section, {}), Mapping):
+            raise UsageError(f"{where}: {section}: is not a table. Write [{section}] and its keys under it.")
+    for section in LISTS:
+        entries = table.get(section, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise UsageError(
+                f"{where}: {section}: is not a list of tables. Write each entry as [[{section}]], in double brackets, "
+                'and under it use = "...".'
+            )
+    files = table.get("plugins", [])
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise UsageError(f'{where}: plugins: is not a list of files. Write plugins = ["./my_loss.py"].')
+
+
 def parse_value(text: str) -> Any:
-    """A value of `-o key=value`: TOML where it is TOML, otherwise the text itself."""
+    """A value of `-o key=value`: TOML where it is TOML (but for dates), otherwise the text itself."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        table = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    # A date, or a text of several lines that reads as further keys, is a text to whoever typed it.
+    return text if len(table) > 1 or isinstance(table["value"], datetime.date | datetime.time) else table["value"]
 
 
 def parse_use(text: str) -> dict[str, Any]:
     """`NAME[:key=value,...]` of the command line as the table that a run file would hold."""
     name, _, rest = text.partition(":")
     table: dict[str, Any] = {"use": name.strip()}
-    for part in _split_outside_brackets(rest):
+    for part in _assignments(rest, text):
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"{text!r}: {part!r} is not key=value; write NAME:key=value,key=value.")
@@ -151,15 +182,30 @@ def parse_use(text: str) -> dict[str, Any]:
     return table
 
 
-def _split_outside_brackets(text: str) -> list[str]:
-    parts, depth, current = [], 0, ""
+def _assignments(text: str, whole: str) -> list[str]:
+    """`text` divided at its commas, but for those inside a value that begins with a bracket or a quote."""
+    parts, current, depth, quote, escaped = [], "", 0, "", False
+    value_begins = False
     for character in text:
-        depth += (character in "[{") - (character in "]}")
-        if character == "," and depth == 0:
+        if character == "," and not depth and not quote:
             parts.append(current)
-            current = ""
-        else:
-            current += character
+            current, value_begins = "", False
+            continue
+        if quote:
+            closes = character == quote and not escaped
+            escaped = character == "\\" and quote == '"' and not escaped
+            quote = "" if closes else quote
+        elif character in "\"'" and value_begins:
+            quote = character
+        elif character in "[{" and (value_begins or depth):
+            depth += 1
+        elif character in "]}" and depth:
+            depth -= 1
+        begins_now = character in "[{,=" if depth else character == "=" and "=" not in current
+        value_begins = not quote and (begins_now or (value_begins and character.isspace()))
+        current += character
+    if depth or quote:
+        raise UsageError(f"{whole!r}: a bracket or a quote is not closed. Write NAME:key=value,key=[1, 2],key=\"a, b\".")
     return [part for part in (*parts, current) if part.strip()]
 
 
@@ -177,7 +223,7 @@ def override(table: dict[str, Any], assignment: str) -> None:
         if isinstance(target, list):
             target = _entry(target, key, assignment, keys[position - 1])
         else:
-            target = target.setdefault(key, {})
+            target = target.setdefault(key, [] if position == 0 and key in LISTS else {})
         if not isinstance(target, (dict, list)):
             raise UsageError(f"-o {assignment}: {'.'.join(keys[: position + 1])} is a value, not a table.")
     if isinstance(target, list):
@@ -186,7 +232,7 @@ def override(table: dict[str, Any], assignment: str) -> None:
 
 
 def _entry(entries: list[dict[str, Any]], name: str, assignment: str, section: str) -> dict[str, Any]:
-    labels = {str(e.get("name") or str(e.get("use", "")).rpartition(".")[2]): e for e in entries}
+    labels = {label_of(entry): entry for entry in entries}
     if name not in labels:
         raise UsageError(
             f"-o {assignment}: the run has no {section} called {name!r}.{near_names(name, labels)} "
@@ -197,10 +243,15 @@ def _entry(entries: list[dict[str, Any]], name: str, assignment: str, section: s
 
 def parse_config(table: Mapping[str, Any], where: str) -> RunConfig:
     """A run file's dictionary as a RunConfig; `where` names the file in errors."""
+    check_shape(table, where)
     try:
+        _no_odd_text(table)
+        _no_true_for_a_number(table)
         config = RunConfig.model_validate(table)
     except ValidationError as error:
-        raise UsageError("\n".join(f"{where}: {line}" for line in _config_lines(error))) from None
+        raise UsageError("\n".join(f"{where}: {line}" for line in _config_lines(error, table))) from None
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     for section in LISTS:
         labels = [entry.label for entry in getattr(config, section)]
         twice = {label for label in labels if labels.count(label) > 1}
@@ -208,31 +259,64 @@ def parse_config(table: Mapping[str, Any], where: str) -> RunConfig:
             raise UsageError(
                 f"{where}: {section}: two entries are called {twice.pop()!r}. Give one of them another name: name = \"...\"."
             )
+    if any(entry.label == "loss" for entry in config.loss):
+        raise UsageError(f'{where}: loss.loss: "loss" is what the sum of all losses is called. Give it another name = "...".')
     return config
 
 
-def _config_lines(error: ValidationError) -> list[str]:
+def _no_odd_text(value: Any, key: str = "") -> None:
+    """UsageError for a text that a TOML file or a path cannot hold: half a surrogate pair (which is how a byte that is
+    not UTF-8 comes from the command line), or the character 0."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _no_odd_text(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for position, inner in enumerate(value):
+            _no_odd_text(inner, f"{key}.{position}")
+    elif isinstance(value, str) and ("\0" in value or value != value.encode("utf-8", "ignore").decode("utf-8")):
+        raise UsageError(f"{key}: {value!r} has a character that is no text. Give it in UTF-8, and rename the file if it is one.")
+
+
+def _no_true_for_a_number(table: Mapping[str, Any]) -> None:
+    no_true_for_a_number(RunConfig, table, "")
+    no_true_for_a_number(TrainingConfig, table.get("training", {}), "training")
+    no_true_for_a_number(EvaluationConfig, table.get("evaluation", {}), "evaluation")
+    no_true_for_a_number(ArchitectureUse, table.get("architecture", {}), "architecture")
+    for entry in table.get("loss", []):
+        no_true_for_a_number(LossUse, entry, f"loss.{label_of(entry)}")
+
+
+def _config_lines(error: ValidationError, table: Mapping[str, Any]) -> list[str]:
     lines = []
-    for problem, line in zip(error.errors(), validation_lines(error)):
+    for problem, line in zip(error.errors(), validation_lines(error, given=table), strict=True):
+        *parents, key = problem["loc"] or ("",)
         if problem["type"] == "extra_forbidden":
-            *parents, key = problem["loc"]
-            model: Any = RunConfig
-            for parent in parents:
-                annotation = model.model_fields[str(parent)].annotation
-                model = annotation if isinstance(annotation, type) else model
-            path = ".".join(map(str, problem["loc"]))
-            line = f"{path}: there is no such key.{near_names(str(key), model.model_fields)}"
+            known = _keys_at(parents)
+            line = f"{line.partition(': ')[0]}: there is no such key.{near_names(str(key), known)} Known: {', '.join(known)}."
         elif problem["type"] == "missing" and problem["loc"] in (("source",), ("architecture",)):
-            section = problem["loc"][0]
-            line = f"{section}: is missing. Add a table [{section}] with use = \"...\" (see: saekit plugins)."
+            line = f'{key}: is missing. Add a table [{key}] with use = "..." (see: saekit plugins).'
         lines.append(line)
     return lines
+
+
+def _keys_at(parents: list[int | str]) -> list[str]:
+    """The keys that may stand below `parents` in a run file; the last parent may be the word of a schedule."""
+    if not parents:
+        return list(RunConfig.model_fields)
+    models: dict[str, type[BaseModel]] = {"training": TrainingConfig, "evaluation": EvaluationConfig}
+    models.update(SCHEDULES)
+    return list((models.get(str(parents[-1])) or models[str(parents[0])]).model_fields)
+
+
+def label_of(entry: Mapping[str, Any]) -> str:
+    """The name of an entry of a section, as it stands in a run file's dictionary."""
+    return str(entry.get("name") or str(entry.get("use", "")).rpartition(".")[2])
 
 
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_without_none(v) for v in value]
     return value
 

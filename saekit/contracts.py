@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from saekit.activations.batch import Activations, TokenBatch
+    from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
     from saekit.activations.subject import Subject
     from saekit.result import Result
     from saekit.runner.context import RunContext
@@ -39,6 +39,11 @@ class Source(Protocol):
     `blocks` must be a function of the options, the split, the seed and the block's number alone: that is what makes
     a run resumable bit for bit. Attributes after `open`: `d_in`, `d_out` (equal for an SAE), `hook_point` (or None),
     `subject` (a `Subject`, or None where there is no model).
+
+    Optional attributes: `concepts`, the names of the columns of labels; `truth` [n_features, d_in], the directions that
+    the activations are made of, where they are known; `withheld`, set by the constructor: what the component's
+    `provides` promises but these options do not give, and for each the fix in a sentence; `warnings`, set by `open`:
+    what the user should know of the data.
     """
 
     d_in: int
@@ -74,6 +79,13 @@ class Source(Protocol):
 
     def token_strings(self, tokens: Tensor) -> list[str]:
         """Each token id of a [n] tensor as readable text. Only where `Activations.tokens` is given."""
+        ...
+
+    def sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:
+        """Batch `number` of `n` whole labelled sequences, the second stream beside `blocks`. Only with `concepts`.
+
+        A function of the arguments alone, so that a resumed run is given the same. The split "train" never ends;
+        "held_out" gives each sequence once, in order: its last batch may be short, and those after it are empty."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import hashlib
 import json
@@ -12,6 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from saekit.errors import RunError
+
+TEMPORARY = ".*.tmp"
+"""The pattern of the names under which files are written before they are whole."""
+
+
+class DiskFull(RunError):
+    """There was no room for the file `path`; what was written before is whole."""
+
+    def __init__(self, path: Path, fix: str = "Free some space and try again.") -> None:
+        super().__init__(f"{path}: the disk is full. {fix}")
+        self.path = path
 
 
 @contextlib.contextmanager
@@ -37,16 +49,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(
-                f"{path}: the disk is full. What was saved before is whole; free some space and continue with --resume."
-            ) from error
+            raise DiskFull(path) from error
         raise RunError(f"{path}: cannot be written: {error.strerror or error}.") from error
     except Exception as error:
         # safetensors reports a full disk as an error of its own.
         if "No space left" in str(error):
-            raise RunError(
-                f"{path}: the disk is full. What was saved before is whole; free some space and continue with --resume."
-            ) from error
+            raise DiskFull(path) from error
         raise
 
 
@@ -71,16 +79,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value with everything that JSON lacks replaced: tuples by lists, paths by text, non-finite floats by None."""
+    """The value with everything that JSON lacks replaced: tuples by lists, paths and dates by text, tensors and numpy's
+    arrays and numbers by lists and numbers, non-finite floats by None."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
-    if isinstance(value, Path):
+    if isinstance(value, Path | datetime.date | datetime.time):
         return str(value)
-    return value
+    return plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def sha256_of(path: Path) -> str:

@@ -56,8 +56,9 @@ class Registry:
     def __init__(self, *, files: Iterable[str | Path] = (), disabled: Iterable[str] = ()) -> None:
         self.plugins: list[Plugin] = []
         self.warnings: list[str] = []
-        blocked = {*disabled, *filter(None, os.environ.get(DISABLE_VARIABLE, "").split(","))}
-        for entry_point in sorted(importlib.metadata.entry_points(group=PROJECT), key=lambda e: e.name):
+        blocked = {*disabled, *(name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(","))} - {""}
+        found = importlib.metadata.entry_points(group=PROJECT)
+        for entry_point in sorted(found, key=lambda e: (e.name, e.dist.name if e.dist else "")):
             distribution = entry_point.dist
             self._add(
                 Plugin(entry_point.name, distribution.name if distribution else "?", distribution.version if distribution else "?"),
@@ -67,7 +68,7 @@ class Registry:
         for given in files:
             path = Path(given).resolve()
             if not path.is_file():
-                raise UsageError(f"--plugin {given}: there is no such file.")
+                raise UsageError(f"plugin {given}: there is no such file. Check --plugin, or plugins in the run file.")
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
             plugin = Plugin(path.stem, str(path), digest, file=path)
             self._add(plugin, functools.partial(_module_from_file, path), blocked)
@@ -87,7 +88,7 @@ class Registry:
                 plugin.components = _declared(module, plugin)
         except PluginError as error:
             plugin.error = str(error)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             plugin.error = f"{type(error).__name__}: {error}"
 
     def components(self, kind: str | None = None) -> list[Component]:
@@ -98,6 +99,13 @@ class Registry:
     def defaults(self, kind: str) -> list[Component]:
         """The components of a kind that join every run, in the order in which their plugins declare them."""
         return [c for p in self.plugins for c in p.components if c.kind == kind and c.default]
+
+    def refuse_broken_files(self) -> None:
+        """Raise PluginError for a file that was given as a plugin and does not load: unlike an installed plugin, it
+        was named."""
+        for plugin in self.plugins:
+            if plugin.file and plugin.error:
+                raise PluginError(f"plugin {plugin.file}: does not load: {_sentence(plugin.error)} Mend it, or leave it out.")
 
     def find(self, kind: str, name: str, where: str = "", requires: Iterable[str] = ()) -> Component:
         """The component that a run means by `name`, short or qualified (`plugin.name`).
@@ -112,7 +120,10 @@ class Registry:
         others = files or [c for c in candidates if c.distribution != OWN_DISTRIBUTION]
         if len({c.distribution for c in others}) > 1:
             claims = " and ".join(f"{c.qualified_name} ({c.distribution} {c.version})" for c in others)
-            raise UsageError(f"{prefix}two plugins offer a {kind} {name!r}: {claims}. Name the one you mean in full.")
+            fix = "Name the one you mean in full."
+            if len({c.qualified_name for c in others}) < len(others):
+                fix = "Their plugins have the same name, so uninstall one of them."
+            raise UsageError(f"{prefix}two plugins offer {article(kind)} {name!r}: {claims}. {fix}")
         chosen = (others or candidates)[0]
         if len(candidates) > 1:
             hidden = ", ".join(c.qualified_name for c in candidates if c is not chosen)
@@ -135,19 +146,23 @@ class Registry:
         if broken and not absent:
             causes = "; ".join(f"plugin {p.name!r} ({p.distribution} {p.version}) failed to load: {p.error}" for p in broken)
             return PluginError(
-                f"{prefix}there is no {word} {name!r}, but {causes}. Mend it, upgrade {broken[0].distribution}, "
+                f"{prefix}there is no {word} {name!r}, but {_sentence(causes)} Mend it, upgrade {broken[0].distribution}, "
                 f"or run with --no-plugin {broken[0].name}.{near_names(name, known)}"
             )
         disabled = [p.name for p in self.plugins if p.disabled]
         if absent:
             fix = f" This run file asks for what is not installed: pip install {' '.join(absent)}"
         elif disabled:
-            fix = f" Disabled plugins: {', '.join(disabled)}."
+            fix = f" Disabled plugins, which may have it: {', '.join(disabled)}."
         else:
             fix = " If it comes with a plugin, install that one with pip (they are named saekit-*)."
         return UsageError(
             f"{prefix}there is no {word} {name!r}.{near_names(name, known)} Installed: {', '.join(known) or 'none'}.{fix}"
         )
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _installed(requirement: str) -> bool:
@@ -170,6 +185,12 @@ def _module_from_file(path: Path) -> ModuleType:
     return module
 
 
+def article(kind: str) -> str:
+    """`a loss`, `an analyzer`, `a graph builder`."""
+    word = kind.replace("_", " ")
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
 def _declared(module: Any, plugin: Plugin) -> list[Component]:
     """The components that a plugin's module declares; raises PluginError on anything that would silently do nothing."""
     manager = pluggy.PluginManager(PROJECT)
@@ -180,6 +201,11 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
             raise PluginError(f"{name!r} is no hook of saekit.{near_names(name, known)}")
         if name in known and inspect.isroutine(value) and not hasattr(value, f"{PROJECT}_impl"):
             raise PluginError(f"{name!r} lacks the decorator @saekit.hookimpl, so it would never be called.")
+        if name not in known and inspect.isroutine(value) and hasattr(value, f"{PROJECT}_impl"):
+            raise PluginError(
+                f"{name!r} is no hook of a plugin's module.{near_names(name, known)} Lifecycle hooks are methods of a "
+                "callback's or a tracker's class."
+            )
     try:
         manager.register(module, name=plugin.name)
     except pluggy.PluginValidationError as error:
@@ -187,20 +213,32 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
     found = []
     for hook_name, kind in known.items():
         for implementation in getattr(manager.hook, hook_name).get_hookimpls():
-            found += [_checked(c, hook_name, kind, plugin) for c in implementation.function()]
+            declared = implementation.function()
+            if not isinstance(declared, Iterable):
+                raise PluginError(f"{hook_name} must return or yield components, not {type(declared).__name__}.")
+            found += [_checked(c, hook_name, kind, plugin) for c in declared]
+    for kind in KINDS:
+        names = [c.name for c in found if c.kind == kind]
+        for name in set(names):
+            if names.count(name) > 1:
+                raise PluginError(f"it declares two components of the kind {kind} that are called {name!r}.")
     return found
 
 
 def _checked(component: Any, hook_name: str, kind: str, plugin: Plugin) -> Component:
     if not isinstance(component, Component):
         raise PluginError(f"{hook_name} must yield saekit.Component, not {type(component).__name__}.")
-    if not _NAME.fullmatch(component.name):
+    if not isinstance(component.name, str) or not _NAME.fullmatch(component.name):
         raise PluginError(f"{hook_name}: {component.name!r} is no name for a component; use lower case and underscores.")
     if not isinstance(component.target, str) and plugin.file is None:
         raise PluginError(
             f"{hook_name}: the target of {component.name!r} must be a string 'package.module:Object', so that listing "
             "names imports nothing; only a file given with --plugin may hand over the object itself."
         )
+    for field_name in ("needs", "provides"):
+        words = getattr(component, field_name)
+        if not isinstance(words, tuple) or not all(isinstance(word, str) for word in words):
+            raise PluginError(f'{hook_name}: {field_name} of {component.name!r} must be a tuple of words, such as ("labels",).')
     summary = component.summary
     if not summary and not isinstance(component.target, str):
         summary = (inspect.getdoc(component.target) or "").partition("\n")[0]

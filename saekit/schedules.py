@@ -7,23 +7,24 @@ such as `{schedule = "linear", to = 1.0, steps = 6000}`.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Union
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class _Schedule(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Linear(_Schedule):
     """From `start_value` to `to` over `steps` steps, beginning at step `begin`, and constant on both sides."""
 
     schedule: Literal["linear"]
-    to: float
-    steps: int = Field(gt=0)
-    start_value: float = 0.0
-    begin: int = Field(default=0, ge=0)
+    to: float = Field(description="The value at the end.")
+    steps: int = Field(gt=0, description="Steps from one value to the other.")
+    start_value: float = Field(default=0.0, description="The value before.")
+    begin: int = Field(default=0, ge=0, description="The step at which it begins to move.")
 
     def at(self, step: int, total: int) -> float:
         """The value at `step` (0 for the first) of `total`."""
@@ -38,9 +39,9 @@ class Cosine(_Schedule):
     """
 
     schedule: Literal["cosine"]
-    to: float = 1.0
-    warmup: int = Field(default=0, ge=0)
-    end: float = 0.0
+    to: float = Field(default=1.0, description="The value after the warm-up.")
+    warmup: int = Field(default=0, ge=0, description="Steps of the linear warm-up from 0.")
+    end: float = Field(default=0.0, description="The value at the run's last step.")
 
     def at(self, step: int, total: int) -> float:
         """The value at `step` (0 for the first) of `total`."""
@@ -54,10 +55,10 @@ class WarmupDecay(_Schedule):
     """A linear warm-up over `warmup` steps to `to`, constant, then linear to `end` over the run's last `decay` share."""
 
     schedule: Literal["warmup_decay"]
-    to: float = 1.0
-    warmup: int = Field(default=0, ge=0)
-    decay: float = Field(default=0.2, ge=0.0, le=1.0)
-    end: float = 0.0
+    to: float = Field(default=1.0, description="The value between warm-up and decay.")
+    warmup: int = Field(default=0, ge=0, description="Steps of the linear warm-up from 0.")
+    decay: float = Field(default=0.2, ge=0.0, le=1.0, description="The share of the run, at its end, that decays.")
+    end: float = Field(default=0.0, description="The value that the decay runs to.")
 
     def at(self, step: int, total: int) -> float:
         """The value at `step` (0 for the first) of `total`."""
@@ -73,15 +74,17 @@ class Steps(_Schedule):
     """Constant pieces: `values[i]` holds from step `at_steps[i - 1]` on, so there is one value more than steps."""
 
     schedule: Literal["steps"]
-    values: list[float] = Field(min_length=1)
-    at_steps: list[int] = Field(default_factory=list)
+    values: list[float] = Field(min_length=1, description="The values of the pieces.")
+    at_steps: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list, description="The step at which each value but the first begins."
+    )
 
     @model_validator(mode="after")
     def _one_value_more(self) -> Steps:
         if len(self.values) != len(self.at_steps) + 1:
             raise ValueError("needs exactly one value more than at_steps")
-        if self.at_steps != sorted(self.at_steps):
-            raise ValueError("at_steps must rise")
+        if self.at_steps != sorted(set(self.at_steps)):
+            raise ValueError("at_steps must rise from each to the next")
         return self
 
     def at(self, step: int, total: int) -> float:
@@ -89,7 +92,35 @@ class Steps(_Schedule):
         return self.values[sum(step >= boundary for boundary in self.at_steps)]
 
 
-Schedule = Annotated[Union[Linear, Cosine, WarmupDecay, Steps], Field(discriminator="schedule")]
+SCHEDULES: dict[str, type[BaseModel]] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "warmup_decay": WarmupDecay,
+    "steps": Steps,
+}
+"""Every kind of schedule by its word in a run file."""
+
+
+def _branch(value: Any) -> str:
+    """Which of the forms below a value has, so that what is wrong with it is said of that form alone."""
+    if isinstance(value, Mapping):
+        return str(value.get("schedule"))
+    return value.schedule if isinstance(value, Linear | Cosine | WarmupDecay | Steps) else "number"
+
+
+Scheduled = Annotated[
+    Annotated[float, Tag("number")]
+    | Annotated[Linear, Tag("linear")]
+    | Annotated[Cosine, Tag("cosine")]
+    | Annotated[WarmupDecay, Tag("warmup_decay")]
+    | Annotated[Steps, Tag("steps")],
+    Discriminator(
+        _branch,
+        custom_error_type="schedule",
+        custom_error_message='is neither a number nor a table with schedule = "linear", "cosine", "warmup_decay" or "steps"',
+    ),
+]
+"""A number, or a schedule of it."""
 
 
 def value_at(value: float | Linear | Cosine | WarmupDecay | Steps, step: int, total: int) -> float:

@@ -1,4 +1,4 @@
-"""What a source hands over: rows of activations, and rows of tokens for what needs the model itself."""
+"""What a source hands over: rows of activations, whole labelled sequences, and rows of tokens for what needs the model."""
 
 from __future__ import annotations
 
@@ -55,6 +55,29 @@ class Activations:
             values = [getattr(part, f.name) for part in parts]
             columns[f.name] = None if values[0] is None else torch.cat(values)
         return Activations(**columns)
+
+
+@dataclass
+class SequenceBatch:
+    """Whole labelled sequences, for losses that pool over positions.
+
+    x: [n, T, d_in]. mask: [n, T], True where a position belongs to the data (not padding, not a position that the
+    source leaves out). labels: [n, n_concepts], NaN where a sequence has no label; every sequence has one at least.
+    tokens: [n, T] ids, None where there are none.
+    """
+
+    x: Tensor
+    mask: Tensor
+    labels: Tensor
+    tokens: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    def to(self, device: str | torch.device) -> SequenceBatch:
+        """The same sequences on another device."""
+        tensors = (self.x, self.mask, self.labels, self.tokens)
+        return SequenceBatch(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
 
 
 @dataclass

@@ -60,25 +60,27 @@ def read_documents(
     return _limited(documents, data, limit)
 
 
-def find_files(data: str) -> list[Path] | None:
-    """The files that `data` means, sorted; None where it is the name of a data set. UsageError if nothing is there."""
+def find_files(data: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path] | None:
+    """The files of these kinds that `data` means, sorted; None where it is the name of a data set.
+
+    UsageError if nothing is there."""
     path = Path(data).expanduser()
-    kinds = ", ".join(SUFFIXES)
+    kinds = ", ".join(suffixes)
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if path.suffix not in suffixes:
             raise UsageError(f"data {data!r}: cannot read a {path.suffix or 'nameless'} file. Give one of {kinds}.")
         return [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in SUFFIXES)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in suffixes)
         if not files:
             raise UsageError(f"data {data!r}: the directory holds no file to read. Put one of {kinds} into it.")
         return files
     if any(character in data for character in "*?["):
-        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if p.endswith(SUFFIXES))
+        files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if p.endswith(suffixes))
         if not files:
             raise UsageError(f"data {data!r}: the pattern matches no file ending in {kinds}.")
         return files
-    if not data or path.suffix in SUFFIXES or data.startswith((".", "/", "~")) or data.count("/") > 1:
+    if not data or path.suffix in suffixes or data.startswith((".", "/", "~")) or data.count("/") > 1:
         beside = path.parent if path.parent.is_dir() else Path(".")
         near = near_names(path.name, [p.name for p in beside.iterdir()])
         raise UsageError(f"data {data!r}: there is no such file or directory.{near}")

@@ -209,6 +209,36 @@ class MixedRows:
         return self._once[0][numbers], self._once[1][numbers]
 
 
+class Passes:
+    """`count` things addressed by a number without end: pass after pass, each in an order drawn from (seed, pass).
+
+    word: what they are, so that other things are ordered otherwise by the same seed."""
+
+    def __init__(self, count: int, word: str):
+        self.count, self.word = count, word
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def take(self, numbers: np.ndarray, seed: int | None) -> np.ndarray:
+        """Which thing each number means: [n] -> [n]. Without a seed they keep their order, in one pass."""
+        if seed is None:
+            return numbers
+        passes, places = np.divmod(numbers, self.count)  # [n], [n]
+        found = np.empty_like(numbers)
+        for number in np.unique(passes):
+            chosen = passes == number
+            found[chosen] = self._order(seed, int(number))[places[chosen]]
+        return found
+
+    def _order(self, seed: int, number: int) -> np.ndarray:
+        key = (seed, number)
+        if key not in self._orders:
+            while len(self._orders) >= 2:  # what is asked for together may span two passes
+                del self._orders[next(iter(self._orders))]
+            generator = np.random.Generator(np.random.PCG64(derived_seed(self.word, seed, number)))
+            self._orders[key] = generator.permutation(self.count)
+        return self._orders[key]
+
+
 def first_token(tokenizer: Any, bos: bool | Literal["auto"]) -> int | None:
     """The token that begins each row: BOS where asked for or, on `auto`, where the tokenizer has one."""
     if bos is False:

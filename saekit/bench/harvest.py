@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def time_harvest(plan: Plan, device: torch.device, *, tokens: int, rounds: int) 
     @torch.no_grad()
     def bare() -> None:
         for tokens_of_batch in batches:
-            run_to_site(site, lambda ids=tokens_of_batch: model(ids))
+            run_to_site(site, partial(model, tokens_of_batch))
 
     def harvest() -> None:
         next(source.blocks("train", size=tokens, seed=seed, start=1))

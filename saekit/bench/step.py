@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from saekit.activations.batch import Activations
+from saekit.bench.peers import peer_steps
 from saekit.bench.timing import alternate
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
@@ -15,8 +16,12 @@ from saekit.training.losses import Term
 from saekit.training.trainer import Trainer
 
 
-def time_step(plan: Plan, device: torch.device, *, d_in: int, batch: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a whole optimiser step (losses, backward, Adam, decoder norms, statistics) and of the bare product."""
+def time_step(
+    plan: Plan, device: torch.device, *, d_in: int, batch: int, rounds: int, peers: bool = False
+) -> dict[str, Any]:
+    """Seconds of a whole optimiser step (losses, backward, Adam, decoder norms, statistics) and of the bare product.
+
+    peers: time the same step by other installed libraries too, in turns with ours."""
     d_sae = plan.config.architecture.d_sae
     assert d_sae is not None
     generator = torch.Generator().manual_seed(0)
@@ -28,17 +33,19 @@ def time_step(plan: Plan, device: torch.device, *, d_in: int, batch: int, rounds
     def step() -> None:
         trainer.train_on(Activations(batches[next(turn) % 4]))
 
-    for _ in range(3):
-        step()  # Adam's moments exist, and the guard has seen every loss, before the clock runs
+    others = peer_steps(plan.architecture.component.name, plan.architecture.options, d_in, d_sae, batches) if peers else {}
+    for warm_up in (step, *others.values()):
+        for _ in range(3):
+            warm_up()  # optimiser states exist, and the guard has seen every loss, before the clock runs
     trainer.guard = None
-    timings = alternate({"product": lambda: batches[0] @ weight, "step": step}, rounds, device)
+    timings = alternate({"product": lambda: batches[0] @ weight, "step": step, **others}, rounds, device)
     return {
         "architecture": plan.architecture.component.name,
         "d_in": d_in,
         "d_sae": d_sae,
         "batch": batch,
         "seconds": {name: timing.median for name, timing in timings.items()},
-        "products": timings["step"].over(timings["product"]),
+        "products": {name: t.over(timings["product"]) for name, t in timings.items() if name != "product"},
         "threads": torch.get_num_threads(),
     }
 

@@ -52,11 +52,22 @@ def saekit_losses() -> Iterator[Component]:
 
 @hookimpl
 def saekit_sources() -> Iterator[Component]:
+    sources = "saekit.builtin.sources"
     text = ("tokens", "subject_model", "logits", "documents")
+    labelled = ("labels", "sequences")
     yield Component(
-        "organism", "saekit.builtin.sources:OrganismSource", "The bundled model organism on its own corpus.", provides=text
+        "organism", f"{sources}:OrganismSource", "The bundled model organism on its own corpus.", provides=(*text, *labelled)
     )
-    yield Component("text", "saekit.builtin.sources:TextSource", "Any language model on any text.", provides=text)
+    yield Component("text", f"{sources}:TextSource", "Any language model on any text.", provides=text)
+    yield Component(
+        "tensors", f"{sources}:TensorsSource", "Activations stored in files.", provides=("tokens", *labelled)
+    )
+    yield Component(
+        "synthetic",
+        f"{sources}:SyntheticSource",
+        "Sparse sums of known directions.",
+        provides=(*labelled, "true_dictionary"),
+    )
 
 
 @hookimpl
@@ -86,7 +97,10 @@ def saekit_analyzers() -> Iterator[Component]:
 
 @hookimpl
 def saekit_trackers() -> Iterator[Component]:
-    yield Component("jsonl", "saekit.builtin.trackers:JsonLines", "metrics.jsonl in the run directory.", default=True)
+    trackers = "saekit.builtin.trackers"
+    yield Component("jsonl", f"{trackers}:JsonLines", "metrics.jsonl in the run directory.", default=True)
+    yield Component("tensorboard", f"{trackers}:TensorBoard", "Event files for TensorBoard in the run directory.")
+    yield Component("wandb", f"{trackers}:WeightsAndBiases", "A run of Weights & Biases, offline unless told otherwise.")
 
 
 @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,7 +26,13 @@ class Standard(SparseAutoencoder):
     active, which is looked at every `look_every` batches. Both ways give the same numbers up to rounding.
     """
 
-    saelens_name = "standard"
+    saelens_name, saelens_transcoder = "standard", "transcoder"
+    known_as = (
+        "sae_lens:standard",
+        "sae_lens:transcoder",
+        "dictionary_learning:AutoEncoder",
+        "dictionary_learning:AutoEncoderNew",
+    )
     sparse_below = 0.1
     look_every = 16
 
@@ -63,8 +70,6 @@ class Clipped(Standard):
     normalisation of the rows, and one pass less.
     """
 
-    saelens_name = None
-
     def __init__(
         self,
         d_in: int,
@@ -93,6 +98,7 @@ class TopK(SparseAutoencoder):
     """The k largest pre-activations of each row, through a ReLU (Gao et al. 2024, section 2.3)."""
 
     saelens_name = "topk"
+    known_as = ("sae_lens:topk", "dictionary_learning:AutoEncoderTopK", "sparsify:topk", "sparsify:unnamed")
 
     def __init__(
         self,
@@ -119,3 +125,7 @@ class TopK(SparseAutoencoder):
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         cfg, tensors = super().to_saelens()
         return {**cfg, "k": self.k, "rescale_acts_by_decoder_norm": False}, tensors
+
+    @classmethod
+    def options_from_saelens(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().options_from_saelens(cfg), "k": cfg["k"]}

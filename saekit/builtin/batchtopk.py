@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -22,7 +23,8 @@ class BatchTopK(SparseAutoencoder):
     smallest activation that was kept in training, is active.
     """
 
-    saelens_name = "jumprelu"
+    saelens_name, saelens_transcoder = "jumprelu", "jumprelu_transcoder"
+    known_as = ("sae_lens:batchtopk", "dictionary_learning:BatchTopKSAE")
     candidates = 4
     """A row's largest `candidates * k` are looked at first; where that could miss one, the whole batch is."""
 
@@ -95,9 +97,21 @@ class BatchTopK(SparseAutoencoder):
         threshold = self.threshold.clamp_min(0.0).expand(self.d_sae)
         return cfg, {**tensors, "threshold": threshold}
 
-    def from_saelens(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        threshold = tensors["threshold"]
-        return {**{k: v for k, v in tensors.items() if k != "threshold"}, "threshold": threshold[0].clone()}
+    @classmethod
+    def options_from_saelens(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        options = {**super().options_from_saelens(cfg), "k": cfg["k"]}
+        if "topk_threshold_lr" in cfg:  # of an SAE in training; what is made for inference has forgotten it
+            options["threshold_memory"] = 1.0 - cfg["topk_threshold_lr"]
+        return options
+
+    @classmethod
+    def state_from_saelens(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        state = dict(tensors)
+        if "topk_threshold" in state:  # of an SAE in training
+            state["threshold"] = state.pop("topk_threshold")
+        if "threshold" in state and state["threshold"].numel():  # one for each latent, all equal
+            state["threshold"] = state["threshold"].reshape(-1)[0].clone()
+        return state
 
 
 class Matryoshka(BatchTopK):
@@ -105,6 +119,9 @@ class Matryoshka(BatchTopK):
 
     `prefixes` are the sizes of nested dictionaries; the loss `matryoshka` asks every one of them for a reconstruction.
     """
+
+    saelens_name, saelens_transcoder = BatchTopK.saelens_name, BatchTopK.saelens_transcoder
+    known_as = ("sae_lens:matryoshka_batchtopk", "dictionary_learning:MatryoshkaBatchTopKSAE")
 
     def __init__(
         self,
@@ -130,6 +147,10 @@ class Matryoshka(BatchTopK):
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "prefixes": self.prefixes}
+
+    @classmethod
+    def options_from_saelens(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().options_from_saelens(cfg), "prefixes": cfg["matryoshka_widths"]}
 
     def nested_reconstructions(self, code: SparseCode) -> Tensor:
         """What each prefix of the dictionary rebuilds: [len(prefixes), batch, d_out].

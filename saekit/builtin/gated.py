@@ -21,6 +21,7 @@ class Gated(SparseAutoencoder):
     """
 
     saelens_name = "gated"
+    known_as = ("sae_lens:gated", "dictionary_learning:GatedAutoEncoder")
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: DecoderNorm = "unit") -> None:
         super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -44,7 +45,8 @@ class JumpReLU(SparseAutoencoder):
     Adam moves a logarithm too slowly over a short run.
     """
 
-    saelens_name = "jumprelu"
+    saelens_name, saelens_transcoder = "jumprelu", "jumprelu_transcoder"
+    known_as = ("sae_lens:jumprelu", "sae_lens:jumprelu_transcoder", "dictionary_learning:JumpReluAutoEncoder")
 
     def __init__(
         self,
@@ -87,3 +89,11 @@ class JumpReLU(SparseAutoencoder):
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         cfg, tensors = super().to_saelens()
         return cfg, {**tensors, "threshold": self.threshold}
+
+    @classmethod
+    def state_from_saelens(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Elsewhere a ReLU stands before the jump, so that a threshold below zero acts as zero."""
+        state = dict(tensors)
+        if "threshold" in state:
+            state["threshold"] = state["threshold"].clamp_min(0.0)
+        return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -47,7 +47,8 @@ def gated_aux(step: Step) -> torch.Tensor:
 def matryoshka(step: Step) -> torch.Tensor:
     """Squared error of each nested dictionary's reconstruction, averaged over them, batch and coordinates
     (Bussmann et al. 2025, eq. 3). It takes the place of `mse`: the whole dictionary is the last of them."""
-    nested = step.sae.nested_reconstructions(step.code)  # [prefixes, batch, d_out]
+    sae: Any = step.sae  # it has them: the plan has checked the need
+    nested = sae.nested_reconstructions(step.code)  # [prefixes, batch, d_out]
     return (step.target - nested).square().mean()
 
 

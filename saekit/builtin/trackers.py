@@ -1,12 +1,17 @@
-"""The built-in tracker: one JSON line a logged step."""
+"""The built-in trackers: one JSON line a logged step, event files for TensorBoard, a run of Weights & Biases."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
+import uuid
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
+from pydantic import Field
+
+from saekit.errors import UsageError
 from saekit.files import plain, write_text
 from saekit.hookspecs import hookimpl
 
@@ -54,6 +59,171 @@ class JsonLines:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class TensorBoard:
+    """Event files in `tensorboard/` of the run directory: `tensorboard --logdir RUN/tensorboard`.
+
+    What is logged stands under its own name, held-out metrics under `held_out/`, an analyzer's scalars under
+    `analysis/NAME/`. A resumed run goes on in the same series: what stands there after the checkpoint is purged.
+    """
+
+    def __init__(self) -> None:
+        _must_be_installed("tensorboard")
+        self._run: Any = None
+        self._writer: Any = None
+        self._step = 0
+
+    @hookimpl
+    def run_started(self, run: Any) -> None:
+        self._run = run
+
+    @hookimpl
+    def training_started(self, trainer: Any) -> None:
+        self._step = trainer.number
+        self._open(purge_step=trainer.number)
+
+    @hookimpl
+    def logged(self, number: int, values: dict[str, float]) -> None:
+        self._step = number
+        self._write(values)
+
+    @hookimpl
+    def checkpoint_saved(self) -> None:
+        self._open().flush()
+
+    @hookimpl
+    def evaluated(self, metrics: dict[str, float | None]) -> None:
+        self._write({f"held_out/{name}": value for name, value in metrics.items()})
+
+    @hookimpl
+    def analysed(self, name: str, result: Any) -> None:
+        self._write({f"analysis/{name}/{key}": value for key, value in plain(dict(result.scalars)).items()})
+
+    @hookimpl
+    def run_finished(self) -> None:
+        self.close()
+
+    @hookimpl
+    def run_failed(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is waiting, and close the file."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _open(self, purge_step: int | None = None) -> Any:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._run.directory.path / "tensorboard"), purge_step=purge_step)
+            text = self._run.directory.run_toml.read_text(encoding="utf-8")
+            self._writer.add_text("run.toml", "".join(f"    {line}\n" for line in text.splitlines()))
+        return self._writer
+
+    def _write(self, values: dict[str, Any]) -> None:
+        writer = self._open()
+        for name, value in _numbers(values).items():
+            writer.add_scalar(name, value, self._step)
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases, kept in `wandb/` of the run directory; nothing is sent unless `mode = "online"`.
+
+    Later: `wandb sync RUN/wandb/offline-run-*`. Charts are drawn over `step`; held-out metrics and analyzers' scalars are
+    in the run's summary. A resumed run goes on under the same id; what it logged after the checkpoint stands there twice.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: Annotated[str, Field(min_length=1, description="The project that the run belongs to.")] = "saekit",
+        entity: Annotated[str | None, Field(description="Whose project; your own by default.")] = None,
+        mode: Annotated[
+            Literal["offline", "online"], Field(description="offline: files in the run directory; online: sent as it goes.")
+        ] = "offline",
+    ) -> None:
+        _must_be_installed("wandb")
+        self._settings = {"project": project, "entity": entity, "mode": mode}
+        self._id = uuid.uuid4().hex[:8]
+        self._run: Any = None
+        self._there: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's id there, by which a resumed run goes on with it."""
+        return {"id": self._id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._id = state["id"]
+
+    @hookimpl
+    def run_started(self, run: Any) -> None:
+        self._run = run
+
+    @hookimpl
+    def training_started(self) -> None:
+        self._open()
+
+    @hookimpl
+    def logged(self, number: int, values: dict[str, float]) -> None:
+        self._open().log({"step": number, **_numbers(values)})
+
+    @hookimpl
+    def evaluated(self, metrics: dict[str, float | None]) -> None:
+        self._open().summary.update({f"held_out/{name}": value for name, value in _numbers(metrics).items()})
+
+    @hookimpl
+    def analysed(self, name: str, result: Any) -> None:
+        scalars = _numbers(plain(dict(result.scalars)))
+        self._open().summary.update({f"analysis/{name}/{key}": value for key, value in scalars.items()})
+
+    @hookimpl
+    def run_finished(self) -> None:
+        self.close()
+
+    @hookimpl
+    def run_failed(self) -> None:
+        self.close(exit_code=1)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Write what is waiting, and end the run there."""
+        there, self._there = self._there, None
+        if there is not None:
+            there.finish(exit_code=exit_code)
+
+    def _open(self) -> Any:
+        if self._there is None:
+            import wandb
+
+            directory = self._run.directory.path
+            self._there = wandb.init(
+                **self._settings,
+                id=self._id,
+                name=directory.name,
+                dir=directory,
+                config=plain(self._run.config.model_dump(by_alias=True)),
+                resume="allow" if self._settings["mode"] == "online" else None,
+                reinit="create_new",  # several runs may live in one process
+                settings=wandb.Settings(console="off", silent=True),  # the terminal belongs to the view
+            )
+            self._there.define_metric("step")
+            self._there.define_metric("*", step_metric="step")
+        return self._there
+
+
+def _must_be_installed(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(
+            f"tracker.{package}: needs the package {package}, which is not installed: pip install \"saekit[{package}]\""
+        )
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    """What can be drawn: neither what is not defined nor what is no number."""
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

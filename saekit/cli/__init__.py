@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 import traceback
 from typing import Any
@@ -17,6 +18,9 @@ COMMANDS = {
     "recipes": "List the ready-made run files.",
     "bench": "Time a training step or the harvest against its floor.",
     "report": "Build report.html of a run again.",
+    "compare": "Show runs side by side: metrics, what differs in their configurations, curves.",
+    "import": "Take in an SAE of SAELens, dictionary_learning or sparsify.",
+    "export": "Write an SAE as one of those libraries opens it.",
     "schema": "Print the JSON Schema of a run file.",
 }
 
@@ -30,7 +34,8 @@ class LazyGroup(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"saekit.cli.{name}").command
+        module = f"{name}_" if keyword.iskeyword(name) else name  # import.py could not be imported
+        return importlib.import_module(f"saekit.cli.{module}").command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

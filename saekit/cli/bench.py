@@ -16,6 +16,7 @@ import click
 @click.option("--batch", default=2048, show_default=True, help="step: activations a step.")
 @click.option("--tokens", default=16_384, show_default=True, help="harvest: activations a block.")
 @click.option("--rounds", default=9, show_default=True, help="Times that each candidate is measured, in turns.")
+@click.option("--peers", is_flag=True, help="step: time sae_lens, sparsify and dictionary_learning too, if installed.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(
     what: str,
@@ -25,6 +26,7 @@ def command(
     batch: int,
     tokens: int,
     rounds: int,
+    peers: bool,
     as_json: bool,
 ) -> None:
     """Time a training step in units of one encoder product, or the harvest in units of a bare forward.
@@ -42,19 +44,18 @@ def command(
         import torch
 
         torch.set_num_threads(training.threads)
-    result = _step(plan, device, d_in, batch, rounds) if what == "step" else _harvest(plan, device, tokens, rounds)
+    result = _step(plan, device, d_in, batch, rounds, peers) if what == "step" else _harvest(plan, device, tokens, rounds)
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
     for key, value in result.items():
-        shown = ", ".join(f"{k} {_number(v)}" for k, v in value.items()) if isinstance(value, dict) else _number(value)
-        click.echo(f"{key:<20} {shown}")
+        click.echo(f"{key:<20} {_shown(value)}")
 
 
-def _step(plan: Any, device: Any, d_in: int, batch: int, rounds: int) -> dict[str, Any]:
+def _step(plan: Any, device: Any, d_in: int, batch: int, rounds: int, peers: bool) -> dict[str, Any]:
     from saekit.bench.step import time_step
 
-    return time_step(plan, device, d_in=d_in, batch=batch, rounds=rounds)
+    return time_step(plan, device, d_in=d_in, batch=batch, rounds=rounds, peers=peers)
 
 
 def _harvest(plan: Any, device: Any, tokens: int, rounds: int) -> dict[str, Any]:
@@ -63,5 +64,7 @@ def _harvest(plan: Any, device: Any, tokens: int, rounds: int) -> dict[str, Any]
     return time_harvest(plan, device, tokens=tokens, rounds=rounds)
 
 
-def _number(value: Any) -> str:
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} ({_shown(v)})" if isinstance(v, dict) else f"{key} {_shown(v)}" for key, v in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from typing import Any
 
 import click
@@ -60,24 +62,24 @@ def command(
         "analyzer": analyze,
         "tracker": tracker,
     }
-    # With --json nothing but the document may reach stdout, whatever a plugin or a library prints.
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        finished = _carry_out()
     if resume is not None:
         given = [what, source, architecture, directory, *loss, *callback, *metric, *analyze, *tracker, *overrides, *plugins]
         if any(given) or dry_run:
             raise UsageError("--resume continues a run exactly as it was begun; give it no other options.")
-        finished = _resume(resume, no_plugins, as_json)
-    else:
-        finished = _start(what, uses, overrides, plugins, no_plugins, directory, dry_run, as_json)
-    if finished is not None and as_json:
-        click.echo(json.dumps(finished.summary, indent=2, ensure_ascii=False))
+    # With --json nothing but the document may reach stdout, whatever a plugin or a library prints.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        if resume is not None:
+            document = _resume(resume, no_plugins, as_json)
+        else:
+            document = _start(what, uses, overrides, plugins, no_plugins, directory, dry_run, as_json)
+    if as_json:
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def _resume(where: str, no_plugins: tuple[str, ...], as_json: bool) -> Any:
+def _resume(where: str, no_plugins: tuple[str, ...], as_json: bool) -> dict[str, Any]:
     from saekit.api import resume
 
-    return resume(where, no_plugins=no_plugins, view=_view(as_json))
+    return resume(where, no_plugins=no_plugins, view=_view(as_json)).summary
 
 
 def _start(
@@ -89,7 +91,8 @@ def _start(
     directory: str | None,
     dry_run: bool,
     as_json: bool,
-) -> Any:
+) -> dict[str, Any]:
+    """The summary of the run, or its plan with --dry-run."""
     from saekit.runner.compose import Request, compose
     from saekit.runner.plan import make_plan
 
@@ -98,14 +101,12 @@ def _start(
     if dry_run:
         from saekit.cli.show_plan import plan_as_json, print_plan
 
-        if as_json:
-            click.echo(json.dumps(plan_as_json(plan), indent=2, ensure_ascii=False))
-        else:
+        if not as_json:
             print_plan(plan)
-        return None
+        return plan_as_json(plan)
     from saekit.api import start
 
-    return start(plan, registry, directory, _view(as_json))
+    return start(plan, registry, directory, _view(as_json)).summary
 
 
 def _view(as_json: bool) -> Any:

@@ -31,6 +31,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 def print_plan(plan: Plan) -> None:
     """The plan as a table on stdout."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -44,13 +45,14 @@ def print_plan(plan: Plan) -> None:
             options = f"weight={weight!r}" + (f", {options}" if options else "")
         if part.key == "architecture":
             options = f"d_sae={plan.config.architecture.d_sae}" + (f", {options}" if options else "")
-        table.add_row(part.key, part.component.name, options, f"{part.component.distribution} {part.component.version}")
+        origin = f"{part.component.distribution} {part.component.version}"
+        table.add_row(*map(escape, (part.key, part.component.name, options, origin)))
     console.print(table)
     training = plan.config.training
     console.print(
         f"{plan.total_steps} steps of {training.batch_size} activations, {training.tokens:,} in all; seed {training.seed}."
     )
     for name, value in plan.facts.items():
-        console.print(f"{name}: {value}", highlight=False)
+        console.print(f"{name}: {value}", highlight=False, markup=False)
     for warning in plan.warnings:
-        console.print(f"warning: {warning}", highlight=False)
+        console.print(f"warning: {warning}", highlight=False, markup=False)

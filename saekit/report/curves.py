@@ -44,6 +44,43 @@ def measure_figures(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {label(key): _lines(history, {key: _series(history, key)}, log=False, legend=False) for key in keys}
 
 
+def logged_names(history: list[dict[str, Any]]) -> list[str]:
+    """Everything that was logged and can be drawn: the total, the losses, the well-known measures, the rest."""
+    keys = [key for key in _names(history, "") if key not in NOT_DRAWN and not key.startswith("weight/")]
+    rank = {name: place for place, name in enumerate(FIRST)}
+    keys.sort(key=lambda key: -1 if key.startswith("loss/") else rank.get(key, len(rank)))
+    return (["loss"] if any(is_number(row.get("loss")) for row in history) else []) + keys
+
+
+def overlaid(
+    histories: dict[str, list[dict[str, Any]]], names: list[str], *, legend: bool = True
+) -> dict[str, dict[str, Any]]:
+    """A chart for each name, with a line for each run, which keeps its colour from chart to chart.
+
+    Drawn over the activations trained on where every line has them, since steps of different batches do not compare."""
+    histories = {run: thinned(history) for run, history in histories.items()}
+    by_tokens = all(is_number(row.get("tokens")) for history in histories.values() for row in history)
+    return {name: _overlaid(histories, name, "tokens" if by_tokens else "step", legend) for name in names}
+
+
+def _overlaid(histories: dict[str, list[dict[str, Any]]], name: str, over: str, legend: bool) -> dict[str, Any]:
+    # A run without this series keeps its place, and with it the colours of the others.
+    lines = {run: history if name in _names(history, "") else [] for run, history in histories.items()}
+    wants_log = name.startswith("loss")
+    figures = [
+        _lines(history, {run: _series(history, name)}, log=wants_log, legend=legend) for run, history in lines.items()
+    ]
+    log = wants_log and all(figure["layout"]["yaxis"] for figure in figures)
+    data = [trace for figure in figures for trace in figure["data"]]
+    for trace, history in zip(data, lines.values(), strict=True):
+        trace["x"] = [row[over] if is_number(row.get(over)) else None for row in history]
+        trace["showlegend"] = bool(history)
+    layout = figures[0]["layout"]
+    layout["xaxis"] = {"title": {"text": "activations trained on" if over == "tokens" else over}}
+    layout["yaxis"] = {"type": "log"} if log else {}
+    return {"data": data, "layout": layout}
+
+
 def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most about `POINTS` lines: every k-th, and the last."""
     stride = max(1, -(-len(history) // POINTS))

@@ -108,8 +108,8 @@ def page(run: RunFiles) -> dict[str, Any]:
         "cards": [(label(n), *_shown(metrics[n]), meanings.get(n, "")) for n in headline],
         "metrics": [(n, *_shown(v), meanings.get(n, "")) for n, v in metrics.items()],
         "losses": [(n, *_shown(v)) for n, v in _dict(summary.get("losses")).items()],
-        "loss_figures": _figures("loss", loss_figures(run.history)),
-        "measure_figures": _figures("measure", measure_figures(run.history)),
+        "loss_figures": figures_of("loss", loss_figures(run.history)),
+        "measure_figures": figures_of("measure", measure_figures(run.history)),
         "curve_notes": notes,
         "analyses": analyses,
         "timing": [(name, duration(s)) for name, s in _dict(summary.get("seconds")).items() if is_number(s)],
@@ -158,7 +158,7 @@ def _analysis(position: int, name: str, result: dict[str, Any], run: RunFiles) -
         name=name,
         notes=[str(note) for note in result.get("notes", [])],
         scalars=[(key, *_shown(value)) for key, value in result.get("scalars", {}).items()],
-        figures=_figures(identifier, result.get("figures", {})),
+        figures=figures_of(identifier, result.get("figures", {})),
         tables=[_table(key, rows, name) for key, rows in tables.items()],
         latents=latents,
         latents_note=latents_note,
@@ -173,7 +173,8 @@ def _shown(value: Any) -> tuple[str, bool]:
     return number(value), number(value) != NOT_DEFINED
 
 
-def _figures(prefix: str, figures: dict[str, dict[str, Any]]) -> list[Figure]:
+def figures_of(prefix: str, figures: dict[str, dict[str, Any]]) -> list[Figure]:
+    """The figures of a section, each with the id under which its data stands in the page."""
     return [
         Figure(
             f"{prefix}-figure-{position}", name, {"data": safe(spec["data"]), "layout": safe(_dict(spec.get("layout")))}

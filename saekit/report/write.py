@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from saekit.files import whole_file
 from saekit.report.page import page
@@ -19,22 +20,32 @@ def write_report(directory: Path) -> Path:
     Missing or damaged files are named in the report. Raises UsageError where `directory` is no run directory.
     """
     directory = Path(directory)
-    html = render(directory)
     path = directory / "report.html"
+    write_html(render(directory), path)
+    return path
+
+
+def write_html(html: str, path: Path) -> None:
+    """Write a whole page."""
     with whole_file(path) as temporary:
         # Text from data sets may hold half of a surrogate pair, which UTF-8 cannot say.
         temporary.write_bytes(html.encode("utf-8", errors="replace"))
-    return path
 
 
 def render(directory: Path) -> str:
     """The report as a string."""
+    content = page(read_run(directory))
+    figures = content["loss_figures"] or content["measure_figures"] or any(a.figures for a in content["analyses"])
+    return render_template("report.html", content, has_figures=bool(figures))
+
+
+def render_template(template: str, content: dict[str, Any], *, has_figures: bool) -> str:
+    """A page that needs no network: the template filled with `content`, with the style, the scripts and their policy."""
     # Imported here: the terminal imports this package for its words alone.
     import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    content = page(read_run(directory))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -42,10 +53,9 @@ def render(directory: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    has_figures = content["loss_figures"] or content["measure_figures"] or any(a.figures for a in content["analyses"])
     scripts = [get_plotlyjs()] if has_figures else []
     scripts.append(_part("report.js"))
-    return environment.get_template("report.html").render(
+    return environment.get_template(template).render(
         **content,
         style=Markup(_part("report.css")),
         scripts=[Markup(script) for script in scripts],

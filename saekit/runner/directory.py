@@ -12,7 +12,7 @@ from typing import Any
 
 from saekit.config import RunConfig, parse_config, read_toml
 from saekit.errors import UsageError
-from saekit.files import disk_errors, write_json, write_text
+from saekit.files import TEMPORARY, disk_errors, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class RunDirectory:
         """A new directory: `where` if given (it must be absent or empty), else dated and named after the recipe."""
         if where is not None:
             path = Path(where)
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            with disk_errors(path):
+                taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+            if taken:
                 raise UsageError(f"--directory {where}: exists and is not empty. Choose another, or use --resume {where}.")
         else:
             path = cls._dated(config)
@@ -97,7 +99,11 @@ class RunDirectory:
                 f"--resume {where}: has no run.toml, so it is not a run directory, or nothing was begun in it. Start the "
                 "run without --resume."
             )
-        return directory, parse_config(read_toml(directory.run_toml), str(directory.run_toml))
+        config = parse_config(read_toml(directory.run_toml), str(directory.run_toml))
+        for leftover in directory.path.rglob(TEMPORARY):  # of a run that was killed while it wrote
+            if leftover.is_file():
+                leftover.unlink(missing_ok=True)
+        return directory, config
 
     def finished_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, or None."""

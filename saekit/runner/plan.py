@@ -65,8 +65,11 @@ class Plan:
 
 def make_plan(config: RunConfig, registry: Registry) -> Plan:
     """Resolve and check everything that can be checked without loading a model. Raises UsageError or PluginError."""
-    config = _with_defaults(config, registry)
     source = _part("source", config.source, registry, config)
+    with explained([source]):
+        built = source.build()
+    withheld: dict[str, str] = getattr(built, "withheld", {})
+    config = _with_defaults(config, registry, _provided([source.component]) - set(withheld))
     architecture = _part("architecture", config.architecture, registry, config)
     sections = {
         section: [
@@ -86,10 +89,10 @@ def make_plan(config: RunConfig, registry: Registry) -> Plan:
         facts={},
         warnings=list(registry.warnings),
     )
-    _check_needs(plan, registry)
+    _check_needs(plan, registry, withheld)
     _check_training(plan)
     with explained([plan.source]):
-        plan.facts = plan.source.build().peek()
+        plan.facts = built.peek()
     plan.warnings += [w for w in registry.warnings if w not in plan.warnings]
     return plan
 
@@ -103,11 +106,10 @@ def _part(kind: str, entry: Use, registry: Registry, config: RunConfig, key: str
     return Part(key, entry.label, component, component.validate(entry.options, key), entry)
 
 
-def _with_defaults(config: RunConfig, registry: Registry) -> RunConfig:
+def _with_defaults(config: RunConfig, registry: Registry, provided: set[str]) -> RunConfig:
     """The configuration with the components that their plugins mark as default, where the run can hold them."""
     if not config.defaults:
         return config
-    provided = _provided([registry.find("source", config.source.use, where="source", requires=config.requires)])
     added: dict[str, list[Use]] = {}
     for section in LISTS:
         entries = list(getattr(config, section))
@@ -127,12 +129,19 @@ def _provided(components: list[Component]) -> set[str]:
     return ALWAYS_PROVIDED.union(*(c.provides for c in components))
 
 
-def _check_needs(plan: Plan, registry: Registry) -> None:
-    provided = _provided([part.component for part in plan.parts])
+def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> None:
+    """withheld: what the source could provide but does not with these options, with the fix for each."""
+    others = _provided([part.component for part in plan.parts if part is not plan.source])
+    provided = others | (set(plan.source.component.provides) - set(withheld))
     for part in plan.parts:
         missing = [need for need in part.component.needs if need not in provided]
         if missing:
             need = missing[0]
+            if need in withheld:
+                raise UsageError(
+                    f"{part.key}: {part.component.kind} {part.component.name!r} needs {need!r}, which source "
+                    f"{plan.source.component.name!r} does not provide with these options. {withheld[need]}"
+                )
             providers = [c for c in registry.components() if need in c.provides]
             if providers:
                 names = ", ".join(f"{c.kind} {c.name!r} ({c.distribution})" for c in providers)

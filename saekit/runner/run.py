@@ -26,7 +26,7 @@ from saekit.runner.plan import Plan
 from saekit.runner.provenance import plugins_used, provenance, with_resumption
 from saekit.runner.summary import summarise
 from saekit.sae.base import SparseAutoencoder
-from saekit.sae.formats import load_sae, save_sae
+from saekit.sae.formats import SavedSAE, load_sae, open_sae, save_sae
 from saekit.training import checkpoint
 from saekit.training.losses import Term
 from saekit.training.trainer import Trainer, seed_for
@@ -106,6 +106,8 @@ class Run:
         torch.manual_seed(seed_for(training.seed, "torch"))
         self.source = self.plan.source.build()
         self.source.open(device=self.device, dtype=torch.float32)
+        for warning in getattr(self.source, "warnings", ()):
+            self.listeners.warn(warning)
         self.identity = plain(self.source.identity())
         made_by = provenance(self.plan, self.identity)
         write_json(self.directory.provenance, with_resumption(self.directory.provenance, made_by))
@@ -115,16 +117,7 @@ class Run:
         """The SAE before its first step, and the factor that brings activations to a mean norm of sqrt(d_in)."""
         entry = self.config.architecture
         if entry.from_ is not None:
-            sae = load_sae(entry.from_, registry=self.registry).requires_grad_(True)
-            if sae.d_in != self.source.d_in:
-                raise UsageError(
-                    f"architecture.from: the SAE in {entry.from_} reads width {sae.d_in}, but {self.plan.model} has width "
-                    f"{self.source.d_in} at {self.source.hook_point}. Choose the hook point that it was trained on."
-                )
-            if entry.d_sae not in (None, sae.d_sae):
-                raise UsageError(
-                    f"architecture.d_sae: {entry.d_sae}, but the SAE in {entry.from_} has {sae.d_sae} latents. Leave d_sae out."
-                )
+            sae = self._fitting(open_sae(entry.from_, registry=self.registry)).requires_grad_(True)
             if not self.plan.total_steps:
                 return sae.to(self.device), 1.0
         else:
@@ -148,6 +141,36 @@ class Run:
             sae.initialise(generator, (target * scale).cpu())
         sae.constrain_weights()
         return sae.to(self.device), scale
+
+    def _fitting(self, saved: SavedSAE) -> SparseAutoencoder:
+        """The SAE to start from; UsageError where source or run file ask for another one."""
+        entry, sae = self.config.architecture, saved.sae
+        if saved.name != self.plan.architecture.component.qualified_name:
+            raise UsageError(
+                f"architecture.use: {entry.use}, but the SAE in {entry.from_} is a {saved.name}. "
+                f'Write use = "{saved.name}".'
+            )
+        if sae.d_in != self.source.d_in:
+            raise UsageError(
+                f"architecture.from: the SAE in {entry.from_} reads width {sae.d_in}, but {self.plan.model} has width "
+                f"{self.source.d_in} at {self.source.hook_point}. Choose the hook point that it was trained on."
+            )
+        if sae.d_out != self.source.d_out:
+            raise UsageError(
+                f"architecture.from: the SAE in {entry.from_} rebuilds width {sae.d_out}, but the source asks for width "
+                f"{self.source.d_out}. Choose the source that it was trained on."
+            )
+        if entry.d_sae not in (None, sae.d_sae):
+            raise UsageError(
+                f"architecture.d_sae: {entry.d_sae}, but the SAE in {entry.from_} has {sae.d_sae} latents. Leave d_sae out."
+            )
+        for key in entry.options.keys() & sae.options().keys():
+            if self.plan.architecture.options[key] != sae.options()[key]:
+                raise UsageError(
+                    f"architecture.{key}: {entry.options[key]!r}, but the SAE in {entry.from_} was made with "
+                    f"{sae.options()[key]!r}. Leave {key} out."
+                )
+        return sae
 
     # --- train -------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,19 @@ class SparseAutoencoder(nn.Module):
     W_enc lies latent-major in memory (its transpose is contiguous), since its gradient is made latent by latent.
     """
 
-    saelens_name: str | None = None
-    """The architecture's name in sae_lens, or None where it has no counterpart there."""
+    saelens_name: ClassVar[str | None] = None
+    """The architecture of sae_lens that computes the same from what `to_saelens` gives; None where it has none."""
+    saelens_transcoder: ClassVar[str | None] = None
+    """The same for an SAE whose d_out differs from its d_in."""
+    known_as: ClassVar[tuple[str, ...]] = ()
+    """What other libraries call the architectures that this one can take over: `("sae_lens:topk",)`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A subclass with another gate computes something else, so it inherits no name in other libraries."""
+        super().__init_subclass__(**kwargs)
+        for name in ("saelens_name", "saelens_transcoder", "known_as"):
+            if name not in vars(cls):
+                setattr(cls, name, getattr(SparseAutoencoder, name))
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: str = "unit") -> None:
         super().__init__()
@@ -148,7 +160,24 @@ class SparseAutoencoder(nn.Module):
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
 
+    @property
+    def saelens_architecture(self) -> str | None:
+        """What sae_lens calls this very SAE, or None where it has no counterpart there."""
+        return self.saelens_name if self.d_out == self.d_in else self.saelens_transcoder
+
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(the architecture's own keys of cfg.json, tensors) in sae_lens's layout."""
         cfg = {"apply_b_dec_to_input": self.reads_centred}
         return cfg, {"W_enc": self.W_enc, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+
+    @classmethod
+    def options_from_saelens(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of an SAE that another library made, from its keys in sae_lens's words (`k`, ...).
+
+        Called for the names in `known_as`. Decoder rows are left at the norms they have."""
+        return {"decoder_norm": "free"}
+
+    @classmethod
+    def state_from_saelens(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict, from tensors in sae_lens's layout: the way back of `to_saelens`."""
+        return dict(tensors)

@@ -1,11 +1,14 @@
 """An SAE on disk: SAELens's layout (`cfg.json` and `sae_weights.safetensors`), with ours under `metadata.saekit`.
 
-`sae_lens.SAE.load_from_disk` opens a directory written here whenever the architecture has a counterpart there.
+`sae_lens.SAE.load_from_disk` opens a directory written here whenever the architecture has a counterpart there, and
+`load_sae` opens what sae_lens wrote. Other libraries' files: `saekit.sae.interop`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,16 @@ SAELENS_LAYOUT = "6.0.0"
 FORMAT_VERSION = 1
 
 
+@dataclass(frozen=True)
+class SavedSAE:
+    """An SAE as it was read. name: its architecture's qualified name in the registry. metadata: what else is known of it
+    (model_name, hook_name, ...)."""
+
+    sae: SparseAutoencoder
+    name: str
+    metadata: dict[str, Any]
+
+
 def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metadata: dict[str, Any] | None = None) -> Path:
     """Write `sae` into `directory`.
 
@@ -31,6 +44,7 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metada
     from safetensors.torch import save_file
 
     directory = Path(directory)
+    metadata = dict(metadata or {})
     own, tensors = sae.to_saelens()
     ours = {
         "format": FORMAT_VERSION,
@@ -39,15 +53,16 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metada
         "d_out": sae.d_out,
     }
     cfg = {
-        "architecture": sae.saelens_name or name,
+        "architecture": sae.saelens_architecture or name,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
+        **({"d_out": sae.d_out} if sae.d_out != sae.d_in else {}),
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": metadata.pop("reshape_activations", "none"),
         **own,
-        "metadata": {"sae_lens_version": SAELENS_LAYOUT, **(metadata or {}), "saekit": ours},
+        "metadata": {"sae_lens_version": SAELENS_LAYOUT, **metadata, "saekit": ours},
     }
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -58,51 +73,128 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metada
 
 
 def load_sae(
-    directory: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None
+    source: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None
 ) -> SparseAutoencoder:
-    """The SAE in `directory`, with the architecture that its cfg.json names. Raises UsageError if it is not whole."""
-    directory = Path(directory)
-    cfg = read_config(directory)
-    ours = cfg.get("metadata", {}).get("saekit")
+    """The SAE in the directory `source`, ready to encode: in float32, in evaluation mode, without gradients.
+
+    source: a directory that saekit or sae_lens wrote, or `RELEASE:SAE_ID` of a release that sae_lens knows, which is
+    downloaded. Raises UsageError where it is not whole, or computes what no installed architecture does.
+    """
+    return open_sae(source, device=device, registry=registry).sae
+
+
+def open_sae(source: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None) -> SavedSAE:
+    """As `load_sae`, with what is known about the SAE."""
+    from saekit.sae import interop  # here: it stands on this module
+
+    registry = registry or Registry()
+    directory = Path(source)
+    release = interop.release_of(source)
+    if release is not None:
+        saved = interop.take_in(interop.sae_lens.fetch(*release), registry)
+    else:
+        library = interop.library_of(directory)
+        if library not in (None, interop.sae_lens.LIBRARY):
+            raise UsageError(
+                f"{directory}: holds an SAE of {library}. Take it in first, and name the new directory: "
+                f"saekit import {directory} NEW_DIRECTORY"
+            )
+        cfg = read_config(directory)
+        ours = cfg.get("metadata", {}).get("saekit") if isinstance(cfg.get("metadata"), dict) else None
+        saved = _own(directory, cfg, ours, registry) if ours else interop.take_in(interop.sae_lens.read(directory), registry)
+    saved.sae.to(device)
+    return saved
+
+
+def _own(directory: Path, cfg: dict[str, Any], ours: Any, registry: Registry) -> SavedSAE:
+    path = directory / CONFIG
     if not isinstance(ours, dict):
-        raise UsageError(
-            f"{directory / CONFIG}: has no metadata.saekit, so it was not written by saekit."
-        )
-    component = (registry or Registry()).find("architecture", ours["architecture"], where=str(directory / CONFIG))
-    options = component.validate(ours["options"], f"{directory / CONFIG}: metadata.saekit.options")
-    sae = component.build(options, cfg["d_in"], cfg["d_sae"], ours["d_out"])
-    sae.load_state_dict(_tensors(directory / WEIGHTS, sae))
-    return sae.to(device).requires_grad_(False).eval()
+        raise UsageError(f"{path}: metadata.saekit is not a table.")
+    for key in ("architecture", "options", "d_out"):
+        if key not in ours:
+            raise UsageError(f"{path}: key 'metadata.saekit.{key}' is missing.")
+    d_in, d_sae = width(cfg, "d_in", path), width(cfg, "d_sae", path)
+    component = registry.find("architecture", ours["architecture"], where=str(path))
+    options = component.validate(ours["options"], f"{path}: metadata.saekit.options")
+    tensors = read_tensors(directory / WEIGHTS)
+    check_widths(tensors, d_in, d_sae, directory / WEIGHTS)
+    sae = component.build(options, d_in, d_sae, width(ours, "d_out", path))
+    sae.reads_centred = bool(cfg.get("apply_b_dec_to_input", sae.reads_centred))
+    fill(sae, tensors, directory / WEIGHTS)
+    metadata = {key: value for key, value in cfg["metadata"].items() if key not in ("saekit", "sae_lens_version")}
+    if cfg.get("reshape_activations", "none") != "none":
+        metadata["reshape_activations"] = cfg["reshape_activations"]
+    return SavedSAE(sae, component.qualified_name, metadata)
+
+
+def fill(sae: SparseAutoencoder, tensors: Mapping[str, torch.Tensor], path: Path | str) -> None:
+    """Give `sae` the weights in `tensors` (sae_lens's layout, from `path`), and make it ready to encode."""
+    state = sae.state_from_saelens(tensors)
+    wanted = sae.state_dict()
+    names = f"the architecture has {', '.join(wanted)}"
+    for name in wanted:
+        if name not in state:
+            raise UsageError(f"{path}: tensor {name!r} is missing; {names}.")
+    for name, tensor in state.items():
+        if name not in wanted:
+            raise UsageError(f"{path}: tensor {name!r} has no place; {names}.")
+        if tensor.shape != wanted[name].shape:
+            raise UsageError(f"{path}: {name} is {_shape(tensor)}, but {CONFIG} asks for {_shape(wanted[name])}.")
+    sae.load_state_dict(state)
+    sae.requires_grad_(False).eval()
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The content of cfg.json; a UsageError where it is missing or broken."""
     path = directory / CONFIG
-    try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{directory}: holds no {CONFIG}, so it is not the directory of an SAE.") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as JSON: {error}.") from None
+    if not path.is_file():
+        raise UsageError(f"{directory}: holds no {CONFIG}, so it is not the directory of an SAE.")
+    cfg = read_object(path)
     for key in ("architecture", "d_in", "d_sae"):
         if key not in cfg:
             raise UsageError(f"{path}: key {key!r} is missing.")
     return cfg
 
 
-def _tensors(path: Path, sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`; a UsageError that names it where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent}: holds no {path.name}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read as JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: does not hold a JSON object.")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file; a UsageError that names it where it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except FileNotFoundError:
         raise UsageError(f"{path.parent}: holds no {path.name}.") from None
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: is damaged or cut short: {error}.") from None
-    wanted = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
-    got = {name: tuple(t.shape) for name, t in tensors.items()}
-    if wanted != got:
-        odd = sorted({*wanted.items()} ^ {*got.items()})
-        raise UsageError(f"{path}: its tensors are not those of the architecture in {CONFIG}; they differ in {odd}.")
-    return tensors
+
+
+def width(table: Mapping[str, Any], key: str, path: Path | str) -> int:
+    """The value of `key`, which must be a whole number above zero."""
+    value = table.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UsageError(f"{path}: {key} is {value!r}, but a whole number above zero is wanted.")
+    return value
+
+
+def check_widths(tensors: Mapping[str, torch.Tensor], d_in: int, d_sae: int, path: Path | str) -> None:
+    """UsageError where the encoder is not [d_in, d_sae]: seen before an SAE of a size that nobody meant is built."""
+    if "W_enc" in tensors and tensors["W_enc"].shape != (d_in, d_sae):
+        raise UsageError(f"{path}: W_enc is {_shape(tensors['W_enc'])}, but {CONFIG} asks for [{d_in}, {d_sae}].")
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "[" + ", ".join(map(str, tensor.shape)) + "]"

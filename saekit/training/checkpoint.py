@@ -12,9 +12,11 @@ from torch import Tensor
 
 from saekit.config import RunConfig
 from saekit.errors import UsageError
-from saekit.files import disk_errors, flush_to_disk, sha256_of, write_json
+from saekit.files import disk_errors, flush_to_disk, plain, sha256_of, write_text
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
+FORMAT = 1
+"""Raised when a checkpoint's content changes, so that an older one is refused and not misread."""
 
 
 def save(directory: Path, number: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -29,9 +31,11 @@ def save(directory: Path, number: int, tensors: dict[str, Tensor], state: dict[s
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             temporary.mkdir()
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
+            save_file(_separate(tensors), temporary / TENSORS)
             flush_to_disk(temporary / TENSORS)
-            write_json(temporary / STATE, {**state, "step": number, "sha256": sha256_of(temporary / TENSORS)})
+            whole = {"format": FORMAT, **state, "step": number, "sha256": sha256_of(temporary / TENSORS)}
+            # Not `write_json`, which has no infinity: a component may keep one ("the best loss so far").
+            write_text(temporary / STATE, json.dumps(whole, indent=2) + "\n")
             flush_to_disk(temporary)
             if final.exists():
                 shutil.rmtree(final)
@@ -43,6 +47,18 @@ def save(directory: Path, number: int, tensors: dict[str, Tensor], state: dict[s
     for old in found(directory)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: on the host, in order, and no two in the same memory (tied weights are)."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain_tensor = tensor.detach().cpu().contiguous()
+        place = plain_tensor.untyped_storage().data_ptr()
+        apart[name] = plain_tensor.clone() if place in seen else plain_tensor
+        seen.add(place)
+    return apart
 
 
 def found(directory: Path) -> list[Path]:
@@ -57,11 +73,18 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise UsageError(
+                f"{path}: has format {state['format']!r}, and this version of saekit reads {FORMAT}. Finish the run with "
+                "the version of saekit that began it (see provenance.json), or start a new one."
+            )
         digest = sha256_of(path / TENSORS)
         if digest != state["sha256"]:
             raise UsageError(f"{path / TENSORS}: is damaged or cut short (its checksum is not the one in {STATE}).")
         return load_file(path / TENSORS), state
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except KeyError as error:
+        raise UsageError(f"{path / STATE}: is not a whole checkpoint: {error.args[0]!r} is missing.") from None
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(f"{path}: is not a whole checkpoint: {error}.") from None
 
 
@@ -86,12 +109,21 @@ def newest_whole(directory: Path) -> tuple[Path | None, dict[str, Tensor], dict[
     return None, {}, {}, []
 
 
-def decisive(config: RunConfig) -> dict[str, Any]:
-    """What of the configuration decides the weights, flat: two runs that agree in it train the same SAE."""
-    whole = config.model_dump(mode="json", by_alias=True)
+def decisive(config: RunConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """What decides the weights, flat: two runs that agree in it train the same SAE. Keys are those of the run file.
+
+    source: the source's own account of model and data, since a file may change where its name does not.
+    """
+    whole = config.model_dump(by_alias=True)
     flat: dict[str, Any] = {}
-    for section in ("source", "architecture", "loss", "callback", "training"):
+    for section in ("source", "architecture", "training"):
         _flatten(section, whole[section], flat)
+    for section in ("loss", "callback"):
+        labels = [entry.label for entry in getattr(config, section)]
+        flat[section] = ", ".join(labels)
+        for label, entry in zip(labels, whole[section], strict=True):
+            _flatten(f"{section}.{label}", entry, flat)
+    _flatten("identity of the source", plain(source), flat)
     return {key: value for key, value in flat.items() if key not in _IDLE}
 
 
@@ -102,19 +134,20 @@ def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
     if isinstance(value, dict):
         for key, inner in value.items():
             _flatten(f"{prefix}.{key}", inner, into)
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for position, inner in enumerate(value):
             _flatten(f"{prefix}.{position}", inner, into)
     elif value is not None:
-        into[prefix] = value
+        into[prefix] = value if isinstance(value, str | int | float) else str(value)
 
 
-def refuse_other(path: Path, state: dict[str, Any], config: RunConfig) -> None:
-    """Raise UsageError if the checkpoint was made by a configuration that would train something else."""
-    before, now = state["config"], decisive(config)
+def refuse_other(path: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UsageError if what was `decisive` for the checkpoint differs from what it is `now`."""
+    before = state["decisive"]
     for key in sorted({*before, *now}):
         if before.get(key) != now.get(key):
-            raise UsageError(
-                f"{path}: was made by another configuration: {key} was {before.get(key)!r} and is now {now.get(key)!r}. "
-                f"Put {key} back in run.toml, or start a new run."
-            )
+            was, is_now = (repr(v[key]) if key in v else "not given" for v in (before, now))
+            fix = f"Put {key} back in run.toml, or start a new run."
+            if key.startswith("identity of the source"):
+                fix = "The model or the data has changed. Bring back what the run was begun with, or start a new run."
+            raise UsageError(f"{path}: was made by another configuration: {key} was {was} and is now {is_now}. {fix}")

@@ -56,13 +56,34 @@ class Term:
 
 
 def refuse_non_finite(values: dict[str, Tensor], number: int) -> None:
-    """Stop with a RunError that names the loss and the step if any of the (detached) values is not finite."""
+    """Stop with a RunError that names the loss and the step if any of the (detached) values is not finite.
+
+    Under "loss" stands the weighted sum, which comes last."""
     for label, value in values.items():
         if not bool(torch.isfinite(value)):
+            if label == "loss":
+                raise RunError(f"the weighted sum of the losses is {float(value)} at step {number}. Start with smaller weights.")
             raise RunError(
-                f"loss {label!r} is {float(value)} at step {number}. The last checkpoint is from before and is kept; "
-                f"lower training.lr or the weight of {label!r}, then continue with --resume or start again."
+                f"loss {label!r} is {float(value)} at step {number}. The last checkpoint is from before and is kept, but a "
+                f"resumed run would come to the same. Start one with a lower training.lr or a smaller weight of {label!r}."
             )
+
+
+def refuse_non_finite_gradient(norm: Tensor, values: dict[str, Tensor], number: int) -> None:
+    """Stop with a RunError that names the step and the losses if the whole gradient's norm is not finite."""
+    if not bool(torch.isfinite(norm)):
+        losses = ", ".join(f"{label} = {float(value):.6g}" for label, value in values.items() if label != "loss")
+        raise RunError(
+            f"the gradient is not finite at step {number}, though the losses are ({losses}): one of them has an infinite "
+            "slope there, such as a square root or a norm has at zero, or far too large a weight. The last checkpoint is "
+            "from before and is kept."
+        )
+
+
+def failed_backward(terms: list[Term], error: Exception) -> PluginError:
+    """The error to raise where a backward pass through some losses raised `error`."""
+    who = " and ".join(term.component.origin for term in terms)
+    return PluginError(f"the backward pass of {who} failed: {type(error).__name__}: {error}.")
 
 
 class GradientGuard:
@@ -81,7 +102,10 @@ class GradientGuard:
             value = values.get(term.label)
             if term.has_taught or value is None or not value.requires_grad:
                 continue
-            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise failed_backward([term], error) from error
             term.has_taught = any(g is not None and bool(g.any()) for g in gradients)
 
     def watch_parameters(self) -> None:

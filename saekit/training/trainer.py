@@ -10,11 +10,18 @@ from torch import Tensor
 
 from saekit.activations.batch import Activations
 from saekit.config import TrainingConfig
+from saekit.errors import PluginError, RunError
 from saekit.listeners import Listeners
 from saekit.sae.base import SparseAutoencoder
 from saekit.schedules import value_at
 from saekit.training.firing import FiringStatistics
-from saekit.training.losses import GradientGuard, Term, refuse_non_finite
+from saekit.training.losses import (
+    GradientGuard,
+    Term,
+    failed_backward,
+    refuse_non_finite,
+    refuse_non_finite_gradient,
+)
 from saekit.training.step import Step
 
 
@@ -117,30 +124,39 @@ class Trainer:
     def _move(self, step: Step, values: dict[str, Tensor]) -> None:
         self.losses = {label: value.detach() for label, value in values.items()}
         self._spoke |= set(values)
+        weights = {term.label: term.weight_at(self.number, self.total_steps) for term in self.terms}
+        total = sum((weights[label] * value for label, value in values.items()), start=step.x.new_zeros(()))
+        self.losses["loss"] = total.detach()
         if self.device.type == "cpu":
             refuse_non_finite(self.losses, self.number)  # costs nothing here; elsewhere `read_losses` does it later
         else:
             self._unread.append((self.number, self.losses))
-        weights = {term.label: term.weight_at(self.number, self.total_steps) for term in self.terms}
-        total = sum((weights[label] * value for label, value in values.items()), start=step.x.new_zeros(()))
-        self.losses["loss"] = total.detach()
         if self.guard:
             self.guard.watch_losses(values, self._parameters)
         self.optimizer.zero_grad(set_to_none=True)
         if total.requires_grad:
-            total.backward()
+            try:
+                total.backward()
+            except RuntimeError as error:
+                raise failed_backward([term for term in self.terms if term.label in values], error) from error
+        self._guard()
+        if total.requires_grad:
             self._finish_step()
 
-    def _finish_step(self) -> None:
+    def _guard(self) -> None:
         if self.guard:
             self.guard.watch_parameters()
             if self.number + 1 >= min(self.config.guard_steps, self.total_steps):
                 for finding in self.guard.findings(self._spoke):
                     self.listeners.warn(finding)
                 self.guard = None
+
+    def _finish_step(self) -> None:
         self.sae.constrain_gradients()
-        if self.config.clip is not None:
+        if self.config.clip:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
+            if self.device.type == "cpu":
+                refuse_non_finite_gradient(self.grad_norm, self.losses, self.number)
         self.listeners.emit("gradients_ready", trainer=self, number=self.number)
         self.optimizer.step()
         self.sae.constrain_weights()
@@ -174,6 +190,12 @@ class Trainer:
         """(tensors, plain values) from which `load_state` restores this trainer exactly."""
         self.read_losses()
         tensors = {f"sae.{name}": t for name, t in self.sae.state_dict().items()}
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise RunError(
+                    f"{name} is not finite after step {self.number - 1}, so it is not saved; the last checkpoint is from "
+                    "before and is kept. Start a run with a lower training.lr."
+                )
         for name, parameter in self.named_parameters:
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
@@ -183,12 +205,13 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         values: dict[str, Any] = {"scale": self.scale, "spoke": sorted(self._spoke), "last_logged": self.last_logged}
+        values["path"] = self.sae.path_state()
         for prefix, holder in self._stateful():
             for key, value in holder.state_dict().items():
                 if isinstance(value, Tensor):
                     tensors[f"{prefix}{key}"] = value
                 else:
-                    values[f"{prefix}{key}"] = value
+                    values[f"{prefix}{key}"] = _plain_state(value, f"{prefix}{key}")
         return tensors, values
 
     def load_state(self, number: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -197,8 +220,8 @@ class Trainer:
         self.sae.load_state_dict(_below("sae.", tensors))
         for name, parameter in self.named_parameters:
             for key, value in _below(f"optimizer.{name}.", tensors).items():
-                like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-                # Adam's moments take the parameter's layout in memory; `step` stays where the fused kernel wants it.
+                # Adam's moments take the parameter's layout in memory; `step` is a number of its own type.
+                like = torch.empty_like(value) if key == "step" else torch.empty_like(parameter)
                 self.optimizer.state[parameter][key] = like.copy_(value).to(self.device)
         self.firing.load_state_dict(_below("firing.", tensors))
         self.generator.set_state(tensors["rng.listeners"])
@@ -206,18 +229,43 @@ class Trainer:
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
         self._spoke = set(values["spoke"])
+        self.sae.load_path_state(values["path"])
         self.last_logged = values["last_logged"]
         if number >= self.config.guard_steps:
             self.guard = None
         for prefix, holder in self._stateful():
             state = {**_below(prefix, tensors), **_below(prefix, values)}
             if state:
-                holder.load_state_dict(state)
+                try:
+                    holder.load_state_dict(state)
+                except Exception as error:
+                    raise PluginError(
+                        f"{prefix.removesuffix('.')} cannot take back the state it gave to the checkpoint: "
+                        f"{type(error).__name__}: {error}. Was its plugin changed since?"
+                    ) from error
 
     def _stateful(self) -> list[tuple[str, Any]]:
         holders = [(f"loss.{t.label}.", t.function) for t in self.terms]
         holders += [(f"listener.{listener.label}.", listener.instance) for listener in self.listeners]
         return [(p, h) for p, h in holders if hasattr(h, "state_dict") and hasattr(h, "load_state_dict")]
+
+
+def _plain_state(value: Any, key: str) -> Any:
+    """`value`, if a JSON file gives it back as it is."""
+    if not _is_plain(value):
+        raise PluginError(
+            f"the state of {key} cannot be saved: {type(value).__name__} {value!r} is more than a checkpoint holds. A "
+            "state_dict maps names to tensors, numbers, texts, and lists and dictionaries (with texts as keys) of those."
+        )
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _below(prefix: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,181 @@
+"""Tensors in files, read piece by piece: one tensor of a .safetensors or .npy file, and the chunks of many of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saekit.activations.batch import Activations
+from saekit.activations.packing import Passes
+from saekit.activations.shuffle import stop_point
+from saekit.errors import UsageError, near_names
+
+SUFFIXES = (".safetensors", ".npy")
+_SAMPLE = 1 << 16  # bytes of one of the samples that a digest is taken of
+_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, of which only the header has been read. key: its name there; "" in a .npy file.
+
+    shape: [n, ...]. dtype: as in the file."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def name(self) -> str:
+        """The file, and the key in it, for messages."""
+        return f"{self.path}, {self.key!r}" if self.key else str(self.path)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`: [stop - start, ...].
+
+        The file is mapped into memory for as long as the result lives, so that copying it elsewhere and dropping it
+        leaves nothing behind. It must not be written to."""
+        with _readable(self.path):
+            if self.path.suffix == ".npy":
+                array = np.load(self.path, mmap_mode="r")[start:stop]
+                return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("=")))
+            from safetensors import safe_open
+
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_slice(self.key)[start:stop]
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """What a file holds, by key ("" in a .npy file). UsageError for one that is cut short or of another format."""
+    with _readable(path):
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r")
+            if array.ndim == 0:
+                raise UsageError(f"{path}: holds a single number. Give an array of rows.")
+            return {"": StoredTensor(path, "", array.shape, _torch_dtype(array.dtype, path))}
+        from safetensors import safe_open
+
+        found = {}
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - it is no dictionary
+                piece = file.get_slice(key)
+                shape = tuple(piece.get_shape())
+                if shape:
+                    found[key] = StoredTensor(path, key, shape, piece[0:0].dtype)
+        return found
+
+
+def stored_tensor(path: Path, key: str, what: str) -> StoredTensor:
+    """The tensor `key` of a file. UsageError, with near keys, where there is none; `what` is the option that named it."""
+    found = stored_tensors(path)
+    if key not in found:
+        keys = ", ".join(map(repr, found)) or "none"
+        raise UsageError(
+            f"{path}: has no tensor {key!r}.{near_names(key, found)} Its tensors: {keys}. Set {what} to one of them."
+        )
+    return found[key]
+
+
+def sampled_digest(path: Path) -> str:
+    """sha256 of a file's length and of sixteen samples spread over it: it tells files apart without reading them whole."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for place in np.linspace(0, max(0, size - _SAMPLE), _SAMPLES).astype(np.int64):
+            file.seek(int(place))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+class Chunks:
+    """Stretches of at most `size` rows of files with `lengths` rows each, addressed by number.
+
+    files, starts, stops: [C] each; chunk c is the rows `starts[c]` to `stops[c]` of file `files[c]`.
+    """
+
+    def __init__(self, lengths: list[int], size: int) -> None:
+        pieces = [(f, a, min(a + size, n)) for f, n in enumerate(lengths) for a in range(0, n, size)]
+        self._take(np.asarray(pieces, dtype=np.int64).reshape(-1, 3), size)
+
+    def _take(self, table: np.ndarray, size: int) -> None:
+        self.table, self.size = table, size
+        self.files, self.starts, self.stops = table.T
+        self._passes = Passes(len(table), "chunks")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def only(self, which: np.ndarray) -> Chunks:
+        """Some of the chunks ([C] booleans) as chunks of their own."""
+        some = Chunks([], self.size)
+        some._take(self.table[which], self.size)
+        return some
+
+    def blocks(self, rows: int, *, seed: int | None, start: int = 0) -> Iterator[np.ndarray]:
+        """The chunks, by number, of block `start`, `start + 1`, ... of about `rows` rows each.
+
+        With a seed it never ends: pass after pass over all chunks, each in an order drawn from (seed, pass). Without
+        one every chunk comes once, in order."""
+        height, number = max(1, round(rows / self.size)), start
+        while seed is not None or number * height < len(self):
+            first, last = number * height, (number + 1) * height
+            yield self._passes.take(np.arange(first, last if seed is not None else min(last, len(self))), seed)
+            number += 1
+
+
+def read_blocks(
+    chunks: Chunks,
+    read: Callable[[int, int, int], Activations],
+    *,
+    rows: int,
+    seed: int | None,
+    start: int,
+    device: torch.device,
+) -> Iterator[Activations]:
+    """Block `start`, `start + 1`, ... of `chunks` (see `Chunks.blocks`), each as one.
+
+    read: from (file, start, stop) to activations, which may be views of mapped files. Memory: the block, and, while it is
+    put together, as much of the files again, which the system may take back at any time."""
+    for numbers in chunks.blocks(rows, seed=seed, start=start):
+        parts = []
+        for c in numbers:
+            stop_point()
+            parts.append(read(int(chunks.files[c]), int(chunks.starts[c]), int(chunks.stops[c])))
+        # A single part is copied too: what is mapped now may be another file's content later.
+        block = Activations.join(parts) if len(parts) > 1 else parts[0].map(torch.clone)
+        yield block.to(device)
+
+
+def _torch_dtype(dtype: np.dtype[Any], path: Path) -> torch.dtype:
+    try:
+        return torch.from_numpy(np.empty(0, dtype=dtype.newbyteorder("="))).dtype
+    except TypeError:
+        raise UsageError(f"{path}: holds {dtype}, which is no tensor of numbers. Save it as float32.") from None
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever a reader raises about a file that is cut short or of another format, as a UsageError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file.") from None
+    except (SafetensorError, ValueError, EOFError, OSError) as error:
+        raise UsageError(
+            f"{path}: is truncated or not a {path.suffix[1:]} file ({path.stat().st_size} bytes; {error}). "
+            "Write or download it again."
+        ) from None

@@ -1,0 +1,37 @@
+"""`saekit export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from saekit.cli.import_ import LIBRARIES, empty_directory
+from saekit.errors import UsageError
+
+
+@click.command("export")
+@click.argument("source", metavar="RUN|DIRECTORY")
+@click.argument("directory", metavar="NEW_DIRECTORY")
+@click.option("--to", "library", type=click.Choice(LIBRARIES), required=True, help="The library that is to open it.")
+def command(source: str, directory: str, library: str) -> None:
+    """Write the SAE of a run, or in a directory, as another library opens it, and print the new directory.
+
+    An architecture that the library lacks is refused. The SAE computes the same there.
+    """
+    from saekit.sae import interop
+    from saekit.sae.formats import open_sae
+
+    target = empty_directory(directory)
+    interop.FORMATS[library].write(open_sae(sae_of(source)), target)
+    click.echo(str(target))
+
+
+def sae_of(source: str) -> str:
+    """The directory of the SAE that `source`, a run or itself such a directory, means."""
+    place = Path(source)
+    if (place / "sae").is_dir():
+        return str(place / "sae")
+    if (place / "run.toml").is_file():
+        raise UsageError(f"{source}: the run has no sae/ yet. Finish it with: saekit run --resume {source}")
+    return source

@@ -1,0 +1,62 @@
+"""`saekit import`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from saekit.errors import UsageError
+
+LIBRARIES = ("sae_lens", "dictionary_learning", "sparsify")
+
+
+@click.command("import")
+@click.argument("source", metavar="DIRECTORY|RELEASE:SAE_ID")
+@click.argument("directory", metavar="NEW_DIRECTORY")
+@click.option("--from", "library", type=click.Choice(LIBRARIES), help="Whose files they are; seen from the files by default.")
+@click.option(
+    "--mean-norm",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Mean norm of the raw activations, for an SAE of sae_lens that reads them scaled by a factor it does not keep.",
+)
+def command(source: str, directory: str, library: str | None, mean_norm: float | None) -> None:
+    """Take in an SAE of another library and print the new directory.
+
+    RELEASE:SAE_ID is a release that sae_lens lists, or a repository on the Hugging Face hub in its layout; it is
+    downloaded.
+    """
+    from saekit.plugins import Registry
+    from saekit.sae import interop
+    from saekit.sae.formats import open_sae, save_sae
+
+    target = empty_directory(directory)
+    release = interop.release_of(source)
+    if library not in (None, interop.sae_lens.LIBRARY) and (release or mean_norm is not None):
+        what = "a release" if release else "--mean-norm"
+        raise UsageError(f"{what} goes with --from {interop.sae_lens.LIBRARY}, not with {library}.")
+    if not release and not Path(source).is_dir():
+        raise UsageError(f"{source}: there is no such directory.")
+    wanted = library or "any of " + ", ".join(LIBRARIES)
+    library = library or (interop.sae_lens.LIBRARY if release else interop.library_of(Path(source)))
+    if library is None or not (release or interop.FORMATS[library].matches(Path(source))):
+        raise UsageError(f"{source}: does not hold the files of {wanted}.")
+    if library != interop.sae_lens.LIBRARY:
+        saved = interop.take_in(interop.FORMATS[library].read(Path(source)), Registry())
+    elif mean_norm is None:
+        saved = open_sae(source)
+    elif release:
+        saved = interop.take_in(interop.sae_lens.fetch(*release, mean_norm), Registry())
+    else:
+        saved = interop.take_in(interop.sae_lens.read(Path(source), mean_norm), Registry())
+    save_sae(saved.sae, target, name=saved.name, metadata=saved.metadata)
+    click.echo(f"{saved.name}, {saved.sae.d_in} -> {saved.sae.d_sae} latents", err=True)
+    click.echo(str(target))
+
+
+def empty_directory(name: str) -> Path:
+    """The path `name`, which must be absent or an empty directory."""
+    path = Path(name)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{name}: exists and is not an empty directory. Choose another.")
+    return path

@@ -1,0 +1,176 @@
+"""dictionary_learning: `ae.pt` (a state dict) and `config.json`.
+
+`ae.pt` is a pickle by nature. It is read with torch's restricted unpickler (`weights_only=True`), which makes tensors and
+containers and nothing else, and only by `saekit import`, never in passing; what is written holds plain tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.errors import UsageError, near_names
+from saekit.files import disk_errors, whole_file, write_json
+from saekit.sae.formats import SavedSAE, read_object
+from saekit.sae.interop.foreign import Foreign, exported_as, recentred
+
+LIBRARY = "dictionary_learning"
+WEIGHTS, CONFIG = "ae.pt", "config.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A class of dictionary_learning. centred: whether it takes its decoder's bias from the input.
+    names: its tensor for each of sae_lens's; what ends in .weight belongs to a torch.nn.Linear and lies transposed.
+    counts: other tensors: k, the threshold of a running mean, sizes of groups."""
+
+    centred: bool
+    names: dict[str, str]
+    counts: tuple[str, ...] = ()
+
+
+_LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
+_PLAIN = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+CLASSES = {
+    "AutoEncoder": Layout(True, {**_LINEAR, "b_dec": "bias"}),
+    "AutoEncoderNew": Layout(False, {**_LINEAR, "b_dec": "decoder.bias"}),
+    "AutoEncoderTopK": Layout(True, {**_LINEAR, "b_dec": "b_dec"}, ("k", "threshold")),
+    "BatchTopKSAE": Layout(True, {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"}, ("k",)),
+    "MatryoshkaBatchTopKSAE": Layout(True, {**_PLAIN, "threshold": "threshold"}, ("k", "group_sizes")),
+    "JumpReluAutoEncoder": Layout(False, {**_PLAIN, "threshold": "threshold"}),
+    "GatedAutoEncoder": Layout(
+        True,
+        {
+            "W_enc": "encoder.weight",
+            "W_dec": "decoder.weight",
+            "b_dec": "decoder_bias",
+            "b_gate": "gate_bias",
+            "b_mag": "mag_bias",
+            "r_mag": "r_mag",
+        },
+    ),
+}
+
+
+def matches(directory: Path) -> bool:
+    """Whether the files of dictionary_learning lie in `directory`."""
+    return (directory / WEIGHTS).is_file()
+
+
+def read(directory: Path) -> Foreign:
+    """The SAE that dictionary_learning saved in `directory`."""
+    path = directory / CONFIG
+    config = read_object(path)
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or "dict_class" not in trainer:
+        raise UsageError(f"{path}: key 'trainer.dict_class' is missing, so the architecture is not known.")
+    name = trainer["dict_class"]
+    if name not in CLASSES:
+        raise UsageError(
+            f"{path}: trainer.dict_class is {name!r}, which is not read.{near_names(str(name), CLASSES)} "
+            f"Known: {', '.join(CLASSES)}."
+        )
+    layout = CLASSES[name]
+    state = _load(directory / WEIGHTS)
+    tensors = _in_saelens_words(layout, state, directory / WEIGHTS)
+    d_in, d_sae = tensors["W_enc"].shape
+    buffer = config.get("buffer")
+    metadata = {
+        "model_name": trainer.get("lm_name"),
+        "layer": trainer.get("layer"),
+        "submodule_name": trainer.get("submodule_name"),
+        "context_size": buffer.get("ctx_len") if isinstance(buffer, dict) else None,
+    }
+    keys = _keys(layout, state, trainer, path)
+    return Foreign(LIBRARY, name, directory / WEIGHTS, d_in, d_sae, d_in, layout.centred, tensors, keys, metadata)
+
+
+def write(saved: SavedSAE, directory: Path) -> None:
+    """Write `ae.pt` and `config.json` as dictionary_learning's `load_dictionary` opens them."""
+    sae = saved.sae
+    names = exported_as(LIBRARY, saved)
+    # Of two classes that differ in what they take from the input, the one that fits; else the bias moves.
+    name = next((n for n in names if CLASSES[n].centred == sae.reads_centred), names[0])
+    layout = CLASSES[name]
+    tensors = recentred(sae, layout.centred)
+    state: dict[str, Tensor] = {}
+    for ours, theirs in layout.names.items():
+        tensor = tensors[ours].t() if theirs.endswith(".weight") else tensors[ours]
+        if theirs == "threshold" and "k" in layout.counts:
+            tensor = tensor.max()  # one for all latents
+        state[theirs] = tensor.cpu().float().contiguous().clone()
+    options = sae.options()
+    trainer: dict[str, Any] = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
+    if "k" in layout.counts:
+        trainer["k"] = options["k"]
+        state["k"] = torch.tensor(options["k"], dtype=torch.int32)
+    if "threshold" in layout.counts:
+        state["threshold"] = torch.tensor(-1.0)  # none was followed
+    if "group_sizes" in layout.counts:
+        trainer["group_sizes"] = [after - before for before, after in pairwise([0, *options["prefixes"]])]
+        state["group_sizes"] = torch.tensor(trainer["group_sizes"])
+    known = saved.metadata
+    hook = str(known.get("hook_name") or "")
+    layer = re.search(r"blocks\.(\d+)\.", hook)
+    trainer |= {
+        "layer": known.get("layer", int(layer[1]) if layer else None),
+        "lm_name": known.get("model_name"),
+        "submodule_name": known.get("submodule_name") or hook or None,
+    }
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with whole_file(directory / WEIGHTS) as temporary:
+        torch.save(state, temporary)
+    write_json(directory / CONFIG, {"trainer": trainer, "buffer": {"ctx_len": known.get("context_size")}})
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent}: holds no {path.name}.") from None
+    except Exception as error:  # whatever the unpickler, zip or torch's own checks say
+        raise UsageError(
+            f"{path}: is damaged, or holds more than tensors, and is not opened: {str(error).partition(chr(10))[0]}"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UsageError(f"{path}: does not hold a state dict of tensors.")
+    return state
+
+
+def _in_saelens_words(layout: Layout, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for ours, theirs in layout.names.items():
+        if theirs not in state:
+            raise UsageError(f"{path}: tensor {theirs!r} is missing.")
+        tensor = state[theirs].float()
+        turned = theirs.endswith(".weight")
+        if tensor.dim() != (2 if ours in ("W_enc", "W_dec") else tensor.dim()):
+            raise UsageError(f"{path}: {theirs} has {tensor.dim()} dimensions, not 2.")
+        tensors[ours] = tensor.t() if turned else tensor
+    unknown = sorted(state.keys() - set(layout.names.values()) - set(layout.counts))
+    if unknown:
+        raise UsageError(f"{path}: tensor {unknown[0]!r} has no place in this class, which has {', '.join(layout.names.values())}.")
+    return tensors
+
+
+def _keys(layout: Layout, state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What the class needs beside its weights, under sae_lens's keys."""
+    keys: dict[str, Any] = {}
+    if "k" in layout.counts:
+        k = state["k"].tolist() if "k" in state else trainer.get("k")
+        if trainer.get("k", k) != k:
+            raise UsageError(f"{path}: trainer.k is {trainer['k']!r}, but {WEIGHTS} says {k!r}.")
+        keys["k"] = k
+    if "group_sizes" in layout.counts:
+        sizes = state["group_sizes"].tolist() if "group_sizes" in state else trainer.get("group_sizes")
+        if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
+            raise UsageError(f"{path}: trainer.group_sizes is {sizes!r}, but a list of sizes is wanted.")
+        keys["matryoshka_widths"] = list(accumulate(sizes))
+    return keys

@@ -1,0 +1,84 @@
+"""sparsify (EleutherAI): `cfg.json` and `sae.safetensors`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from saekit.errors import UsageError
+from saekit.files import disk_errors, whole_file, write_json
+from saekit.sae.formats import CONFIG, SavedSAE, read_object, read_tensors, width
+from saekit.sae.interop.foreign import Foreign, exported_as
+
+LIBRARY = "sparsify"
+WEIGHTS = "sae.safetensors"
+NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+UNNAMED = "unnamed"
+"""The activation of a file from before there were two: an architecture that takes it over is known as this as well."""
+
+
+def matches(directory: Path) -> bool:
+    """Whether the files of sparsify lie in `directory`."""
+    return (directory / CONFIG).is_file() and (directory / WEIGHTS).is_file()
+
+
+def read(directory: Path) -> Foreign:
+    """The SAE that sparsify saved in `directory`."""
+    path = directory / CONFIG
+    cfg = read_object(path)
+    for key, what in (("skip_connection", "a linear path past the latents"), ("signed", "latents of both signs")):
+        if cfg.get(key):
+            raise UsageError(f"{path}: {key} is true: it has {what}, which no architecture here has.")
+    d_in = width(cfg, "d_in", path)
+    d_sae = width(cfg, "num_latents", path) if cfg.get("num_latents") else d_in * width(cfg, "expansion_factor", path)
+    stored = read_tensors(directory / WEIGHTS)
+    for theirs in NAMES.values():
+        if theirs not in stored:
+            raise UsageError(f"{directory / WEIGHTS}: tensor {theirs!r} is missing.")
+    unknown = sorted(stored.keys() - set(NAMES.values()))
+    if unknown:
+        raise UsageError(f"{directory / WEIGHTS}: tensor {unknown[0]!r} has no place; there are {', '.join(NAMES.values())}.")
+    tensors = {ours: stored[theirs].float() for ours, theirs in NAMES.items()}
+    if tensors["W_enc"].dim() == 2:
+        tensors["W_enc"] = tensors["W_enc"].t()  # [d_in, d_sae]
+    return Foreign(
+        LIBRARY,
+        str(cfg.get("activation", UNNAMED)),
+        directory / WEIGHTS,
+        d_in,
+        d_sae,
+        d_in,
+        centred=not cfg.get("transcode", False),
+        tensors=tensors,
+        cfg={"k": width(cfg, "k", path)},
+    )
+
+
+def write(saved: SavedSAE, directory: Path) -> None:
+    """Write `cfg.json` and `sae.safetensors` as sparsify's `SparseCoder.load_from_disk` opens them."""
+    from safetensors.torch import save_file
+
+    sae = saved.sae
+    activation = exported_as(LIBRARY, saved)[0]
+    own, tensors = sae.to_saelens()
+    cfg = {
+        "activation": activation,
+        "expansion_factor": max(1, sae.d_sae // sae.d_in),
+        "normalize_decoder": sae.decoder_norm == "unit",
+        "num_latents": sae.d_sae,
+        "k": own["k"],
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": not sae.reads_centred,
+        "d_in": sae.d_in,
+    }
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    stored: dict[str, torch.Tensor] = {}
+    for ours, theirs in NAMES.items():
+        tensor = tensors[ours].detach().cpu().float()
+        stored[theirs] = (tensor.t() if ours == "W_enc" else tensor).contiguous()
+    with whole_file(directory / WEIGHTS) as temporary:
+        save_file(stored, temporary)
+    write_json(directory / CONFIG, cfg)

@@ -1,0 +1,160 @@
+"""What the code offers is documented, and what is generated from it is up to date."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from pydantic import BaseModel
+
+import saekit
+from saekit.cli import COMMANDS
+from saekit.component import HOOKS
+from saekit.config import ArchitectureUse, EvaluationConfig, LossUse, RunConfig, TrainingConfig, Use
+from saekit.errors import ExitCode
+from saekit.hookspecs import Declaring, Lifecycle
+from saekit.plugins import Registry
+from saekit.schedules import SCHEDULES
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+MODELS = [RunConfig, Use, ArchitectureUse, LossUse, TrainingConfig, EvaluationConfig, *SCHEDULES.values()]
+COMPONENTS = [pytest.param(c, id=f"{c.kind}-{c.name}") for c in Registry().components() if c.kind != "recipe"]
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def script(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_tables_are_up_to_date() -> None:
+    tables = script("tables")
+    known = tables.tables()
+    stale = [name for name in tables.PAGES if tables.rewritten(page(name), known) != page(name)]
+    assert stale == [], "run: make docs"
+    used = {name for path in tables.PAGES for name in re.findall(r"<!-- table: ([a-z-]+) -->", page(path))}
+    assert used == set(known)
+
+
+def test_fields_of_docstrings_become_lists() -> None:
+    import doctest
+
+    assert doctest.testmod(script("fields")).failed == 0
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_component_and_its_options_are_described(component) -> None:
+    """By a summary for listings, a docstring for `plugins show`, and a description of each option."""
+    assert component.summary.endswith(".")
+    assert inspect.getdoc(component.load())
+    silent = [name for name, field in component.options_model().model_fields.items() if not field.description]
+    assert silent == []
+
+
+def test_every_component_is_on_the_page_of_components() -> None:
+    text = page("docs/components.md")
+    assert [c.qualified_name for c in Registry().components() if f"### `{c.name}`\n" not in text] == []
+
+
+def test_every_value_of_every_metric_is_defined_on_its_page() -> None:
+    text = page("docs/metrics.md")
+    for component in Registry().components("metric"):
+        assert f"`{component.name}`" in text
+        assert [value for value in getattr(component.load(), "meanings", {}) if f"`{value}`" not in text] == []
+
+
+def test_every_component_is_in_the_changelog() -> None:
+    text = page("CHANGELOG.md")
+    named = {"architecture", "metric", "analyzer", "callback", "source", "tracker"}
+    assert [c.name for c in Registry().components() if c.kind in named and f"`{c.name}`" not in text] == []
+
+
+def test_first_party_plugins_are_all_installed() -> None:
+    """Otherwise the tables would silently leave their components out."""
+    declared = {
+        name
+        for path in [ROOT / "pyproject.toml", *ROOT.glob("plugins/*/pyproject.toml")]
+        for name in tomllib.loads(path.read_text(encoding="utf-8"))["project"]["entry-points"]["saekit"]
+    }
+    plugins = {plugin.name: plugin for plugin in Registry().plugins}
+    assert declared <= set(plugins)
+    assert {name: plugins[name].error for name in declared if plugins[name].error} == {}
+
+
+def test_requirements_install_every_package_of_the_repository() -> None:
+    listed = re.findall(r"^-e (\S+)$", page("requirements.txt"), re.MULTILINE)
+    packages = [".", *(f"./{path.parent.relative_to(ROOT)}" for path in sorted(ROOT.glob("plugins/*/pyproject.toml")))]
+    assert sorted(listed) == sorted(packages)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_every_key_of_a_run_file_is_described_and_on_its_page(model: type[BaseModel]) -> None:
+    text = page("docs/run-file.md")
+    for name, field in model.model_fields.items():
+        if name == "schedule":  # the word that chooses the schedule is the heading
+            assert f"### `{field.annotation.__args__[0]}`" in text
+            continue
+        assert field.description, f"{model.__name__}.{name} has no description"
+        assert f"| `{field.alias or name}` |" in text
+
+
+@pytest.mark.parametrize("family", [Declaring, Lifecycle], ids=lambda family: family.__name__)
+def test_every_hook_has_a_docstring(family: type) -> None:
+    hooks = [name for name in vars(family) if not name.startswith("_")]
+    assert hooks
+    assert [name for name in hooks if not inspect.getdoc(getattr(family, name))] == []
+    if family is Declaring:
+        assert set(hooks) == set(HOOKS.values())
+
+
+def test_every_lifecycle_hook_is_in_the_order_that_the_page_tells() -> None:
+    text = page("docs/hooks.md")
+    assert [name for name in vars(Lifecycle) if not name.startswith("_") and f"`{name}`" not in text] == []
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    text = page("docs/api.md")
+    shown = {line.rpartition(".")[2] for line in re.findall(r"^::: (\S+)$", text, re.MULTILINE)}
+    shown |= set(re.findall(r"`saekit\.(\w+)`", text))
+    assert [name for name in saekit.__all__ if name not in shown] == []
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    silent = [name for name in saekit.__all__ if name != "hookimpl" and not inspect.getdoc(getattr(saekit, name))]
+    assert silent == []
+
+
+def test_every_exit_code_and_every_command_is_documented() -> None:
+    files = page("docs/files.md")
+    assert [code for code in ExitCode if f"| {int(code)} |" not in files] == []
+    everything = "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))
+    assert [name for name in COMMANDS if f"saekit {name}" not in everything] == []
+
+
+def test_every_dependency_is_explained() -> None:
+    project = tomllib.loads(page("pyproject.toml"))["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    listed = re.findall(r"^([A-Za-z][\w.-]*)", page("requirements-dev.txt"), re.MULTILINE)
+    names = {re.split(r"[<>=!~\[; ]", line, maxsplit=1)[0] for line in [*project["dependencies"], *extras, *listed]}
+    text = page("docs/dependencies.md")
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
+def test_the_changelog_has_an_unreleased_section_or_this_version() -> None:
+    version = tomllib.loads(page("pyproject.toml"))["project"]["version"]
+    text = page("CHANGELOG.md")
+    assert "## [Unreleased]" in text or f"## [{version}]" in text
