@@ -143,7 +143,8 @@ class SparseAutoencoder(nn.Module):
         """Called after backward. With unit decoder rows: removes each row's gradient along the row, which the
         normalisation would undo anyway and which would only fill Adam's moments."""
         if self.decoder_norm == "unit" and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(1, keepdim=True)  # [d_sae, 1]
+            # A batched product of rows: unlike (grad * W_dec).sum(1), it writes nothing of the dictionary's size.
+            along = torch.bmm(self.W_dec.grad.unsqueeze(1), self.W_dec.unsqueeze(2)).squeeze(2)  # [d_sae, 1]
             self.W_dec.grad.addcmul_(self.W_dec, along, value=-1.0)
 
     @torch.no_grad()

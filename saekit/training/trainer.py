@@ -154,12 +154,20 @@ class Trainer:
     def _finish_step(self) -> None:
         self.sae.constrain_gradients()
         if self.config.clip:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
-            if self.device.type == "cpu":
-                refuse_non_finite_gradient(self.grad_norm, self.losses, self.number)
+            self._clip(self.config.clip)
         self.listeners.emit("gradients_ready", trainer=self, number=self.number)
         self.optimizer.step()
         self.sae.constrain_weights()
+
+    def _clip(self, largest: float) -> None:
+        """Scale the whole gradient down to norm `largest` where it is longer."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if self.device.type == "cpu":
+            refuse_non_finite_gradient(self.grad_norm, self.losses, self.number)
+            if float(self.grad_norm) <= largest:
+                return  # a pass over all gradients saved; elsewhere, to ask would be to wait for the device
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, largest, self.grad_norm)
 
     def read_losses(self) -> None:
         """Look at the losses that were computed on a device since the last look; one wait for all of them."""
