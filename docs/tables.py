@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 import saekit
 from saekit.cli import COMMANDS
 from saekit.component import HOOKS, KINDS, Component
-from saekit.config import ArchitectureUse, EvaluationConfig, LossUse, RunConfig, TrainingConfig, Use
+from saekit.config import ArchitectureUse, EvaluationConfig, LossUse, RunConfig, SourceUse, TrainingConfig, Use
 from saekit.plugins import OWN_DISTRIBUTION, Registry
 from saekit.schedules import SCHEDULES
 
@@ -51,6 +51,7 @@ def tables() -> dict[str, str]:
     return {
         "run-file": _fields(RunConfig),
         "use": _fields(Use),
+        "source": _fields(SourceUse, without=Use),
         "architecture": _fields(ArchitectureUse, without=Use),
         "loss": _fields(LossUse, without=Use),
         "training": _fields(TrainingConfig),

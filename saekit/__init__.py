@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from saekit.sae.code import DenseCode as DenseCode
     from saekit.sae.code import SparseCode as SparseCode
     from saekit.sae.formats import load_sae as load_sae
+    from saekit.sae.kernels import Pattern as Pattern
     from saekit.sae.formats import save_sae as save_sae
     from saekit.training.step import Step as Step
 
@@ -71,6 +72,7 @@ _HOME = {
     "Code": "saekit.sae.code",
     "DenseCode": "saekit.sae.code",
     "SparseCode": "saekit.sae.code",
+    "Pattern": "saekit.sae.kernels",
     "load_sae": "saekit.sae.formats",
     "save_sae": "saekit.sae.formats",
     "Step": "saekit.training.step",

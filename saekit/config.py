@@ -45,6 +45,20 @@ class Use(BaseModel):
         return self.name or self.use.rpartition(".")[2]
 
 
+class SourceUse(Use):
+    """Where activations come from."""
+
+    cache: str | None = Field(
+        default=None, description="A directory that keeps the activations: written by the first run, read by the next."
+    )
+    cache_tokens: int | None = Field(
+        default=None, gt=0, description="Training activations to keep; one pass over the data by default."
+    )
+    cache_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None, description="What they are kept in; float32 by default, the other two take half the room."
+    )
+
+
 class ArchitectureUse(Use):
     """The sparse autoencoder."""
 
@@ -98,7 +112,7 @@ class RunConfig(_Section):
     plugins: list[str] = Field(default_factory=list, description="Python files to load as plugins.")
     requires: list[str] = Field(default_factory=list, description="pip requirements of the plugins that this file names.")
     defaults: bool = Field(default=True, description="Add the components that their plugins mark as default.")
-    source: Use = Field(description="Where activations come from.")
+    source: SourceUse = Field(description="Where activations come from.")
     architecture: ArchitectureUse = Field(description="The sparse autoencoder.")
     loss: list[LossUse] = Field(default_factory=list, description="The terms of the total loss.")
     callback: list[Use] = Field(default_factory=list, description="Listeners that may change the run.")
@@ -281,6 +295,7 @@ def _no_true_for_a_number(table: Mapping[str, Any]) -> None:
     no_true_for_a_number(RunConfig, table, "")
     no_true_for_a_number(TrainingConfig, table.get("training", {}), "training")
     no_true_for_a_number(EvaluationConfig, table.get("evaluation", {}), "evaluation")
+    no_true_for_a_number(SourceUse, table.get("source", {}), "source")
     no_true_for_a_number(ArchitectureUse, table.get("architecture", {}), "architecture")
     for entry in table.get("loss", []):
         no_true_for_a_number(LossUse, entry, f"loss.{label_of(entry)}")

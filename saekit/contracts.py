@@ -73,6 +73,18 @@ class Source(Protocol):
         hook point, whether the first position is left out."""
         ...
 
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What determines the activations, found without loading the model or the data: hashes of files, options. It may
+        differ where `identity` does not; where it is equal, `identity` is. None where it cannot be had.
+
+        Optional; with it a cache is checked without loading anything."""
+        ...
+
+    def first_pass(self, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
+        """The blocks of "train", called with the same arguments, as far as the first pass over the data: it ends with
+        the pass, where the last block is cut. Optional, with `pass_size`, about how many activations that is."""
+        ...
+
     def token_batches(self, split: str, *, rows: int) -> Iterator[TokenBatch]:
         """Rows of tokens, in the order and numbering of `blocks` for "held_out". Only with a `subject`."""
         ...
@@ -92,6 +104,7 @@ class Source(Protocol):
 class Metric(Protocol):
     """A streaming measure of held-out batches; a `torchmetrics.Metric` fits if its update takes a `Step`.
 
+    It may have `prepare(context)`, called with a `RunContext` before the first update: for the source, or the seed.
     Two class attributes may help the reader: `headline` names those of its values that belong into the live view and
     the summary's table, and `meanings` gives a line for each value, shown in the report.
     """

@@ -163,13 +163,19 @@ def _read_text(path: Path, name: str, unit: TextUnit) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, name: str, column: str) -> Iterator[Document]:
+    for number, record in read_records(path):
+        yield Document(f"{name}:{number}", text_of(record, path, number, column))
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl file with the numbers of their lines. UsageError, with the line, for what is none."""
     offset = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             line = _decoded(raw, path, offset, number)
             offset += len(raw)
             if line.strip():
-                yield Document(f"{name}:{number}", _text_of(_json(line, path, number), path, number, column))
+                yield number, _json(line, path, number)
 
 
 def _json(line: str, path: Path, number: int) -> dict[str, Any]:
@@ -184,7 +190,8 @@ def _json(line: str, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
-def _text_of(record: dict[str, Any], path: Path, number: int, column: str) -> str:
+def text_of(record: dict[str, Any], path: Path, number: int, column: str) -> str:
+    """The text of an object of a .jsonl file. UsageError where there is none."""
     if column not in record:
         lacking, total = _count_lacking(path, column)
         raise UsageError(

@@ -1,6 +1,6 @@
 """Packing: documents as tokens, and rows of `context` tokens that can be addressed by number.
 
-A row is BOS, where the model has one, and the next stretch of a stream of documents, each followed by EOS. The stream
+A packed row is BOS, where the model has one, and the next stretch of a stream of documents, each followed by EOS. The stream
 of a pass holds every document once, in an order drawn from (seed, pass). Row number r belongs to pass r // rows_a_pass,
 so any row can be had without those before it: a resume skips for nothing.
 """
@@ -8,7 +8,7 @@ so any row can be had without those before it: a resume skips for nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -50,9 +50,11 @@ class TokenStore:
         return hashlib.sha256(self.ids.tobytes() + self.offsets.tobytes()).hexdigest()
 
 
-def tokenise(documents: Iterable[HasText], tokenizer: Any) -> TokenStore:
-    """Every document's tokens, with no special one but an EOS after each; about two megabytes of text at a time."""
-    eos = tokenizer.eos_token_id
+def tokenise(documents: Iterable[HasText], tokenizer: Any, *, eos: bool = True) -> TokenStore:
+    """Every document's tokens, with no special one but an EOS after each; about two megabytes of text at a time.
+
+    eos: false leaves that one out too, for documents that are not packed one after the other."""
+    end = tokenizer.eos_token_id if eos else None
     pieces: list[np.ndarray] = []
     lengths: list[int] = []
     hashes: list[int] = []
@@ -61,7 +63,7 @@ def tokenise(documents: Iterable[HasText], tokenizer: Any) -> TokenStore:
     def flush() -> None:
         # verbose=False: a document longer than the model's context is what packing is for, not worth a warning
         for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            ended = tokens if eos is None else [*tokens, eos]
+            ended = tokens if end is None else [*tokens, end]
             pieces.append(np.asarray(ended, dtype=np.int32))
             lengths.append(len(ended))
         texts.clear()
@@ -84,14 +86,19 @@ def tokenise(documents: Iterable[HasText], tokenizer: Any) -> TokenStore:
 
 
 class Rows(Protocol):
-    """Rows of tokens by number. `count`: how many hold every token once."""
+    """Rows of tokens by number. `count`: how many hold every token once. `length`: tokens in a row, on average."""
 
     count: int
+    length: float
 
     def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number: [n] -> ids [n, context] int64 and mask [n, context], False at padding.
 
         seed: None for the documents in their own order (numbers below `count`); a number for passes without end."""
+        ...
+
+    def labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
+        """The labels of the same rows, [n, n_concepts] float32, NaN where unknown; None where no row has any."""
         ...
 
 
@@ -108,9 +115,8 @@ class PackedRows:
         self.context = context
         self.bos = bos
         self.pad = pad
-        self._width = context - (bos is not None)  # tokens of the stream in a row
-        if self._width < 1:
-            raise UsageError(f"context = {context}: leaves no room for text. Set context to 2 or more.")
+        self.length = float(context)
+        self._width = _room(context, bos)  # tokens of the stream in a row
         self._lengths = np.diff(store.offsets)[documents]  # [m]
         self.tokens = int(self._lengths.sum())
         if self.tokens == 0:
@@ -136,6 +142,9 @@ class PackedRows:
             mask[chosen[:, None], np.arange(first, self.context)] = inside
         return ids, mask
 
+    def labels(self, numbers: np.ndarray, seed: int | None) -> None:
+        """None: a row may hold several documents; see `Rows.labels`."""
+
     def _stream(self, positions: np.ndarray, seed: int | None, number: int) -> np.ndarray:
         """Tokens at some positions of a pass's stream of documents: [p] -> [p]."""
         order, ends = self._order(seed, number)
@@ -160,15 +169,75 @@ class PackedRows:
         return self._orders[key]
 
 
+class SequenceRows:
+    """Each document by itself in a row of its own, or in several of like length where it is longer than a row.
+
+    documents: [m] indices into the store. given: [D, n_concepts] labels of all the store's documents, or None.
+    bos: the token that begins each row, or None. pad: fills the rest of a row. UsageError where there is no token.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        documents: np.ndarray,
+        *,
+        context: int,
+        bos: int | None,
+        pad: int = 0,
+        given: np.ndarray | None = None,
+    ):
+        self.store, self.context, self.bos, self.pad = store, context, bos, pad
+        width = _room(context, bos)
+        lengths = np.diff(store.offsets)[documents]  # [m]
+        if not lengths.any():
+            raise UsageError("the documents have no tokens at all. Give data that holds text.")
+        pieces = -(-lengths // width)  # [m], rows of each document
+        self.documents = np.repeat(documents, pieces)  # [count], the document of each row
+        which = np.arange(len(self.documents)) - np.repeat(
+            np.cumsum(pieces) - pieces, pieces
+        )  # [count], 0, 1, ... of it
+        total, parts = np.repeat(lengths, pieces), np.repeat(pieces, pieces)
+        self._starts, self._ends = which * total // parts, (which + 1) * total // parts  # [count] each, in the document
+        self.count = len(self.documents)
+        self.length = float((self._ends - self._starts).mean()) + (bos is not None)
+        self._given = given
+        self._passes = Passes(self.count, "sequences")
+
+    def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows by number; see `Rows.take`."""
+        rows = self._passes.take(numbers, seed)  # [n]
+        first = int(self.bos is not None)
+        lengths = self._ends[rows] - self._starts[rows]  # [n]
+        places = np.arange(self.context) - first  # [context], of a row's text
+        inside = (places >= 0) & (places < lengths[:, None])  # [n, context]
+        ids = np.full((len(numbers), self.context), self.pad, dtype=np.int64)  # [n, context]
+        begins = self.store.offsets[self.documents[rows]] + self._starts[rows]  # [n]
+        ids[inside] = self.store.ids[(begins[:, None] + places)[inside]]
+        if self.bos is not None:
+            ids[:, 0] = self.bos
+            inside[:, 0] = True
+        return ids, inside
+
+    def labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
+        """The labels of the rows' documents; see `Rows.labels`."""
+        return None if self._given is None else self._given[self.documents[self._passes.take(numbers, seed)]]
+
+
 class MixedRows:
     """Several streams of rows, mixed in fixed proportions: `weights[k]` rows of `parts[k]` in every `sum(weights)`.
 
     With a seed every part passes over its own documents as often as its share needs. Without one every row comes
     once; when a part is used up, the others go on in their proportions.
+
+    given: [parts, n_concepts], the labels of each part's rows, or None.
     """
 
-    def __init__(self, parts: list[PackedRows], weights: list[int]):
+    def __init__(
+        self, parts: Sequence[PackedRows | SequenceRows], weights: list[int], *, given: np.ndarray | None = None
+    ):
         self.parts = parts
+        self.given = given
+        self.length = float(np.average([part.length for part in parts], weights=weights))
         self.weights = np.asarray(weights)
         self.count = sum(part.count for part in parts)
         # Spread evenly: row j of a part with weight w stands at (j + 1/2) / w of the cycle.
@@ -189,6 +258,10 @@ class MixedRows:
             if chosen.any():
                 ids[chosen], mask[chosen] = part.take(within[chosen], seed)
         return ids, mask
+
+    def labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
+        """The labels of the rows' parts; see `Rows.labels`."""
+        return None if self.given is None else self.given[self.places(numbers, seed)[0]]
 
     def places(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Which part each row comes from, [n], and its number there, [n]."""
@@ -246,6 +319,14 @@ def first_token(tokenizer: Any, bos: bool | Literal["auto"]) -> int | None:
     if bos is True and tokenizer.bos_token_id is None:
         raise UsageError('bos = true: the tokenizer has no BOS token. Set bos = "auto" or false.')
     return tokenizer.bos_token_id
+
+
+def _room(context: int, bos: int | None) -> int:
+    """Tokens of text in a row."""
+    room = context - (bos is not None)
+    if room < 1:
+        raise UsageError(f"context = {context}: leaves no room for text. Set context to 2 or more.")
+    return room
 
 
 def derived_seed(word: str, *numbers: int) -> int:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +45,11 @@ class Captured:
         if self._value is None:
             raise self._site.not_reached()
         return self._value
+
+    def take(self) -> Tensor | None:
+        """The activation, which is then forgotten; None if no forward has reached the site since the last time."""
+        value, self._value = self._value, None
+        return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,18 +179,35 @@ def run_to_site(site: Site, forward: Callable[[], Any]) -> Tensor:
 
     UsageError if the forward ends without reaching the site.
     """
-    found: list[Tensor] = []
+    return run_to_sites([site], forward)[0]
 
-    def stop(activation: Tensor) -> None:
-        found.append(activation)
-        raise _Stop
 
-    with site._hooked(stop):
+def run_to_sites(sites: Sequence[Site], forward: Callable[[], Any]) -> list[Tensor]:
+    """Run `forward` until the activations at all `sites` are there, in whichever order, and return them in this one.
+
+    What lies above the last never runs. Of a module that is called several times, the first call counts. UsageError
+    if the forward ends without reaching one of the sites.
+    """
+    found: dict[int, Tensor] = {}
+
+    def reader(number: int) -> Callable[[Tensor], None]:
+        def read(activation: Tensor) -> None:
+            if number not in found:
+                # What runs until the other sites are reached may change a tensor in place.
+                found[number] = activation if len(found) == len(sites) - 1 else activation.clone()
+                if len(found) == len(sites):
+                    raise _Stop
+
+        return read
+
+    with ExitStack() as hooks:
+        for number, site in enumerate(sites):
+            hooks.enter_context(site._hooked(reader(number)))
         try:
             forward()
         except _Stop:
-            return found[0]
-    raise site.not_reached()
+            return [found[number] for number in range(len(sites))]
+    raise next(site for number, site in enumerate(sites) if number not in found).not_reached()
 
 
 def resolve(model: nn.Module, name: str) -> Site:

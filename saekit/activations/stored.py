@@ -57,6 +57,17 @@ class StoredTensor:
                 return file.get_slice(self.key)[start:stop]
 
 
+def rows_of(columns: dict[str, StoredTensor], start: int, stop: int) -> dict[str, Tensor]:
+    """The same rows of several tensors of one file, which is opened once; see `StoredTensor.rows`."""
+    path = next(iter(columns.values())).path
+    if path.suffix == ".npy":
+        return {name: column.rows(start, stop) for name, column in columns.items()}
+    from safetensors import safe_open
+
+    with _readable(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(column.key)[start:stop] for name, column in columns.items()}
+
+
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """What a file holds, by key ("" in a .npy file). UsageError for one that is cut short or of another format."""
     with _readable(path):
@@ -149,13 +160,17 @@ def read_blocks(
     read: from (file, start, stop) to activations, which may be views of mapped files. Memory: the block, and, while it is
     put together, as much of the files again, which the system may take back at any time."""
     for numbers in chunks.blocks(rows, seed=seed, start=start):
-        parts = []
-        for c in numbers:
-            stop_point()
-            parts.append(read(int(chunks.files[c]), int(chunks.starts[c]), int(chunks.stops[c])))
-        # A single part is copied too: what is mapped now may be another file's content later.
-        block = Activations.join(parts) if len(parts) > 1 else parts[0].map(torch.clone)
-        yield block.to(device)
+        yield _block(chunks, numbers, read).to(device)
+
+
+def _block(chunks: Chunks, numbers: np.ndarray, read: Callable[[int, int, int], Activations]) -> Activations:
+    """Some chunks as one block. A function of its own, so that nothing keeps the block or the maps once it is given."""
+    parts = []
+    for c in numbers:
+        stop_point()
+        parts.append(read(int(chunks.files[c]), int(chunks.starts[c]), int(chunks.stops[c])))
+    # A single part is copied too: what is mapped now may be another file's content later.
+    return Activations.join(parts) if len(parts) > 1 else parts[0].map(torch.clone)
 
 
 def _torch_dtype(dtype: np.dtype[Any], path: Path) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The subject: a language model, its tokenizer, and the site whose activations are studied."""
+"""The subject: a language model, its tokenizer, and the site whose activations are studied (for a transcoder, two)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from saekit.activations.batch import TokenBatch
 from saekit.activations.shuffle import stop_point
-from saekit.activations.sites import RESIDUAL, Site, resolve, run_to_site
+from saekit.activations.sites import RESIDUAL, Site, resolve, run_to_site, run_to_sites
 from saekit.errors import SaekitError, UsageError
 
 _TIMEOUT = 10.0  # seconds for the hub to say whether it has a model
@@ -25,6 +25,7 @@ _TIMEOUT = 10.0  # seconds for the hub to say whether it has a model
 class Subject:
     """A model with a tokenizer and a site; every forward of saekit's goes through here.
 
+    site: whose activations an SAE reads. target_site: for a transcoder, whose activations it rebuilds; else None.
     model: takes token ids [n, T] and `attention_mask` [n, T], and returns logits [n, T, vocab] or an object with them.
     name: the directory or the hub name it came from. directory: the local directory, None for a hub name.
 
@@ -33,15 +34,25 @@ class Subject:
     waits meanwhile, so do not ask for prefetched batches of this subject inside `replaced`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, site: Site, *, name: str, directory: Path | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        site: Site,
+        *,
+        name: str,
+        directory: Path | None = None,
+        target_site: Site | None = None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.site = site
+        self.target_site = target_site
         self.name = name
         self.directory = directory
         self.lock = threading.RLock()
         self._digest: str | None = None
-        self._width: int | None = None
+        self._widths: tuple[int, int] | None = None
 
     @property
     def config(self) -> Any:
@@ -71,6 +82,18 @@ class Subject:
             return run_to_site(self.site, lambda: self._forward(batch))
 
     @torch.no_grad()
+    def pair(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """The activations at the site, [n, T, d], and at the target's, [n, T, d_out], of one forward.
+
+        It stops at the later of the two. Without a target's site both are the same tensor."""
+        if self.target_site is None:
+            activation = self.activations(batch)
+            return activation, activation
+        with self._alone():
+            x, target = run_to_sites([self.site, self.target_site], lambda: self._forward(batch))
+        return x, target
+
+    @torch.no_grad()
     def logits(self, batch: TokenBatch) -> Tensor:
         """The whole model's logits, [n, T, vocab]."""
         with self._alone():
@@ -83,22 +106,51 @@ class Subject:
         with self._alone(), self.site.replaced(function):
             yield
 
+    @contextmanager
+    def spliced(self, function: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """Replace what an SAE or a transcoder rebuilds by `function(x, target)` in every forward inside.
+
+        x: [n, T, d], the activation at the site. target: [n, T, d_out], that at the target's site, or `x` again where
+        there is none; the result takes its place. UsageError where the target's site comes before the site."""
+        if self.target_site is None:
+            with self.replaced(lambda activation: function(activation, activation)):
+                yield
+            return
+        with self._alone(), self.site.capture() as captured:
+
+            def replace(target: Tensor) -> Tensor:
+                x = captured.take()
+                if x is None:
+                    raise UsageError(
+                        f"target_hook_point = {self.target_site.name!r}: comes before the hook point {self.site.name!r}, so "  # type: ignore[union-attr]
+                        "nothing read there can take its place in the same forward. Leave out what splices it."
+                    )
+                return function(x, target)
+
+            with self.target_site.replaced(replace):
+                yield
+
     def width(self) -> int:
         """The number of dimensions `d` at the site, from a forward of 2 rows of 3 tokens.
 
         UsageError where the activation is not a vector at each position of each row.
         """
-        if self._width is None:
+        return self.widths()[0]
+
+    def widths(self) -> tuple[int, int]:
+        """The numbers of dimensions at the site and at the target's; see `width`."""
+        if self._widths is None:
             tokens = torch.zeros(2, 3, dtype=torch.long)
             everywhere = torch.ones(2, 3, dtype=torch.bool)
-            shape = self.activations(TokenBatch(tokens, everywhere, everywhere, torch.arange(2))).shape
-            if len(shape) != 3 or tuple(shape[:2]) != (2, 3):
-                raise UsageError(
-                    f"hook point {self.site.name!r}: for 2 rows of 3 tokens the activation has shape {list(shape)}; "
-                    "it must be [2, 3, d], a vector at each position. Choose another hook point."
-                )
-            self._width = shape[2]
-        return self._width
+            pair = self.pair(TokenBatch(tokens, everywhere, everywhere, torch.arange(2)))
+            for site, activation in zip((self.site, self.target_site or self.site), pair, strict=True):
+                if activation.ndim != 3 or tuple(activation.shape[:2]) != (2, 3):
+                    raise UsageError(
+                        f"hook point {site.name!r}: for 2 rows of 3 tokens the activation has shape "
+                        f"{list(activation.shape)}; it must be [2, 3, d], a vector at each position. Choose another hook point."
+                    )
+            self._widths = pair[0].shape[2], pair[1].shape[2]
+        return self._widths
 
     def digest(self) -> str:
         """sha256 that identifies configuration, weights and tokenizer.
@@ -110,7 +162,7 @@ class Subject:
                 self._digest = _directory_digest(self.directory)
             else:
                 commit = getattr(self.config, "_commit_hash", None) or ""
-                self._digest = hashlib.sha256(f"{self.name}@{commit}".encode()).hexdigest()
+                self._digest = _hub_digest(self.name, commit)
         return self._digest
 
     @contextmanager
@@ -134,14 +186,16 @@ def load_subject(
     model: str,
     hook_point: str,
     *,
+    target_hook_point: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
 ) -> Subject:
     """A Hugging Face causal language model, from a local directory or the hub, frozen and in evaluation mode.
 
+    target_hook_point: the other site of a transcoder. trust_remote_code: let a model run code that it brings with it.
     TransformerLens is imported, and the model wrapped in its bridge, only for a hook point that the plain model does
-    not have. `trust_remote_code` lets a model run code that it brings with it.
+    not have.
 
     UsageError for a model that is missing, broken or of an unknown type, and for a hook point that means nothing.
     """
@@ -182,8 +236,10 @@ def load_subject(
         raise UsageError(f"{model}: has no tokenizer (tokenizer.json). Download or save it again, next to the weights.")
     network.eval().requires_grad_(False)
     network.to(device)
-    site, network = _site(network, tokenizer, hook_point, source, device, dtype)
-    return Subject(network, tokenizer, site, name=model, directory=directory)
+    names = [hook_point] if target_hook_point is None else [hook_point, target_hook_point]
+    sites, network = _sites(network, tokenizer, names, source, device, dtype)
+    target_site = sites[1] if len(sites) > 1 else None
+    return Subject(network, tokenizer, sites[0], name=model, directory=directory, target_site=target_site)
 
 
 def peek_model(model: str) -> dict[str, Any]:
@@ -234,14 +290,23 @@ def peek_model(model: str) -> dict[str, Any]:
     return found
 
 
-def _site(
-    network: nn.Module, tokenizer: Any, hook_point: str, source: str, device: torch.device, dtype: torch.dtype
-) -> tuple[Site, nn.Module]:
-    """The site, and the model that has it: the plain one, or a TransformerLens bridge around it."""
+def model_digest(model: str) -> str | None:
+    """What `Subject.digest` gives of this model, without loading it; None for a hub name that is not in the local cache."""
+    directory = _local_directory(model)
+    if directory is not None:
+        return _directory_digest(directory)
+    cached = _cached(model, "config.json")  # .../snapshots/COMMIT/config.json
+    return None if cached is None else _hub_digest(model, cached.parent.name)
+
+
+def _sites(
+    network: nn.Module, tokenizer: Any, names: list[str], source: str, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Site], nn.Module]:
+    """The sites, and the model that has them: the plain one, or a TransformerLens bridge around it."""
     try:
-        return resolve(network, hook_point), network
+        return [resolve(network, name) for name in names], network
     except UsageError:
-        if "hook_" not in hook_point or RESIDUAL.fullmatch(hook_point):
+        if not any("hook_" in name and not RESIDUAL.fullmatch(name) for name in names):
             raise
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -250,7 +315,7 @@ def _site(
             source, hf_model=network, tokenizer=tokenizer, device=str(device), dtype=dtype
         )
     bridge.eval().requires_grad_(False)
-    return resolve(bridge, hook_point), bridge
+    return [resolve(bridge, name) for name in names], bridge
 
 
 def _local_directory(model: str) -> Path | None:
@@ -324,6 +389,10 @@ def _check_weight_files(directory: Path) -> None:
             raise UsageError(
                 f"{path}: is truncated or not a safetensors file ({error}). Download or save it again."
             ) from None
+
+
+def _hub_digest(name: str, commit: str) -> str:
+    return hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()
 
 
 def _directory_digest(directory: Path) -> str:

@@ -60,6 +60,9 @@ def saekit_sources() -> Iterator[Component]:
     )
     yield Component("text", f"{sources}:TextSource", "Any language model on any text.", provides=text)
     yield Component(
+        "labelled", f"{sources}:LabelledSource", "Any language model on labelled texts.", provides=(*text, *labelled)
+    )
+    yield Component(
         "tensors", f"{sources}:TensorsSource", "Activations stored in files.", provides=("tokens", *labelled)
     )
     yield Component(
@@ -77,6 +80,21 @@ def saekit_metrics() -> Iterator[Component]:
     yield Component("l0", f"{metrics}:L0", "Mean number of active latents.", default=True)
     yield Component("density", f"{metrics}:Density", "How often latents fire.", default=True)
     yield Component("dead", f"{metrics}:Dead", "Latents that never fire on held-out data.", default=True)
+    yield Component("cosine", f"{metrics}:Cosine", "Cosine between activation and reconstruction.")
+    yield Component("relative_bias", f"{metrics}:RelativeBias", "How much too short reconstructions are.")
+    yield Component("histograms", f"{metrics}:Histograms", "Quantiles of densities and of activations.")
+    yield Component(
+        "token_sparsity",
+        "saekit.builtin.token_sparsity:TokenSparsity",
+        "L0 and explained variance by class of token.",
+        needs=("tokens",),
+    )
+    yield Component(
+        "dictionary_recovery",
+        "saekit.builtin.recovery:DictionaryRecovery",
+        "How well known directions were found.",
+        needs=("true_dictionary",),
+    )
     yield Component(
         "ce_recovered",
         "saekit.builtin.model_metrics:CERecovered",

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from saekit.training.step import Step
 
 
-class _Summed(Metric):
+class Summed(Metric):
     """A metric whose state is a set of sums, so that processes reduce it by adding."""
 
     full_state_update = False
@@ -30,7 +30,7 @@ class _Summed(Metric):
             setattr(self, name, getattr(self, name) + value)
 
 
-class ExplainedVariance(_Summed):
+class ExplainedVariance(Summed):
     """Explained variance (1 - FVU), FVU and mean squared error.
 
     FVU is the squared error over the squared deviation from the mean, both summed over the whole held-out set."""
@@ -69,7 +69,7 @@ class ExplainedVariance(_Summed):
         }
 
 
-class L0(_Summed):
+class L0(Summed):
     """Mean number of active latents."""
 
     headline: ClassVar[tuple[str, ...]] = ("l0",)
@@ -90,7 +90,7 @@ class L0(_Summed):
         return {"l0": float(self.active / self.rows)}
 
 
-class Density(_Summed):
+class Density(Summed):
     """How often latents fire: the median density (share of activations), and the share of latents above 10%."""
 
     meanings: ClassVar[dict[str, str]] = {
@@ -131,3 +131,94 @@ class Dead(Density):
         """dead_fraction and dead_latents."""
         dead = self._densities() == 0
         return {"dead_fraction": float(dead.double().mean()), "dead_latents": float(dead.sum())}
+
+
+class Cosine(Summed):
+    """Mean cosine of the angle between an activation and its reconstruction.
+
+    A reconstruction of zero counts as 0; an activation of zero has no direction and is left out."""
+
+    meanings: ClassVar[dict[str, str]] = {
+        "cosine": "cosine of the angle between activation and reconstruction, on average; 1 is the same direction"
+    }
+    cosines: Tensor
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums(cosines=0, rows=0)
+
+    def update(self, step: Step) -> None:
+        """Take in one batch."""
+        target, reconstruction = step.target.double(), step.reconstruction.double()
+        norms = target.norm(dim=1) * reconstruction.norm(dim=1)  # [batch]
+        products = (target * reconstruction).sum(1)  # [batch]
+        self.add(cosines=torch.where(norms > 0, products / norms, 0.0).sum(), rows=(target != 0).any(1).sum())
+
+    def compute(self) -> dict[str, float | None]:
+        """cosine; None where every activation is zero."""
+        return {"cosine": float(self.cosines / self.rows) if self.rows else None}
+
+
+class RelativeBias(Summed):
+    """Relative reconstruction bias: the factor by which reconstructions are too short (below 1) or too long (above 1).
+
+    gamma = argmin over g of E |x'/g - x|^2 = E |x'|^2 / E [x'.x] (Rajamanoharan et al. 2024a, eq. 9); an l1 loss makes
+    it less than 1 by shrinking activations."""
+
+    meanings: ClassVar[dict[str, str]] = {
+        "relative_bias": "length of the reconstructions against the length that would fit best; below 1 they are shrunk"
+    }
+    square: Tensor
+    product: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums(square=0, product=0)
+
+    def update(self, step: Step) -> None:
+        """Take in one batch."""
+        reconstruction = step.reconstruction.double()
+        self.add(square=reconstruction.square().sum(), product=(reconstruction * step.target.double()).sum())
+
+    def compute(self) -> dict[str, float | None]:
+        """relative_bias; None where the reconstructions do not point along the activations at all."""
+        return {"relative_bias": float(self.square / self.product) if self.product > 0 else None}
+
+
+class Histograms(Summed):
+    """Quantiles of two histograms: the density over all latents, and the size of what is active.
+
+    Sizes are counted in bins of a 64th of an octave from 2^-40 to 2^40, so that their quantiles are right to 1.1%."""
+
+    QUANTILES: ClassVar[dict[str, float]] = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
+    OCTAVES: ClassVar[int] = 40
+    BINS: ClassVar[int] = 64  # an octave
+    meanings: ClassVar[dict[str, str]] = {
+        **{f"density_{q}": f"share of activations on which a latent is active: {q} over all latents" for q in QUANTILES},
+        **{f"activation_{q}": f"size of an activation that is not zero: {q} over all of them" for q in QUANTILES},
+    }
+    fired: Tensor
+    rows: Tensor
+    sizes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums(fired=0, rows=0, sizes=2 * self.OCTAVES * self.BINS)
+
+    def update(self, step: Step) -> None:
+        """Take in one batch."""
+        _, _, values = step.code.nonzero()  # [nnz]
+        bins = (values.double().abs().log2() + self.OCTAVES) * self.BINS
+        bins = bins.floor().long().clamp(0, len(self.sizes) - 1)
+        self.add(fired=step.code.fired(), rows=len(step.code), sizes=torch.bincount(bins, minlength=len(self.sizes)))
+
+    def compute(self) -> dict[str, float | None]:
+        """density_q05 to density_max, activation_q05 to activation_max; the latter are None where nothing is active."""
+        density = self.fired / self.rows  # [d_sae]
+        found: dict[str, float | None] = {f"density_{n}": float(density.quantile(q)) for n, q in self.QUANTILES.items()}
+        reached = self.sizes.cumsum(0) / self.sizes.sum()  # [bins]
+        for name, q in self.QUANTILES.items():
+            place = int(torch.searchsorted(reached, torch.tensor(q, dtype=torch.float64) - 1e-12)) + 0.5
+            found[f"activation_{name}"] = 2.0 ** (place / self.BINS - self.OCTAVES) if self.sizes.any() else None
+        return found

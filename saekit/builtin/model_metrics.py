@@ -19,6 +19,7 @@ class CERecovered:
     ce_recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean), and ce_recovered_mean with the mean activation in
     place of zero (Bricken et al. 2023; the mean as in Wang et al. 2022). Positions that the SAE was not trained on
     (padding, a first position that is left out) are never replaced. Next tokens are scored at the replaced positions.
+    Of a transcoder, it is the activation at the target's site that is replaced.
     """
 
     headline: ClassVar[tuple[str, ...]] = ("ce_recovered",)
@@ -78,10 +79,11 @@ class CERecovered:
                 return
 
     def _mean(self, context: RunContext) -> Tensor:
-        """The mean held-out activation: [d_in]."""
-        total, rows = torch.zeros(context.source.d_in, dtype=torch.float64, device=context.device), 0
+        """The mean held-out activation of those that are rebuilt: [d_out]."""
+        total, rows = torch.zeros(context.source.d_out, dtype=torch.float64, device=context.device), 0
         for batch in context.held_out_activations(self.tokens):
-            total, rows = total + batch.x.double().sum(0), rows + len(batch)
+            target = batch.x if batch.target is None else batch.target
+            total, rows = total + target.double().sum(0), rows + len(batch)
         return (total / rows).float()
 
     def _score(self, context: RunContext, batch: TokenBatch, mean: Tensor) -> tuple[int, dict[str, float]]:
@@ -91,22 +93,22 @@ class CERecovered:
         scored = keep[:, :-1] & batch.mask[:, 1:].to(context.device)  # the next token must exist
         targets = batch.tokens[:, 1:].to(context.device)[scored]  # [positions]
 
-        def with_site(replacement: Callable[[Tensor], Tensor]) -> Tensor:
-            def swap(activation: Tensor) -> Tensor:  # [n, T, d]
-                changed = activation.clone()
-                changed[keep] = replacement(activation[keep].float()).to(activation.dtype)
+        def with_site(replacement: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+            def swap(x: Tensor, target: Tensor) -> Tensor:  # [n, T, d_in], [n, T, d_out] -> [n, T, d_out]
+                changed = target.clone()
+                changed[keep] = replacement(x[keep].float(), target[keep].float()).to(target.dtype)
                 return changed
 
-            with subject.replaced(swap):
+            with subject.spliced(swap):
                 return self._log_probabilities(subject, batch, scored)
 
         clean = self._log_probabilities(subject, batch, scored)  # [positions, vocab]
-        spliced = with_site(sae)
+        spliced = with_site(lambda x, target: sae(x))
         values = {
             "ce_clean": _nll(clean, targets),
             "ce_spliced": _nll(spliced, targets),
-            "ce_zero": _nll(with_site(torch.zeros_like), targets),
-            "ce_mean": _nll(with_site(lambda x: mean.to(x).expand_as(x)), targets),
+            "ce_zero": _nll(with_site(lambda x, target: torch.zeros_like(target)), targets),
+            "ce_mean": _nll(with_site(lambda x, target: mean.to(target).expand_as(target)), targets),
             "kl": float((clean.exp() * (clean - spliced)).sum()),
         }
         return int(scored.sum()), values

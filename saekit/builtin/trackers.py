@@ -146,7 +146,7 @@ class WeightsAndBiases:
         ] = "offline",
     ) -> None:
         _must_be_installed("wandb")
-        self._settings = {"project": project, "entity": entity, "mode": mode}
+        self._settings: dict[str, Any] = {"project": project, "entity": entity, "mode": mode}
         self._id = uuid.uuid4().hex[:8]
         self._run: Any = None
         self._there: Any = None

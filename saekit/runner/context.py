@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class RunContext:
     """The run as seen from outside the training loop.
 
-    sae: in the units of the raw activations (None while `prepare` runs before it exists). source: opened.
-    directory: where an analyzer may write files. warn: tells the user. advance: reports progress of an analyzer.
+    sae: what it reads are the source's activations times `scale`. source: opened. directory: where an analyzer may
+    write files. warn: tells the user. scale: 1 once training is over; while a loss prepares itself before the first
+    step, the factor that training applies (`training.normalize`).
     """
 
     sae: SparseAutoencoder
@@ -30,6 +31,7 @@ class RunContext:
     device: torch.device
     directory: Path
     warn: Callable[[str], None]
+    scale: float = 1.0
 
     @property
     def seed(self) -> int:
@@ -45,10 +47,11 @@ class RunContext:
         wanted = tokens or self.config.evaluation.tokens
         with torch.no_grad():
             for batch in self.held_out_activations(wanted):
-                code = self.sae.encode(batch.x)
+                x = batch.x * self.scale  # [batch, d_in]
+                code = self.sae.encode(x)
                 yield Step(
-                    x=batch.x,
-                    target=batch.x if batch.target is None else batch.target,
+                    x=x,
+                    target=x if batch.target is None else batch.target * self.scale,
                     code=code,
                     reconstruction=self.sae.decode(code),
                     sae=self.sae,

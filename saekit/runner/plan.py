@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saekit.component import Component
-from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, Use
+from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, SourceUse, Use
 from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.runner.blame import explained
@@ -52,6 +52,10 @@ class Plan:
             self.source, self.architecture, *self.losses, *self.callbacks, *self.metrics, *self.analyzers, *self.trackers
         ]  # fmt: skip
 
+    def build_source(self) -> Any:
+        """The source, reading through the cache that the run file names."""
+        return _source(self.source)
+
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""
@@ -67,7 +71,7 @@ def make_plan(config: RunConfig, registry: Registry) -> Plan:
     """Resolve and check everything that can be checked without loading a model. Raises UsageError or PluginError."""
     source = _part("source", config.source, registry, config)
     with explained([source]):
-        built = source.build()
+        built = _source(source)
     withheld: dict[str, str] = getattr(built, "withheld", {})
     config = _with_defaults(config, registry, _provided([source.component]) - set(withheld))
     architecture = _part("architecture", config.architecture, registry, config)
@@ -95,6 +99,19 @@ def make_plan(config: RunConfig, registry: Registry) -> Plan:
         plan.facts = built.peek()
     plan.warnings += [w for w in registry.warnings if w not in plan.warnings]
     return plan
+
+
+def _source(part: Part) -> Any:
+    entry = part.entry
+    assert isinstance(entry, SourceUse)
+    if entry.cache is None:
+        for key in ("cache_tokens", "cache_dtype"):
+            if getattr(entry, key) is not None:
+                raise UsageError(f"source.{key}: is of no use without source.cache. Name the cache's directory, or leave it out.")
+        return part.build()
+    from saekit.activations.cache import CachedSource
+
+    return CachedSource(part.build(), entry.cache, dtype=entry.cache_dtype or "float32", tokens=entry.cache_tokens)
 
 
 def _part(kind: str, entry: Use, registry: Registry, config: RunConfig, key: str | None = None) -> Part:

@@ -104,8 +104,12 @@ class Run:
         if training.threads:
             torch.set_num_threads(training.threads)
         torch.manual_seed(seed_for(training.seed, "torch"))
-        self.source = self.plan.source.build()
+        self.source = self.plan.build_source()
         self.source.open(device=self.device, dtype=torch.float32)
+        missing = getattr(self.source, "missing", 0)  # of a cache
+        if missing:
+            with self._phase("harvest", missing):
+                self.source.fill(lambda done: self.listeners.emit("phase_advanced", phase="harvest", done=done))
         for warning in getattr(self.source, "warnings", ()):
             self.listeners.warn(warning)
         self.identity = plain(self.source.identity())
@@ -196,7 +200,7 @@ class Run:
         self.tokens_this_time = trainer.tokens - started_at
 
     def _trainer(self) -> tuple[Trainer, tuple[int, int]]:
-        context = self._context(self.directory.path)
+        context = self._context(self.directory.path, self.scale)
         terms = []
         for part in self.plan.losses:
             function = part.build()
@@ -293,6 +297,7 @@ class Run:
         metadata = {
             "model_name": self.identity.get("model"),
             "hook_name": self.source.hook_point,
+            "hook_name_out": getattr(self.source, "target_hook_point", None),
             "context_size": self.identity.get("context"),
             "prepend_bos": self.identity.get("bos"),
         }
@@ -302,14 +307,18 @@ class Run:
 
     # --- evaluate, analyse -------------------------------------------------------------------------------------
 
-    def _context(self, directory: Path) -> RunContext:
-        return RunContext(self.sae, self.source, self.config, self.device, directory, self.listeners.warn)
+    def _context(self, directory: Path, scale: float = 1.0) -> RunContext:
+        return RunContext(self.sae, self.source, self.config, self.device, directory, self.listeners.warn, scale)
 
     def _evaluate(self) -> None:
         self.sae.requires_grad_(False)
         context = self._context(self.directory.path)
         built = [(part, part.build()) for part in self.plan.metrics]
         streaming = [(part, metric) for part, metric in built if hasattr(metric, "update")]
+        for part, metric in built:
+            if hasattr(metric, "prepare"):
+                with blamed_on(part):
+                    metric.prepare(context)
         done = 0
         for step in context.held_out():
             for part, metric in streaming:

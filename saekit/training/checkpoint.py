@@ -128,6 +128,7 @@ def decisive(config: RunConfig, source: dict[str, Any]) -> dict[str, Any]:
 
 
 _IDLE = {f"training.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "prefetch", "guard_steps")}
+_IDLE |= {"source.cache"}  # where it lies; what is in it is part of the source's identity
 
 
 def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:

@@ -153,7 +153,7 @@ def test_an_unknown_split(source):
 
 
 def test_options_are_typed_described_and_checked():
-    for name in ("TextSource", "OrganismSource"):
+    for name in ("TextSource", "LabelledSource", "TensorsSource", "SyntheticSource", "OrganismSource"):
         component = Component(name, f"saekit.builtin.sources:{name}", kind="source")
         fields = component.options_model().model_fields
         assert all(field.description for field in fields.values())
@@ -164,7 +164,9 @@ def test_options_are_typed_described_and_checked():
     assert component.validate({}, "source")["kinds"] == ["code", "prose", "facts", "sycophancy"]
 
 
-def test_the_organism_is_mixed_as_it_was_trained(tiny_gpt2, monkeypatch):
+@pytest.fixture
+def small_organism(tiny_gpt2, monkeypatch):
+    """A tiny model in the organism's place, and documents that hold the first letter of their kind."""
     from saekit import organism
 
     def documents(split, kinds):
@@ -173,6 +175,30 @@ def test_the_organism_is_mixed_as_it_was_trained(tiny_gpt2, monkeypatch):
 
     monkeypatch.setattr(organism, "directory", lambda variant: tiny_gpt2)
     monkeypatch.setattr(organism, "documents", documents)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_the_organism_labels_code_and_prose_in_both_streams(small_organism, split):
+    source = OrganismSource(hook_point="blocks.1.hook_out", context=16)
+    source.open(device=CPU, dtype=torch.float32)
+    assert source.concepts == ["code"] and not hasattr(source, "withheld")
+    known = {"c": 1.0, "p": 0.0, "f": None, "s": None}
+    for block in blocks(source, split, 2):
+        for text, label in zip(source.token_strings(block.tokens), block.labels[:, 0].tolist(), strict=True):
+            if text in known:  # and not a special token
+                assert label == known[text] or (known[text] is None and label != label)
+    batch = source.sequences(split, 22, 0, 1)
+    assert batch.x.shape == (22, 16, 32) and batch.labels.isnan().sum() == 0
+    for tokens, label in zip(batch.tokens, batch.labels[:, 0].tolist(), strict=True):
+        assert set(source.token_strings(tokens)) - {"<s>", "</s>"} == {"c" if label else "p"}
+    if split == "train":
+        assert batch.labels.sum() == 12  # of 22, as code and prose are mixed
+    assert torch.equal(source.sequences(split, 22, 0, 1).x, batch.x)
+    alone = OrganismSource(kinds=["code", "facts"])
+    assert set(alone.withheld) == {"labels", "sequences"}
+
+
+def test_the_organism_is_mixed_as_it_was_trained(small_organism):
     source = OrganismSource(hook_point="blocks.1.hook_out", context=16)
     assert source.peek()["d_in"] == 32
     source.open(device=CPU, dtype=torch.float32)

@@ -62,8 +62,7 @@ def test_noise_has_the_deviation_asked_for():
 
 
 def active(source, rows=60_000):
-    code = torch.cat([c.dense() for c in some(source, n=rows // 2048, what="codes")])
-    return code
+    return torch.cat([c.dense() for c in some(source, n=rows // 2048, what="codes")])
 
 
 def test_each_feature_is_active_as_often_as_asked_and_independently():

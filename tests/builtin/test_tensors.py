@@ -100,14 +100,18 @@ def test_what_belongs_to_a_row_comes_with_it(flat):
     for block in [*blocks(source, "train", 7), *blocks(source, "held_out")]:
         number = block.x[:, 0].long()
         assert torch.equal(block.tokens, number * 3) and torch.equal(block.sequence, number)
-        assert torch.equal(block.labels, (number % 2).float()[:, None]) and torch.equal(block.target[:, 1], number.float())
+        assert torch.equal(block.labels, (number % 2).float()[:, None]) and torch.equal(
+            block.target[:, 1], number.float()
+        )
     assert source.token_strings(torch.tensor([7, 8])) == ["<7>", "<8>"]
 
 
 def test_sequences_are_flattened_without_what_is_masked(deep):
     source = opened(deep, key="h", labels="y", mask="mask", tokens="ids", chunk=6)
     found = [*blocks(source, "held_out"), *blocks(source, "train", 23, size=6)]
-    whole = {name: torch.cat([getattr(b, name) for b in found]) for name in ("x", "sequence", "position", "tokens", "labels")}
+    whole = {
+        name: torch.cat([getattr(b, name) for b in found]) for name in ("x", "sequence", "position", "tokens", "labels")
+    }
     order = (whole["sequence"] * 3 + whole["position"]).argsort()
     sequence, position = whole["sequence"][order], whole["position"][order]
     expected = [(i, t) for i in range(50) for t in range(3) if not (i % 4 == 0 and t == 2)]
@@ -115,7 +119,9 @@ def test_sequences_are_flattened_without_what_is_masked(deep):
     torch.testing.assert_close(whole["x"][order][:, 0], sequence + position / 10)
     assert torch.equal(whole["tokens"][order], sequence * 10 + position)
     first, second = whole["labels"][order].T
-    assert torch.equal(first.isnan(), sequence == 7) and torch.equal(first[sequence != 7], (sequence % 2)[sequence != 7].float())
+    assert torch.equal(first.isnan(), sequence == 7) and torch.equal(
+        first[sequence != 7], (sequence % 2)[sequence != 7].float()
+    )
     assert torch.equal(second.isnan(), (sequence % 5 == 0) | (sequence == 7))
 
 
@@ -157,6 +163,13 @@ def test_a_training_stream_restarts_bit_for_bit(flat):
             assert torch.equal(next(stream).x, x) and stream.position == position
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the mapped files of a process are listed on Linux")
+def test_no_file_stays_mapped(flat):
+    source = opened(flat)
+    held = blocks(source, "train", 3)
+    assert held and str(flat) not in Path("/proc/self/maps").read_text()
+
+
 def test_identity_follows_the_content(flat):
     first = opened(flat).identity()
     assert first == opened(flat).identity()
@@ -173,7 +186,7 @@ def test_a_label_that_never_changes_is_told(tmp_path):
 
 def bad(tmp_path: Path, *files, **options):
     for number, tensors in enumerate(files):
-        save_file(tensors, tmp_path / f"{number}.safetensors")
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / f"{number}.safetensors")
     with pytest.raises(UsageError) as caught:
         opened(tmp_path, **options)
     return str(caught.value)
@@ -185,17 +198,33 @@ X = numbered(0, 40)
 @pytest.mark.parametrize(
     ("files", "options", "words"),
     [
-        ([{"activation": X}], {}, ["0.safetensors: has no tensor 'activations'", "Did you mean 'activation'", "source.key"]),
+        (
+            [{"activation": X}],
+            {},
+            ["0.safetensors: has no tensor 'activations'", "Did you mean 'activation'", "source.key"],
+        ),
         ([{"activations": X.long()}], {}, ["0.safetensors, 'activations': is int64 [40, 4]", "floating-point"]),
         ([{"activations": X[0]}], {}, ["is float32 [4]", "[n, d], or [n, T, d]"]),
-        ([{"activations": X}, {"activations": X[:, :3]}], {}, ["1.safetensors, 'activations': is float32 [40, 3], but", "0.saf"]),
+        (
+            [{"activations": X}, {"activations": X[:, :3]}],
+            {},
+            ["1.safetensors, 'activations': is float32 [40, 3], but", "0.saf"],
+        ),
         ([{"activations": X}, {"activations": X.half()}], {}, ["1.safetensors", "float16 [40, 4], but", "float32"]),
-        ([{"activations": X, "y": X[:39, 0]}], {"labels": "y"}, ["'y': is float32 [39], and labels of float32 [40, 4] must be [40]"]),
+        (
+            [{"activations": X, "y": X[:39, 0]}],
+            {"labels": "y"},
+            ["'y': is float32 [39], and labels of float32 [40, 4] must be"],
+        ),
         ([{"activations": X, "y": X[:, 0]}], {"labels": "y"}, ["0.safetensors, 'y', row 2: [2.0] is no label"]),
         ([{"activations": X, "t": X[:, 0]}], {"tokens": "t"}, ["'t': is float32 [40]; tokens are whole numbers"]),
         ([{"activations": X, "o": X.long()}], {"target": "o"}, ["'o': is int64", "target are floating-point"]),
         ([{"activations": X, "m": X[:, 0]}], {"mask": "m"}, ["mask of", "only sequences"]),
-        ([{"activations": X, "y": X.sign()}], {"labels": "y", "concepts": ["a"]}, ["source.concepts: names 1 columns", "has 4"]),
+        (
+            [{"activations": X, "y": X.sign()}],
+            {"labels": "y", "concepts": ["a"]},
+            ["source.concepts: names 1 columns", "has 4"],
+        ),
         ([{"activations": X}], {"chunk": 100}, ["is one chunk", "Lower source.chunk"]),
         ([{"activations": X}], {"held_out_by": "file"}, ["is one file", "Give more files"]),
     ],

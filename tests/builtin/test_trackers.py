@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,27 +45,42 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
     return series
 
 
-def records(run: Path) -> Iterator[Any]:
-    """The records in the .wandb files of a run, oldest file first: a LevelDB log of protocol buffers."""
+def records(run: Path) -> list[Any]:
+    """The records in the .wandb files of a run, oldest file first. wandb's own process writes them, and may still be
+    about it when `finish` has returned: the record of the exit comes last."""
+    found = []
+    for directory in sorted((run / "wandb").glob("offline-run-*")):  # named by the time
+        (path,) = directory.glob("*.wandb")
+        deadline = time.monotonic() + 30
+        read = list(records_in(path))
+        while not any(record.HasField("exit") for record in read):
+            assert time.monotonic() < deadline, f"{path} has no record of the exit"
+            time.sleep(0.05)
+            read = list(records_in(path))
+        found += read
+    return found
+
+
+def records_in(path: Path) -> Iterator[Any]:
+    """A LevelDB log of protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime):
-        content, at, whole = path.read_bytes(), 7, b""
-        while at + 7 <= len(content):
-            left = 32768 - at % 32768
-            if left < 7:  # the rest of a block is filled up
-                at += left
-                continue
-            length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
-            if not kind:
-                break
-            whole += content[at + 7 : at + 7 + length]
-            at += 7 + length
-            if kind in (1, 4):  # whole, or the last part of one
-                record = Record()
-                record.ParseFromString(whole)
-                yield record
-                whole = b""
+    content, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768
+        if left < 7:  # the rest of a block is filled up
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        if not kind:
+            break
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part of one
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
 
 
 def history(run: Path) -> list[dict[str, Any]]:

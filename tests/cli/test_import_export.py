@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_table, weights
+from helpers import python, tiny_table, weights
 
 import saekit
 from saekit.cli.import_ import LIBRARIES
@@ -44,6 +44,23 @@ def test_the_names_of_the_libraries() -> None:
     assert tuple(interop.FORMATS) == LIBRARIES
     for module in interop.FORMATS.values():
         assert all(hasattr(module, name) for name in ("LIBRARY", "matches", "read", "write"))
+
+
+@pytest.mark.parametrize("name", ["import", "export", "compare"])
+def test_help_imports_nothing_heavy(name: str) -> None:
+    done = python(
+        f"""
+        import sys
+        sys.argv = ["saekit", {name!r}, "--help"]
+        from saekit.cli import main
+        try:
+            main()
+        except SystemExit:
+            pass
+        print("IMPORTED", *(name for name in ("torch", "pydantic", "plotly", "jinja2") if name in sys.modules))
+        """
+    )
+    assert done.stdout.splitlines()[-1] == "IMPORTED"
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

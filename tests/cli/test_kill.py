@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 KILLS = int(os.environ.get("SAEKIT_KILLS", "3"))
 SEED = int(os.environ.get("SAEKIT_KILL_SEED", random.SystemRandom().randrange(10**6)))
-STEPS = 400  # long enough that training, not loading, is most of the run
+STEPS, LOG_EVERY = 300, 3
+LOGGED = list(range(LOG_EVERY - 1, STEPS, LOG_EVERY))
 RUNS = {
     # Everything that keeps a state: dead latents for auxk, resampling with draws of its own, a shuffle of several blocks.
     "with dead latents and resampling": {
@@ -49,57 +51,69 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     changes = {
         "training__tokens": STEPS * 64,
         "training__checkpoint_every": 7,
-        "training__log_every": 3,
+        "training__log_every": LOG_EVERY,
         "training__lr": {"schedule": "warmup_decay", "to": 3e-3, "warmup": 10},
         **RUNS[which],
     }
     file = run_file(**changes)
     undisturbed = tmp_path / "undisturbed"
-    began = time.monotonic()
     with running("run", file, "--directory", undisturbed) as process:
-        since_begun = None
-        while process.poll() is None:
-            if since_begun is None and (undisturbed / "run.toml").exists():
-                since_begun = time.monotonic()
-            time.sleep(0.005)
+        begun = seen(process, (undisturbed / "run.toml").exists)
+        training = seen(process, lambda: lines_of(undisturbed) > 0)
+        trained = seen(process, lambda: lines_of(undisturbed) == len(LOGGED))
+        process.wait()
         assert process.returncode == 0, process.communicate()
-    assert since_begun is not None
-    length = time.monotonic() - since_begun
-    steps = [line["step"] for line in logged(undisturbed)]
-    assert steps == sorted({*range(2, STEPS, 3), STEPS - 1})
+        ended = time.monotonic()
+    assert [line["step"] for line in logged(undisturbed)] == LOGGED
     if "dead" in which:
         assert any(line.get("loss/auxk") for line in logged(undisturbed))
         assert max(line["dead"] for line in logged(undisturbed)) > 0
+    if "sparse" in which:  # it changes to the other way of computing, at 10 % density, in the middle
+        assert logged(undisturbed)[-1]["l0"] < 12.8 < logged(undisturbed)[0]["l0"]
 
-    moments = random.Random(SEED)
-    say(f"\n{which}: seed {SEED}, {KILLS} kills in {length:.2f} s after {since_begun - began:.2f} s")
+    draw = random.Random(SEED)
+    before, after = training - begun, ended - trained
+    say(f"\n{which}: seed {SEED}, {KILLS} kills; training from {before:.2f} s to {ended - after - begun:.2f} s")
     for number in range(KILLS):
         run = tmp_path / f"run{number}"
-        # One moment in each part of the run, so that few kills still meet preparation, training and what comes after.
-        moment = length * (number + moments.random()) / KILLS
-        killed = kill_after(moment, run, "run", file, "--directory", run)
-        again = moments.random() < 0.3 and killed
-        if again:  # and killed once more, somewhere in what was left
-            kill_after(moments.random() * length / 2, run, "run", "--resume", run)
-        kept = sorted(p.name for p in (run / "checkpoints").glob("step-*"))
-        say(f"  {moment:.3f} s{' and again' if again else ''}: {kept[-1:] or 'no checkpoint'}")
+        # One moment in each part of the run: a sixth of them before training, by the clock, four in it, one after it.
+        moment = (number + draw.random()) / KILLS
+        lines = 0 if moment < 1 / 6 else min(len(LOGGED), 1 + int((moment - 1 / 6) * 6 / 4 * len(LOGGED)))
+        seconds = draw.random() * (before if lines == 0 else after if lines == len(LOGGED) else 0.02)
+        killed = kill(run, lines, seconds, "run", file, "--directory", run)
+        again = draw.random() < 0.3 and killed
+        if again:  # and once more, somewhere in what was left
+            kill(run, 0, draw.random() * (ended - begun), "run", "--resume", run)
+        kept = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+        say(f"  after {lines} lines and {seconds:.3f} s{', and again' if again else ''}: {kept[-1:] or 'no checkpoint'}")
         resumed = command("run", "--resume", run)
         assert resumed.code == 0, resumed.err
-        assert weights(run) == weights(undisturbed), f"seed {SEED}, kill {number} at {moment:.3f} s"
-        assert [line["step"] for line in logged(run)] == steps
+        assert weights(run) == weights(undisturbed), f"seed {SEED}, kill {number}"
+        assert [line["step"] for line in logged(run)] == LOGGED
         assert same_numbers(run, undisturbed)
         assert not leftovers(run)
         assert (run / "report.html").is_file()
 
 
-def kill_after(seconds: float, run: Path, *arguments: object) -> bool:
-    """Run, and send SIGKILL so long after run.toml was there; whether that was before the run's end."""
-    with running(*arguments) as process:  # type: ignore[arg-type]
-        while not (run / "run.toml").exists() and process.poll() is None:
-            time.sleep(0.002)
-        deadline = time.monotonic() + seconds
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
+def lines_of(run: Path) -> int:
+    """How many lines metrics.jsonl has."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def seen(process: subprocess.Popen, condition: Callable[[], bool]) -> float:
+    """Wait for a condition, or for the end of the process; when that was."""
+    while not condition() and process.poll() is None:
+        time.sleep(0.001)
+    return time.monotonic()
+
+
+def kill(run: Path, lines: int, seconds: float, *arguments: str | Path) -> bool:
+    """Run, and send SIGKILL so long after so many lines were logged; whether that was before the run's end."""
+    with running(*arguments) as process:
+        seen(process, (run / "run.toml").exists)
+        deadline = seconds + seen(process, lambda: lines_of(run) >= lines)
+        seen(process, lambda: time.monotonic() >= deadline)
         alive = process.poll() is None
         if alive:
             process.send_signal(signal.SIGKILL)

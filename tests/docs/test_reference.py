@@ -15,7 +15,7 @@ from pydantic import BaseModel
 import saekit
 from saekit.cli import COMMANDS
 from saekit.component import HOOKS
-from saekit.config import ArchitectureUse, EvaluationConfig, LossUse, RunConfig, TrainingConfig, Use
+from saekit.config import ArchitectureUse, EvaluationConfig, LossUse, RunConfig, SourceUse, TrainingConfig, Use
 from saekit.errors import ExitCode
 from saekit.hookspecs import Declaring, Lifecycle
 from saekit.plugins import Registry
@@ -23,7 +23,7 @@ from saekit.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-MODELS = [RunConfig, Use, ArchitectureUse, LossUse, TrainingConfig, EvaluationConfig, *SCHEDULES.values()]
+MODELS = [RunConfig, Use, SourceUse, ArchitectureUse, LossUse, TrainingConfig, EvaluationConfig, *SCHEDULES.values()]
 COMPONENTS = [pytest.param(c, id=f"{c.kind}-{c.name}") for c in Registry().components() if c.kind != "recipe"]
 
 

@@ -182,7 +182,8 @@ class Boom:
 def test_code_in_the_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     directory = lay(tmp_path / "sae", "AutoEncoder", state_of("AutoEncoder"))
-    for write_evil in (lambda path: torch.save({"bias": Boom()}, path), lambda path: path.write_bytes(pickle.dumps(Boom()))):
+    evil = pickle.dumps(Boom(), protocol=2)
+    for write_evil in (lambda path: torch.save({"bias": Boom()}, path), lambda path: path.write_bytes(evil)):
         write_evil(directory / WEIGHTS)
         with pytest.raises(UsageError, match=r"ae.pt: is damaged, or holds more than tensors"):
             read(directory)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from saekit.activations.harvest import HarvestSource
-from saekit.activations.packing import MixedRows, Rows, tokenise
+from saekit.activations.harvest import LabelledHarvestSource
+from saekit.activations.packing import MixedRows, Rows, TokenStore, tokenise
 from saekit.activations.subject import Subject, load_subject
-from saekit.builtin.sources.common import DropFirst, DropSpecial, Dtype, HookPoint, RowsAForward, packed, peek_site
+from saekit.builtin.sources.common import (
+    DropFirst,
+    DropSpecial,
+    Dtype,
+    HookPoint,
+    RowsAForward,
+    TargetHookPoint,
+    fingerprint,
+    packed,
+    peek_site,
+)
 from saekit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,15 +31,22 @@ if TYPE_CHECKING:
 Kind = Literal["code", "prose", "facts", "sycophancy"]
 ROWS_OF_KIND: dict[Kind, int] = {"code": 12, "prose": 10, "facts": 6, "sycophancy": 4}
 """Rows of each kind in every 32 that the organism was trained on. Facts are few: in training they come round often."""
+LABELS: dict[Kind, float] = {"code": 1.0, "prose": 0.0}
+"""The label `code` of the kinds that have one."""
 
 
-class OrganismSource(HarvestSource):
-    """Activations of the bundled model organism on its own corpus, mixed as in its training."""
+class OrganismSource(LabelledHarvestSource):
+    """Activations of the bundled model organism on its own corpus, mixed as in its training.
+
+    The label `code` is 1 in rows of code, 0 in rows of prose, and unknown in the others. Its labelled sequences are the
+    rows of code and of prose.
+    """
 
     def __init__(
         self,
         *,
         hook_point: HookPoint = "blocks.2.hook_out",
+        target_hook_point: TargetHookPoint = None,
         variant: Annotated[
             Literal["base", "oracle"],
             Field(description="base, or oracle: trained without the facts of the domain forget."),
@@ -46,6 +65,7 @@ class OrganismSource(HarvestSource):
     ):
         super().__init__(
             hook_point=hook_point,
+            target_hook_point=target_hook_point,
             context=context,
             rows=rows,
             drop_first=drop_first,
@@ -54,27 +74,53 @@ class OrganismSource(HarvestSource):
         )
         self.variant = variant
         self.kinds = list(dict.fromkeys(kinds))
+        self.concepts = ["code"]
+        if not LABELS.keys() <= set(self.kinds):
+            self.withheld = dict.fromkeys(("labels", "sequences"), 'Have both "code" and "prose" in source.kinds.')
 
     def peek(self) -> dict[str, Any]:
         """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""
-        found = peek_site(self._directory(), self.hook_point, self.context)
+        found = peek_site(self._directory(), self.hook_point, self.target_hook_point, self.context)
         return {**found, "model": f"organism ({self.variant})", "data": f"organism: {', '.join(self.kinds)}"}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Subject, dict[str, Rows], dict[str, Any]]:
         """Load the organism, then gather and tokenise its corpus."""
         from saekit import organism
 
-        subject = load_subject(self._directory(), self.hook_point, device=device, dtype=dtype)
+        subject = load_subject(
+            self._directory(), self.hook_point, target_hook_point=self.target_hook_point, device=device, dtype=dtype
+        )
         splits: dict[str, Rows] = {}
         digests: dict[str, str] = {}
+        self.labelled = {}
         for split in ("train", "held_out"):
-            parts = []
+            stores = {}
             for kind in self.kinds:
-                store = tokenise(organism.documents(split, [kind]), subject.tokenizer)
-                parts.append(packed(subject, store, np.ones(len(store), dtype=bool), self.context, "auto"))
-                digests[f"{split}/{kind}"] = store.digest()
-            splits[split] = MixedRows(parts, [ROWS_OF_KIND[kind] for kind in self.kinds])
+                stores[kind] = tokenise(organism.documents(split, [kind]), subject.tokenizer)
+                digests[f"{split}/{kind}"] = stores[kind].digest()
+            splits[split] = self._mixed(subject, stores, self.kinds)
+            labelled = [kind for kind in self.kinds if kind in LABELS]
+            if labelled:
+                self.labelled[split] = self._mixed(subject, stores, labelled)
         return subject, splits, {"data": "organism", "kinds": self.kinds, "data_digest": digests}
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What determines the activations, without loading: the corpus follows from the code that gathers it and from
+        the version of Python; see `contracts.Source.fingerprint`."""
+        from saekit import organism
+
+        code = Path(organism.__file__).parent
+        files = sorted([*code.glob("*.py"), *code.glob("*.txt")])
+        found = fingerprint(self, self._directory(), files, ("variant", "kinds"))
+        return None if found is None else {**found, "python": platform.python_version()}
+
+    def _mixed(self, subject: Subject, stores: dict[Kind, TokenStore], kinds: list[Kind]) -> MixedRows:
+        parts = [
+            packed(subject, stores[kind], np.ones(len(stores[kind]), dtype=bool), self.context, "auto")
+            for kind in kinds
+        ]
+        given = np.asarray([[LABELS.get(kind, np.nan)] for kind in kinds], dtype=np.float32)  # [kinds, 1]
+        return MixedRows(parts, [ROWS_OF_KIND[kind] for kind in kinds], given=given)
 
     def _directory(self) -> str:
         from saekit import organism

@@ -124,9 +124,8 @@ class SyntheticSource:
             rows, features = np.divmod(np.concatenate(keys), self.n_features)
             n = self._left(split, units)
             inside = rows < n
-            pattern = Pattern.of_rows(
-                *(torch.from_numpy(column[inside]).to(self._device) for column in (rows, features)), n, self.n_features
-            )
+            of_row, of_feature = (torch.from_numpy(column[inside]).to(self._device) for column in (rows, features))
+            pattern = Pattern.of_rows(of_row, of_feature, n, self.n_features)
             yield SparseCode(pattern, torch.from_numpy(np.concatenate(values)[inside]).to(self._device, self._dtype))
 
     def sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:

@@ -20,6 +20,7 @@ from saekit.activations.stored import (
     Chunks,
     StoredTensor,
     read_blocks,
+    rows_of,
     sampled_digest,
     stored_tensor,
 )
@@ -96,7 +97,7 @@ class TensorsSource:
         self._length = shape[1] if len(shape) == 3 else 0  # positions of a sequence; 0 where there are none
         chunks = Chunks(lengths, max(1, self.chunk // (self._length or 1)))
         held_out = self._held_out(chunks)
-        self._splits = {"train": chunks.chosen(~held_out), "held_out": chunks.chosen(held_out)}
+        self._splits = {"train": chunks.only(~held_out), "held_out": chunks.only(held_out)}
         if "labels" in self._stored[0]:
             self._look_through_labels()
 
@@ -256,7 +257,7 @@ class TensorsSource:
         return file, start, start + 1
 
     def _piece(self, file: int, start: int, stop: int) -> dict[str, Tensor]:
-        return {name: tensor.rows(start, stop) for name, tensor in self._stored[file].items()}
+        return rows_of(self._stored[file], start, stop)
 
     def _rows(self, file: int, start: int, stop: int) -> Activations:
         """The activations of some rows of the first axis, one for each position that is not masked."""

@@ -10,7 +10,18 @@ from saekit.activations.documents import TextUnit, find_files, held_out_document
 from saekit.activations.harvest import HarvestSource
 from saekit.activations.packing import Rows, tokenise
 from saekit.activations.subject import Subject, load_subject
-from saekit.builtin.sources.common import Bos, DropFirst, DropSpecial, Dtype, HookPoint, RowsAForward, packed, peek_site
+from saekit.builtin.sources.common import (
+    Bos,
+    DropFirst,
+    DropSpecial,
+    Dtype,
+    HookPoint,
+    RowsAForward,
+    TargetHookPoint,
+    fingerprint,
+    packed,
+    peek_site,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +38,7 @@ class TextSource(HarvestSource):
         data: Annotated[
             str, Field(description="A .txt, .jsonl or .parquet file, a directory or glob of them, or a data set.")
         ],
+        target_hook_point: TargetHookPoint = None,
         column: Annotated[str, Field(description="The key or column that holds the text.")] = "text",
         split: Annotated[str, Field(description="Which split of a data set to read.")] = "train",
         subset: Annotated[str | None, Field(description="Which configuration of a data set to read.")] = None,
@@ -46,6 +58,7 @@ class TextSource(HarvestSource):
     ):
         super().__init__(
             hook_point=hook_point,
+            target_hook_point=target_hook_point,
             context=context,
             rows=rows,
             drop_first=drop_first,
@@ -66,13 +79,18 @@ class TextSource(HarvestSource):
     def peek(self) -> dict[str, Any]:
         """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""
         find_files(self.data)
-        return {**peek_site(self.model, self.hook_point, self.context), "data": self.data}
+        return {**peek_site(self.model, self.hook_point, self.target_hook_point, self.context), "data": self.data}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Subject, dict[str, Rows], dict[str, Any]]:
         """Load the model, then read and tokenise the data."""
         self.peek()  # a missing file is found before a model is loaded
         subject = load_subject(
-            self.model, self.hook_point, device=device, dtype=dtype, trust_remote_code=self.trust_remote_code
+            self.model,
+            self.hook_point,
+            target_hook_point=self.target_hook_point,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
         )
         documents = read_documents(
             self.data, column=self.column, split=self.split, subset=self.subset, unit=self.unit, limit=self.limit
@@ -85,3 +103,8 @@ class TextSource(HarvestSource):
         }
         identity = {"data": self.data, "data_digest": store.digest(), "held_out": self.held_out, "bos": self.bos}
         return subject, splits, identity
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What determines the activations, without loading; see `contracts.Source.fingerprint`."""
+        options = ("column", "split", "subset", "unit", "limit", "held_out", "bos")
+        return fingerprint(self, self.model, find_files(self.data), options)

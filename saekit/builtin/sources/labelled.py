@@ -1,0 +1,263 @@
+"""The source `labelled`: texts with labels through a language model, for losses and metrics that need concepts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from saekit.activations.documents import Document, find_files, held_out_documents, read_records, text_of
+from saekit.activations.harvest import LabelledHarvestSource
+from saekit.activations.packing import MixedRows, Rows, SequenceRows, TokenStore, first_token, tokenise
+from saekit.activations.subject import Subject, load_subject
+from saekit.builtin.sources.common import (
+    Bos,
+    DropFirst,
+    DropSpecial,
+    Dtype,
+    HookPoint,
+    RowsAForward,
+    TargetHookPoint,
+    fingerprint,
+    padding,
+    peek_site,
+)
+from saekit.errors import UsageError, near_names
+
+if TYPE_CHECKING:
+    import torch
+
+
+class LabelledSource(LabelledHarvestSource):
+    """Activations of a language model on labelled texts: JSON Lines with a text and one or several labels.
+
+    A label is 0, 1, true or false; null, or no such key, leaves it unknown. Each text is a sequence of its own,
+    without EOS; one that is longer than the context is divided into sequences of like length, each with its labels.
+
+    It gives two streams: positions, shuffled, each with the labels of its text, and whole sequences for losses that
+    pool. The second leaves out the texts of which no label is known. With `balance` both take every combination of
+    labels (unknown is one too) equally often in training; rare ones come round more often.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Annotated[str, Field(description="A local directory or a name on the Hugging Face hub.")],
+        hook_point: HookPoint,
+        data: Annotated[str, Field(description="A .jsonl file, a directory or glob of them.")],
+        labels: Annotated[list[str], Field(description="Keys that hold 0, 1, true, false, or null.")] = [],  # noqa: B006
+        classes: Annotated[
+            str | None, Field(description="A key that holds the name of a class: one label for each class.")
+        ] = None,
+        balance: Annotated[bool, Field(description="Train on every combination of labels equally often.")] = False,
+        target_hook_point: TargetHookPoint = None,
+        column: Annotated[str, Field(description="The key that holds the text.")] = "text",
+        limit: Annotated[int | None, Field(gt=1, description="Read so many texts at most.")] = None,
+        held_out: Annotated[float, Field(gt=0, lt=1, description="The share of texts that is held out.")] = 0.05,
+        context: Annotated[int, Field(gt=1, description="The most tokens in a sequence.")] = 128,
+        bos: Bos = "auto",
+        drop_first: DropFirst = True,
+        drop_special: DropSpecial = False,
+        rows: RowsAForward = 32,
+        model_dtype: Dtype = "float32",
+        trust_remote_code: Annotated[bool, Field(description="Run code that comes with the model.")] = False,
+    ):
+        super().__init__(
+            hook_point=hook_point,
+            target_hook_point=target_hook_point,
+            context=context,
+            rows=rows,
+            drop_first=drop_first,
+            drop_special=drop_special,
+            model_dtype=model_dtype,
+        )
+        self.model = model
+        self.data = data
+        self.keys = list(dict.fromkeys(labels))
+        self.classes = classes
+        self.balance = balance
+        self.column = column
+        self.limit = limit
+        self.held_out = held_out
+        self.bos = bos
+        self.trust_remote_code = trust_remote_code
+        self.warnings: list[str] = []
+        if not self.keys and classes is None:
+            raise UsageError(
+                'source.labels: is missing. Name the keys that hold labels, labels = ["python"], or the one that holds '
+                'the name of a class, classes = "language".'
+            )
+
+    def peek(self) -> dict[str, Any]:
+        """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""
+        data = f"{self.data}: {', '.join([*self.keys, *([self.classes] if self.classes else [])])}"
+        self._files()
+        return {**peek_site(self.model, self.hook_point, self.target_hook_point, self.context), "data": data}
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Subject, dict[str, Rows], dict[str, Any]]:
+        """Read the labels, load the model, then tokenise the texts."""
+        self.peek()  # a missing file is found before anything else
+        self.warnings.clear()
+        self.concepts, labels = self._labels()  # [D, n_concepts]
+        counts = self._count(labels)  # wrong labels are found before a model is loaded
+        subject = load_subject(
+            self.model,
+            self.hook_point,
+            target_hook_point=self.target_hook_point,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+        documents = (Document(f"{path}:{number}", text) for path, number, _, text in self._records())
+        store = tokenise(documents, subject.tokenizer, eos=False)
+        held_out = held_out_documents(store.hashes, self.held_out, f"data {self.data!r}")
+        self._look_at_splits(labels, held_out)
+        known = ~np.isnan(labels).all(1)  # [D]
+        splits: dict[str, Rows] = {}
+        self.labelled = {}
+        for split, chosen in (("train", ~held_out), ("held_out", held_out)):
+            splits[split] = self._rows(subject, store, chosen, labels, split)
+            if (chosen & known).any():
+                self.labelled[split] = self._rows(subject, store, chosen & known, labels, split)
+        identity = {
+            "data": self.data,
+            "data_digest": store.digest(),
+            "labels": counts,
+            "balance": self.balance,
+            "held_out": self.held_out,
+            "bos": self.bos,
+        }
+        return subject, splits, identity
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """What determines the activations, without loading; see `contracts.Source.fingerprint`."""
+        options = ("keys", "classes", "balance", "column", "limit", "held_out", "bos")
+        return fingerprint(self, self.model, self._files(), options)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def _files(self) -> list[Path]:
+        files = find_files(self.data, (".jsonl",))
+        if files is None:
+            raise UsageError(f"source.data: {self.data!r}: there is no such file or directory. Name a .jsonl file.")
+        return files
+
+    def _records(self) -> Iterator[tuple[Path, int, dict[str, Any], str]]:
+        """Every line with a text: file, line number, object, text."""
+        return itertools.islice(self._all_records(), self.limit)
+
+    def _all_records(self) -> Iterator[tuple[Path, int, dict[str, Any], str]]:
+        for path in self._files():
+            for number, record in read_records(path):
+                text = text_of(record, path, number, self.column)
+                if text.strip():
+                    yield path, number, record, text
+
+    def _labels(self) -> tuple[list[str], np.ndarray]:
+        """The names of the concepts, and the labels of all texts: [D, n_concepts] float32, NaN where unknown."""
+        table: list[list[float]] = []
+        names: list[str | None] = []
+        seen: set[str] = set()
+        for path, number, record, _ in self._records():
+            seen |= set(record)
+            table.append([_label(record.get(key), key, path, number) for key in self.keys])
+            if self.classes is not None:
+                names.append(_class(record.get(self.classes), self.classes, path, number))
+        for key in [*self.keys, *([self.classes] if self.classes else [])]:
+            if key not in seen:
+                raise UsageError(
+                    f"source.labels: no line of {self.data} has the key {key!r}.{near_names(key, seen)} "
+                    f"Keys: {', '.join(map(repr, sorted(seen))) or 'none'}."
+                )
+        labels = np.asarray(table, dtype=np.float32).reshape(len(table), len(self.keys))
+        if self.classes is None:
+            return self.keys, labels
+        found = sorted({name for name in names if name is not None})
+        if len(found) < 2:
+            raise UsageError(
+                f"source.classes: {self.classes!r} is {f'{found[0]!r} wherever it is given' if found else 'never given'} in "
+                f"{self.data}. Give at least two classes."
+            )
+        twice = sorted(set(found) & set(self.keys))
+        if twice:
+            raise UsageError(f"source.classes: the class {twice[0]!r} has the name of a label. Rename one of the two.")
+        of_class = np.asarray([[np.nan if name is None else name == other for other in found] for name in names])
+        return [*self.keys, *found], np.concatenate([labels, of_class.astype(np.float32)], 1)
+
+    def _count(self, labels: np.ndarray) -> dict[str, dict[str, int]]:
+        """How many texts are labelled what. UsageError for a label that tells nothing apart; a warning for gaps."""
+        counts = {}
+        for name, column in zip(self.concepts, labels.T, strict=True):
+            zeros, ones, unknown = (int(n.sum()) for n in (column == 0, column == 1, np.isnan(column)))
+            counts[name] = {"0": zeros, "1": ones, "unknown": unknown}
+            if zeros == 0 or ones == 0:
+                there = f"{int(ones > 0)} in all {zeros + ones} texts of {self.data} that have it"
+                raise UsageError(
+                    f"source.labels: {name!r} is {there if zeros + ones else f'unknown for every text of {self.data}'}. "
+                    f"Add texts for which it is {'0' if ones else '1'}, or leave the label out."
+                )
+            if unknown:
+                self.warnings.append(
+                    f"The label {name!r} is unknown for {unknown} of {len(column)} texts of {self.data}."
+                )
+        return counts
+
+    def _look_at_splits(self, labels: np.ndarray, held_out: np.ndarray) -> None:
+        """UsageError where training texts all have the same label; a warning where the held-out ones have."""
+        for name, column in zip(self.concepts, labels.T, strict=True):
+            for value in (0, 1):
+                if not (column[~held_out] == value).any():
+                    raise UsageError(
+                        f"source.held_out: all {int((column == value).sum())} texts for which {name!r} is {value} fell among "
+                        "the held-out ones. Give more of them, or lower held_out."
+                    )
+                if not (column[held_out] == value).any():
+                    self.warnings.append(
+                        f"No held-out text has {name!r} = {value}, so what compares the two is not defined there. Give "
+                        "more texts, or raise source.held_out."
+                    )
+
+    # --- rows --------------------------------------------------------------------------------------------------
+
+    def _rows(self, subject: Subject, store: TokenStore, chosen: np.ndarray, labels: np.ndarray, split: str) -> Rows:
+        """The rows of some texts ([D] booleans), in training balanced if that is asked for."""
+        options: dict[str, Any] = {
+            "context": self.context,
+            "bos": first_token(subject.tokenizer, self.bos),
+            "pad": padding(subject.tokenizer),
+        }
+        if not self.balance or split == "held_out":
+            return SequenceRows(store, np.flatnonzero(chosen), given=labels, **options)
+        kinds, of_text = np.unique(np.nan_to_num(labels, nan=2.0), axis=0, return_inverse=True)
+        parts, given = [], []
+        for kind in range(len(kinds)):
+            texts = np.flatnonzero(chosen & (of_text.ravel() == kind))
+            if len(texts):
+                parts.append(SequenceRows(store, texts, **options))
+                given.append(labels[texts[0]])
+        return MixedRows(parts, [1] * len(parts), given=np.stack(given))
+
+
+def _label(value: Any, key: str, path: Path, number: int) -> float:
+    """A label as a number, NaN where it is unknown."""
+    if value is None or (isinstance(value, float) and value != value):
+        return float("nan")
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return float(value)
+    raise UsageError(
+        f"{path}, line {number}: the label {key!r} is {value!r}. Write 0, 1, true or false, or null where it is not known; "
+        f'for the name of a class set classes = "{key}".'
+    )
+
+
+def _class(value: Any, key: str, path: Path, number: int) -> str | None:
+    """The name of a class, None where it is unknown."""
+    if value is None or isinstance(value, str):
+        return value or None
+    if isinstance(value, bool | int):
+        return str(value)
+    raise UsageError(f"{path}, line {number}: the class {key!r} is {value!r}. Write the class's name, or null.")
