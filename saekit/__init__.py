@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from saekit.sae.code import DenseCode as DenseCode
     from saekit.sae.code import SparseCode as SparseCode
     from saekit.sae.formats import load_sae as load_sae
-    from saekit.sae.kernels import Pattern as Pattern
     from saekit.sae.formats import save_sae as save_sae
+    from saekit.sae.kernels import Pattern as Pattern
     from saekit.training.step import Step as Step
 
 _HOME = {

@@ -6,7 +6,8 @@ A hook point is named in one of three ways:
   `blocks.2.hook_out` (or `hook_resid_post`) is what block 2 gives, `blocks.2.hook_in` (or `hook_resid_pre`) what it
   is given;
 * the path of a submodule: `transformer.h.2`, `model.layers.2.mlp`, `0.1`; with `:input` for what the module is
-  given instead of what it gives; with `[0]` or `[name]` for one item of a tuple, a dictionary or a dataclass;
+  given instead of what it gives; with `[0]` or `[name]` for one item of a tuple, a dictionary or a dataclass; `.` is
+  the model itself;
 * on a TransformerLens bridge or HookedTransformer, any of its own hook names.
 """
 
@@ -226,7 +227,7 @@ def resolve(model: nn.Module, name: str) -> Site:
             )
         return Site(name, blocks[number], "output" if residual[2] in ("out", "resid_post") else "input", lenient=True)
     parts = _PATH.fullmatch(name)
-    modules = dict(model.named_modules())
+    modules = {**dict(model.named_modules()), ".": model}
     module = modules.get(parts["path"]) if parts else None
     if parts is None or module is None:
         raise UsageError(f"hook point {name!r}: {_unknown(model, parts['path'] if parts else name, modules)}")
@@ -286,7 +287,7 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 def _unknown(model: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> str:
     """Why a name means nothing, with names that are near."""
-    known = [name for name in modules if name]
+    known = [name for name in modules if name not in ("", ".")]
     examples = [name for name in known if name.count(".") <= 1][:3]
     for list_path, blocks in _block_lists(model)[:1]:
         sides = ("hook_in", "hook_out", "hook_resid_pre", "hook_resid_post")
