@@ -48,8 +48,8 @@ class CachedSource:
     A cache belongs to one model, hook point, tokenizer, data and set of options: `open` refuses any other, with a
     UsageError that names what differs. Writing that was cut off goes on where it stopped, shard by shard.
 
-    Memory: reading, the block, and, while it is put together, as much of the mapped shards again, which the system may
-    take back; writing, three times a shard, which is 128 MB at most (unless a single activation takes 128 kB).
+    Memory: reading, the block, and one mapped chunk; writing, four times a shard, which is 128 MB at most (unless a
+    single activation takes 128 kB).
     """
 
     def __init__(
@@ -111,7 +111,14 @@ class CachedSource:
             self._refuse_other()
             if not self._index().is_file():
                 self._begin()
-                shards = {"train": self._write_train(advance), "held_out": self._write_held_out()}
+                written = 0
+
+                def progress(rows: int) -> None:
+                    nonlocal written
+                    written += rows
+                    advance(written)
+
+                shards = {"train": self._write_train(progress), "held_out": self._write_held_out(progress)}
                 self._write_token_strings(shards)
                 write_json(self._index(), {"format": FORMAT, "shards": shards})
         self._read_index()
@@ -282,7 +289,7 @@ class CachedSource:
             self._first = block.rows(slice(0, 1)).map(torch.clone)
         return self._first
 
-    def _write_train(self, advance: Callable[[int], None]) -> list[dict[str, Any]]:
+    def _write_train(self, progress: Callable[[int], None]) -> list[dict[str, Any]]:
         source, size = self._source(), self._shard_rows()
         shards = self._shards("train")
         done = sum(len(shard["x"]) for shard in shards)
@@ -294,19 +301,18 @@ class CachedSource:
                 if passing is not None
                 else source.blocks("train", size=size, seed=_ORDER, start=len(shards))
             )
-            written = 0
             for number, block in enumerate(blocks, len(shards)):
                 generator = torch.Generator().manual_seed(derived_seed("cache", number))
                 self._write(
                     "train", number, block.rows(torch.randperm(len(block), generator=generator).to(block.x.device))
                 )
-                written += len(block)
-                advance(written)
-                if done + written >= limit:
+                progress(len(block))
+                done += len(block)
+                if done >= limit:
                     break
         return [_entry(shard) for shard in self._shards("train")]
 
-    def _write_held_out(self) -> list[dict[str, Any]]:
+    def _write_held_out(self, progress: Callable[[int], None]) -> list[dict[str, Any]]:
         """All of it; where the training split has a limit, no more than that."""
         done, start = sum(len(shard["x"]) for shard in self._shards("held_out")), len(self._shards("held_out"))
         blocks = self._source().blocks("held_out", size=self._shard_rows(), seed=_ORDER, start=start)
@@ -314,6 +320,7 @@ class CachedSource:
             if self.tokens is not None and done >= self.tokens:
                 break
             self._write("held_out", number, block)
+            progress(len(block))
             done += len(block)
         return [_entry(shard) for shard in self._shards("held_out")]
 

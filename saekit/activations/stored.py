@@ -154,23 +154,34 @@ def read_blocks(
     seed: int | None,
     start: int,
     device: torch.device,
+    length: int = 1,
 ) -> Iterator[Activations]:
-    """Block `start`, `start + 1`, ... of `chunks` (see `Chunks.blocks`), each as one.
+    """Block `start`, `start + 1`, ... of chunks (see `Chunks.blocks`), each as one.
 
-    read: from (file, start, stop) to activations, which may be views of mapped files. Memory: the block, and, while it is
-    put together, as much of the files again, which the system may take back at any time."""
+    read: from (file, start, stop) to activations, which may be views of mapped files. length: activations of a row, at
+    most. Memory: the block, and one mapped chunk."""
     for numbers in chunks.blocks(rows, seed=seed, start=start):
-        yield _block(chunks, numbers, read).to(device)
+        yield _block(chunks, numbers, read, length).to(device)
 
 
-def _block(chunks: Chunks, numbers: np.ndarray, read: Callable[[int, int, int], Activations]) -> Activations:
-    """Some chunks as one block. A function of its own, so that nothing keeps the block or the maps once it is given."""
-    parts = []
+def _block(
+    chunks: Chunks, numbers: np.ndarray, read: Callable[[int, int, int], Activations], length: int
+) -> Activations:
+    """Some chunks as one block. A function of its own, so that nothing keeps the block once it is given away."""
+    most = length * int((chunks.stops[numbers] - chunks.starts[numbers]).sum())
+    columns: dict[str, Tensor] = {}
+    done = 0
     for c in numbers:
         stop_point()
-        parts.append(read(int(chunks.files[c]), int(chunks.starts[c]), int(chunks.stops[c])))
-    # A single part is copied too: what is mapped now may be another file's content later.
-    return Activations.join(parts) if len(parts) > 1 else parts[0].map(torch.clone)
+        part = read(int(chunks.files[c]), int(chunks.starts[c]), int(chunks.stops[c]))
+        for name, tensor in vars(part).items():
+            if tensor is not None:
+                if name not in columns:
+                    columns[name] = torch.empty(most, *tensor.shape[1:], dtype=tensor.dtype)
+                columns[name][done : done + len(part)] = tensor
+        done += len(part)
+        del part, tensor  # and with them the map of the file
+    return Activations(**columns).rows(slice(0, done))
 
 
 def _torch_dtype(dtype: np.dtype[Any], path: Path) -> torch.dtype:

@@ -62,6 +62,7 @@ def saekit_sources() -> Iterator[Component]:
     yield Component(
         "labelled", f"{sources}:LabelledSource", "Any language model on labelled texts.", provides=(*text, *labelled)
     )
+    yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.")
     yield Component(
         "tensors", f"{sources}:TensorsSource", "Activations stored in files.", provides=("tokens", *labelled)
     )

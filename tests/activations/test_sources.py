@@ -112,6 +112,17 @@ def test_token_strings(source):
     assert "".join(source.token_strings(ids)) == " copper wire copper wire"
 
 
+def test_token_strings_keep_the_space_that_sentencepiece_leaves_out(source, monkeypatch):
+    """Decoding one of its tokens alone gives the text without the space that the token stands for."""
+    pieces = {5: "\u2581the", 6: "ing", 7: "\u2581"}
+    texts = {5: "the", 6: "ing", 7: ""}
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, **_: texts[ids[0]], convert_ids_to_tokens=pieces.__getitem__, all_special_ids=[]
+    )
+    monkeypatch.setattr(source.subject, "tokenizer", tokenizer)
+    assert source.token_strings(torch.tensor([5, 6, 7, 5])) == [" the", "ing", " ", " the"]
+
+
 def test_identity_follows_the_data(source, tiny_llama, jsonl_file, text_file):
     again, other = text_source(tiny_llama, jsonl_file), text_source(tiny_llama, text_file, drop_first=False)
     assert again.identity() == source.identity()

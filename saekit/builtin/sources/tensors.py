@@ -39,7 +39,7 @@ class TensorsSource:
     Held out is a share of the chunks, or of the files, spread evenly. Where rows [n, d] of one text lie next to one
     another, held-out chunks border on training data: hold out files, or store [n, T, d].
 
-    Memory: the block, and, while it is read, as much of the mapped files again; the labels are looked through once.
+    Memory: the block, and one mapped chunk; the labels are looked through once.
     """
 
     subject = None
@@ -105,8 +105,11 @@ class TensorsSource:
         """Blocks `start`, `start + 1`, ... of about `size` activations; see `contracts.Source.blocks`."""
         chunks = self._split(split)
         order = seed if split == "train" else None
-        rows = max(1, size // (self._length or 1))
-        yield from read_blocks(chunks, self._rows, rows=rows, seed=order, start=start, device=self._device)
+        length = self._length or 1
+        rows = max(1, size // length)
+        yield from read_blocks(
+            chunks, self._rows, rows=rows, seed=order, start=start, device=self._device, length=length
+        )
 
     def sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:
         """Batch `number` of `n` labelled sequences; see `contracts.Source.sequences`."""
