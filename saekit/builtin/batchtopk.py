@@ -15,6 +15,11 @@ from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code, SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse
 
+MeanActive = Annotated[int, Field(gt=0, description="Latents active in each row, on average.")]
+ThresholdMemory = Annotated[
+    float, Field(ge=0, lt=1, description="How much of the running threshold stays from step to step.")
+]
+
 
 class BatchTopK(SparseAutoencoder):
     """The k * batch largest pre-activations of a batch, through a ReLU (Bussmann, Leask and Nanda 2024).
@@ -36,10 +41,8 @@ class BatchTopK(SparseAutoencoder):
         d_sae: int,
         d_out: int | None = None,
         *,
-        k: Annotated[int, Field(gt=0, description="Latents active in each row, on average.")] = 32,
-        threshold_memory: Annotated[
-            float, Field(ge=0, lt=1, description="How much of the running threshold stays from step to step.")
-        ] = 0.99,
+        k: MeanActive = 32,
+        threshold_memory: ThresholdMemory = 0.99,
         decoder_norm: DecoderNorm = "unit",
     ) -> None:
         if k > d_sae:
@@ -129,14 +132,12 @@ class Matryoshka(BatchTopK):
         d_sae: int,
         d_out: int | None = None,
         *,
-        k: Annotated[int, Field(gt=0, description="Latents active in each row, on average.")] = 32,
+        k: MeanActive = 32,
         prefixes: Annotated[
             list[int] | None,
             Field(description="Sizes of the nested dictionaries; by default d_sae / 16, / 8, / 4, / 2 and d_sae."),
         ] = None,
-        threshold_memory: Annotated[
-            float, Field(ge=0, lt=1, description="How much of the running threshold stays from step to step.")
-        ] = 0.99,
+        threshold_memory: ThresholdMemory = 0.99,
         decoder_norm: DecoderNorm = "unit",
     ) -> None:
         super().__init__(d_in, d_sae, d_out, k=k, threshold_memory=threshold_memory, decoder_norm=decoder_norm)
