@@ -25,6 +25,7 @@ from saekit.component import HOOKS, KINDS, Component
 from saekit.config import ArchitectureUse, EvaluationConfig, LossUse, RunConfig, SourceUse, TrainingConfig, Use
 from saekit.plugins import OWN_DISTRIBUTION, Registry
 from saekit.schedules import SCHEDULES
+from saekit.variants import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/index.md", "docs/run-file.md", "docs/components.md", "docs/api.md")
@@ -56,6 +57,7 @@ def tables() -> dict[str, str]:
         "loss": _fields(LossUse, without=Use),
         "training": _fields(TrainingConfig),
         "evaluation": _fields(EvaluationConfig),
+        "variant": _fields(Variant),
         "schedules": "\n".join(_schedule(word, model) for word, model in SCHEDULES.items()),
         "components": _components(registry),
         "component-details": "\n".join(_details(registry)),
@@ -173,6 +175,8 @@ def _type(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(_type(a) for a in inside if a is not type(None)))
     if origin is list:
         return f"list of {_type(inside[0])}{'s' if _type(inside[0]) in ('table', 'integer', 'number') else ''}"
+    if origin is dict:
+        return "table"
     if origin is tuple:
         return f"list of {len(inside)} {_type(inside[0])}s"
     raise TypeError(f"tables.py: say in words what a run file may hold for {annotation}")

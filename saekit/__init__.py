@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saekit.activations.batch import Activations as Activations
+    from saekit.activations.batch import SequenceBatch as SequenceBatch
     from saekit.activations.batch import TokenBatch as TokenBatch
     from saekit.api import run as run
     from saekit.component import Component as Component
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Activations": "saekit.activations.batch",
+    "SequenceBatch": "saekit.activations.batch",
     "TokenBatch": "saekit.activations.batch",
     "run": "saekit.api",
     "Component": "saekit.component",

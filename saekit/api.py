@@ -12,7 +12,7 @@ from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.runner.compose import Request, compose
 from saekit.runner.directory import RunDirectory
-from saekit.runner.plan import Plan, make_plan
+from saekit.runner.plan import RunPlan, plan_run
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,12 @@ class FinishedRun:
 
     directory: Path
     summary: dict[str, Any]
+
+    @property
+    def variants(self) -> dict[str, FinishedRun]:
+        """Each variant by its name, as a run of its own: its directory holds its `sae/`, `analysis/`, `metrics.jsonl`."""
+        place = RunDirectory(self.directory)
+        return {name: FinishedRun(place.of_variant(name).path, own) for name, own in self.summary.get("variants", {}).items()}
 
 
 def run(
@@ -42,11 +48,11 @@ def run(
         plugins=[str(p) for p in plugins],
     )
     config, registry = compose(request)
-    plan = make_plan(config, registry)
+    plan = plan_run(config, registry)
     return start(plan, registry, None if directory is None else str(directory), view)
 
 
-def start(plan: Plan, registry: Registry, directory: str | None, view: Any) -> FinishedRun:
+def start(plan: RunPlan, registry: Registry, directory: str | None, view: Any) -> FinishedRun:
     """Begin a planned run in a new directory and see it through."""
     from saekit.runner.run import Run
 
@@ -69,7 +75,7 @@ def resume(where: str, *, no_plugins: Iterable[str] = (), view: Any = None) -> F
         return FinishedRun(place.path, summary)
     registry = Registry(files=config.plugins, disabled=no_plugins)
     registry.refuse_broken_files()
-    plan = make_plan(config, registry)
+    plan = plan_run(config, registry)
     return FinishedRun(place.path, Run(plan, place, registry, resumed=True, view=view).execute())
 
 

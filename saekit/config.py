@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from saekit.component import no_true_for_a_number, validation_lines
 from saekit.errors import UsageError, near_names
 from saekit.schedules import SCHEDULES, Scheduled
+from saekit.variants import Variant, changed, check_variant
 
 
 class _Section(BaseModel):
@@ -83,8 +84,9 @@ class TrainingConfig(_Section):
     lr: Scheduled = Field(default=1e-3, description="Learning rate; a number or a schedule.")
     betas: tuple[_Share, _Share] = Field(default=(0.9, 0.999), description="Adam's decay rates.")
     clip: float = Field(default=1.0, ge=0, description="Largest norm of the whole gradient; 0 leaves it as it is.")
-    normalize: bool = Field(default=True, description="Train on activations scaled to a mean norm of sqrt(d_in).")
+    normalize: bool = Field(default=True, description="Train on activations scaled to a mean norm of sqrt(d), each site by itself.")
     seed: int = Field(default=0, ge=0, description="Decides initial weights, the order of the data and every draw.")
+    data_seed: int | None = Field(default=None, ge=0, description="Decides the order of the data alone; `seed` by default.")
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs on CUDA only.")
     threads: int | None = Field(default=None, gt=0, description="CPU threads; torch's own choice by default.")
@@ -95,6 +97,11 @@ class TrainingConfig(_Section):
     checkpoint_every: int = Field(default=200, gt=0, description="Steps between checkpoints.")
     keep_checkpoints: int = Field(default=2, gt=0, description="Newest checkpoints that are kept.")
     guard_steps: int = Field(default=20, gt=0, description="After so many steps the gradient guard looks at what moved.")
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of everything that is drawn for the data: its order, and samples of it."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 class EvaluationConfig(_Section):
@@ -121,6 +128,14 @@ class RunConfig(_Section):
     tracker: list[Use] = Field(default_factory=list, description="Listeners that write down what happens.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the SAE is trained.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="What the metrics see.")
+    variant: list[Variant] = Field(default_factory=list, description="SAEs to train in one pass, in place of the one.")
+
+    def members(self) -> dict[str, RunConfig]:
+        """The configuration of each SAE that is trained, as if it were alone: one for each variant by its name; where there
+        is none this one, under the empty name."""
+        if not self.variant:
+            return {"": self}
+        return {variant.name: RunConfig.model_validate(changed(self, variant)) for variant in self.variant}
 
     def to_toml(self) -> str:
         """The configuration as a run file that says the same."""
@@ -169,6 +184,12 @@ def check_shape(table: Mapping[str, Any], where: str) -> None:
                 f"{where}: {section}: is not a list of tables. Write each entry as [[{section}]], in double brackets, "
                 'and under it use = "...".'
             )
+    variants = table.get("variant", [])
+    if not isinstance(variants, list) or not all(isinstance(entry, Mapping) for entry in variants):
+        raise UsageError(
+            f"{where}: variant: is not a list of tables. Write each variant as [[variant]], in double brackets, and under it "
+            'name = "..." and what is to be different.'
+        )
     files = table.get("plugins", [])
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise UsageError(f'{where}: plugins: is not a list of files. Write plugins = ["./my_loss.py"].')
@@ -226,7 +247,8 @@ def _assignments(text: str, whole: str) -> list[str]:
 def override(table: dict[str, Any], assignment: str) -> None:
     """Apply `section.key=value` to a run file's dictionary, in place.
 
-    In a section with several entries the second part is an entry's name: `loss.l1.weight=2`.
+    In a section with several entries the second part is an entry's name: `loss.l1.weight=2`. What follows the name of a
+    variant is a key of its table: `variant.wide.architecture.d_sae=8192`, `variant.wide.loss.l1.weight=2`.
     """
     path, equals, text = assignment.partition("=")
     if not equals or not path.strip():
@@ -237,7 +259,7 @@ def override(table: dict[str, Any], assignment: str) -> None:
         if isinstance(target, list):
             target = _entry(target, key, assignment, keys[position - 1])
         else:
-            target = target.setdefault(key, [] if position == 0 and key in LISTS else {})
+            target = target.setdefault(key, [] if position == 0 and key in (*LISTS, "variant") else {})
         if not isinstance(target, (dict, list)):
             raise UsageError(f"-o {assignment}: {'.'.join(keys[: position + 1])} is a value, not a table.")
     if isinstance(target, list):
@@ -260,21 +282,36 @@ def parse_config(table: Mapping[str, Any], where: str) -> RunConfig:
     check_shape(table, where)
     try:
         _no_odd_text(table)
-        _no_true_for_a_number(table)
+        for variant in table.get("variant", []):
+            check_variant(variant)
+        config = _checked(table)
+        names = [variant.name.lower() for variant in config.variant]  # some file systems do not tell A from a
+        twice = next((v.name for v in config.variant if names.count(v.name.lower()) > 1), None)
+        if twice:
+            raise UsageError(f'variant: two are called {twice!r}. Give one of them another name: name = "...".')
+        for variant in config.variant:
+            _checked(changed(config, variant), f"variant.{variant.name}.")
+    except UsageError as error:
+        raise UsageError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+    return config
+
+
+def _checked(table: Mapping[str, Any], within: str = "") -> RunConfig:
+    """A table as a RunConfig of which each entry has a name of its own; `within` stands before the keys in errors."""
+    try:
+        _no_true_for_a_number(table, within)
         config = RunConfig.model_validate(table)
     except ValidationError as error:
-        raise UsageError("\n".join(f"{where}: {line}" for line in _config_lines(error, table))) from None
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
+        raise UsageError("\n".join(f"{within}{line}" for line in _config_lines(error, table))) from None
     for section in LISTS:
         labels = [entry.label for entry in getattr(config, section)]
         twice = {label for label in labels if labels.count(label) > 1}
         if twice:
             raise UsageError(
-                f"{where}: {section}: two entries are called {twice.pop()!r}. Give one of them another name: name = \"...\"."
+                f"{within}{section}: two entries are called {twice.pop()!r}. Give one of them another name: name = \"...\"."
             )
     if any(entry.label == "loss" for entry in config.loss):
-        raise UsageError(f'{where}: loss.loss: "loss" is what the sum of all losses is called. Give it another name = "...".')
+        raise UsageError(f'{within}loss.loss: "loss" is what the sum of all losses is called. Give it another name = "...".')
     return config
 
 
@@ -291,14 +328,14 @@ def _no_odd_text(value: Any, key: str = "") -> None:
         raise UsageError(f"{key}: {value!r} has a character that is no text. Give it in UTF-8, and rename the file if it is one.")
 
 
-def _no_true_for_a_number(table: Mapping[str, Any]) -> None:
-    no_true_for_a_number(RunConfig, table, "")
-    no_true_for_a_number(TrainingConfig, table.get("training", {}), "training")
-    no_true_for_a_number(EvaluationConfig, table.get("evaluation", {}), "evaluation")
-    no_true_for_a_number(SourceUse, table.get("source", {}), "source")
-    no_true_for_a_number(ArchitectureUse, table.get("architecture", {}), "architecture")
+def _no_true_for_a_number(table: Mapping[str, Any], within: str) -> None:
+    no_true_for_a_number(RunConfig, table, within.removesuffix("."))
+    no_true_for_a_number(TrainingConfig, table.get("training", {}), f"{within}training")
+    no_true_for_a_number(EvaluationConfig, table.get("evaluation", {}), f"{within}evaluation")
+    no_true_for_a_number(SourceUse, table.get("source", {}), f"{within}source")
+    no_true_for_a_number(ArchitectureUse, table.get("architecture", {}), f"{within}architecture")
     for entry in table.get("loss", []):
-        no_true_for_a_number(LossUse, entry, f"loss.{label_of(entry)}")
+        no_true_for_a_number(LossUse, entry, f"{within}loss.{label_of(entry)}")
 
 
 def _config_lines(error: ValidationError, table: Mapping[str, Any]) -> list[str]:
@@ -318,7 +355,7 @@ def _keys_at(parents: list[int | str]) -> list[str]:
     """The keys that may stand below `parents` in a run file; the last parent may be the word of a schedule."""
     if not parents:
         return list(RunConfig.model_fields)
-    models: dict[str, type[BaseModel]] = {"training": TrainingConfig, "evaluation": EvaluationConfig}
+    models: dict[str, type[BaseModel]] = {"training": TrainingConfig, "evaluation": EvaluationConfig, "variant": Variant}
     models.update(SCHEDULES)
     return list((models.get(str(parents[-1])) or models[str(parents[0])]).model_fields)
 

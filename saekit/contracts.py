@@ -40,6 +40,8 @@ class Source(Protocol):
     a run resumable bit for bit. Attributes after `open`: `d_in`, `d_out` (equal for an SAE), `hook_point` (or None),
     `subject` (a `Subject`, or None where there is no model).
 
+    Where its blocks have a `target`, a transcoder is trained; its component provides "target".
+
     Optional attributes: `concepts`, the names of the columns of labels; `truth` [n_features, d_in], the directions that
     the activations are made of, where they are known; `withheld`, set by the constructor: what the component's
     `provides` promises but these options do not give, and for each the fix in a sentence; `warnings`, set by `open`:

@@ -75,7 +75,8 @@ class Lifecycle:
 
     @hookspec
     def run_started(self, run: Any) -> None:
-        """The plan is made and the directory exists; nothing heavy is loaded. `run` is the `saekit.runner.run.Run`."""
+        """The plan is made and the directory exists; nothing heavy is loaded. `run` is the listener's
+        `saekit.runner.member.Member`, with its `directory`, `config` and `plan`; for the view it is the `Run`."""
 
     @hookspec
     def phase_started(self, phase: str, total: int | None) -> None:
@@ -118,12 +119,12 @@ class Lifecycle:
         """A whole checkpoint after step `number` stands at `path`."""
 
     @hookspec
-    def evaluated(self, metrics: dict[str, float | None]) -> None:
-        """Metrics on held-out data."""
+    def evaluated(self, metrics: dict[str, float | None], variant: str) -> None:
+        """Metrics on held-out data. `variant` is empty where the run has none."""
 
     @hookspec
-    def analysed(self, name: str, result: Any) -> None:
-        """Analyzer `name` has returned its `Result`."""
+    def analysed(self, name: str, result: Any, variant: str) -> None:
+        """Analyzer `name` has returned its `Result`. `variant` is empty where the run has none."""
 
     @hookspec
     def warned(self, message: str) -> None:
@@ -131,7 +132,8 @@ class Lifecycle:
 
     @hookspec
     def run_finished(self, run: Any, summary: dict[str, Any]) -> None:
-        """All is on disk; `summary` is what `summary.json` holds. `run` is None where a finished run is shown again."""
+        """All is on disk; `summary` is what `summary.json` holds in the directory of `run`, which is as in `run_started`,
+        or None where a finished run is shown again."""
 
     @hookspec
     def run_failed(self, run: Any, error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""The listeners of one run: callbacks, trackers and the view, called by the lifecycle hooks in the run file's order."""
+"""The listeners of a run: callbacks, trackers and the view, called by the lifecycle hooks in the run file's order."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ class Listener:
 
 class Listeners:
     """Calls lifecycle hooks on listeners. One that is vital (a callback) stops the run when it raises; another
-    (a tracker, the view) is dropped with a warning."""
+    (a tracker, the view) is dropped with a warning.
 
-    def __init__(self) -> None:
+    Each SAE of a run has its own, `above` which stands the run's, with what looks at all of them (the view).
+    who: what is put before a warning that goes on above.
+    """
+
+    def __init__(self, above: Listeners | None = None, who: str = "") -> None:
+        self._above, self._who = above, who
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(Lifecycle)
         self._listeners: dict[str, Listener] = {}
@@ -52,7 +57,13 @@ class Listeners:
         return iter(self._listeners.values())
 
     def emit(self, hook: str, **values: Any) -> None:
-        """Call `hook` on every listener that has it, in order."""
+        """Call `hook` on every listener that has it, in order, and then on those above."""
+        self.call(hook, **values)
+        if self._above is not None:
+            self._above.emit(hook, **values)
+
+    def call(self, hook: str, **values: Any) -> None:
+        """Call `hook` on the listeners here, and on none above."""
         for listener, function, names in self._of(hook):
             if listener.label not in self._listeners:  # dropped since the list was made
                 continue
@@ -73,7 +84,9 @@ class Listeners:
         """Tell every listener, and remember it for the summary; the same message only once."""
         if message not in self.warnings:
             self.warnings.append(message)
-            self.emit("warned", message=message)
+            self.call("warned", message=message)
+            if self._above is not None:
+                self._above.warn(f"{self._who}{message}")
 
     def _of(self, hook: str):
         if hook not in self._calls:

@@ -63,20 +63,22 @@ class SequenceBatch:
 
     x: [n, T, d_in]. mask: [n, T], True where a position belongs to the data (not padding, not a position that the
     source leaves out). labels: [n, n_concepts], NaN where a sequence has no label; every sequence has one at least.
-    tokens: [n, T] ids, None where there are none.
+    tokens: [n, T] ids, None where there are none. target: [n, T, d_out], what a transcoder is to rebuild of each position;
+    None where the SAE rebuilds x itself.
     """
 
     x: Tensor
     mask: Tensor
     labels: Tensor
     tokens: Tensor | None = None
+    target: Tensor | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
 
     def to(self, device: str | torch.device) -> SequenceBatch:
         """The same sequences on another device."""
-        tensors = (self.x, self.mask, self.labels, self.tokens)
+        tensors = (self.x, self.mask, self.labels, self.tokens, self.target)
         return SequenceBatch(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
 
 

@@ -17,6 +17,8 @@ from saekit.activations.subject import Subject
 from saekit.errors import UsageError
 
 ModelDtype = Literal["float32", "bfloat16"]
+NO_TARGET = {"target": "For a transcoder, set source.target_hook_point."}
+"""What a source that reads one site only withholds, and the fix."""
 
 
 class HarvestSource:
@@ -34,6 +36,7 @@ class HarvestSource:
     """
 
     subject: Subject
+    withheld: dict[str, str]
     d_in: int
     d_out: int
 
@@ -50,6 +53,7 @@ class HarvestSource:
     ):
         self.hook_point: str = hook_point
         self.target_hook_point = target_hook_point
+        self.withheld = {} if target_hook_point else dict(NO_TARGET)
         self.context = context
         self.rows = rows
         self.drop_first = drop_first
@@ -215,13 +219,17 @@ class LabelledHarvestSource(HarvestSource):
         whole = self._tokens(available, numbers, order)
         longest = int(whole.mask.sum(1).max()) if len(numbers) else 0
         x = torch.zeros(len(numbers), longest, self.d_in, dtype=self._dtype, device=self._device)  # [n, T, d_in]
+        target = None if self.target_hook_point is None else x.new_zeros(*x.shape[:2], self.d_out)  # [n, T, d_out]
         for some, batch in self._forwards(whole) if len(numbers) else ():
             row, position = batch.keep.nonzero(as_tuple=True)
-            activations = self.subject.activations(batch)[row.to(self._device), position.to(self._device)]  # [k, d_in]
-            x[some[row].to(self._device), position.to(self._device)] = activations.to(x.dtype)
+            activations, targets = self.subject.pair(batch)  # [r, t, d_in], [r, t, d_out]
+            into, row, position = (index.to(self._device) for index in (some[row], row, position))  # [k] each
+            x[into, position] = activations[row, position].to(x.dtype)
+            if target is not None:
+                target[into, position] = targets[row, position].to(x.dtype)
         labels = torch.from_numpy(available.labels(numbers, order))
         mask, tokens = (t[:, :longest].to(self._device) for t in (whole.keep, whole.tokens))
-        return SequenceBatch(x, mask, labels.to(self._device), tokens)
+        return SequenceBatch(x, mask, labels.to(self._device), tokens, target)
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

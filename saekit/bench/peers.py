@@ -20,15 +20,17 @@ PEERS = {"sae_lens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": 
 
 
 def peer_steps(
-    architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor]
+    architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor], bias: float | None = None
 ) -> dict[str, Callable[[], object]]:
-    """A step of every installed peer that has the architecture; peers that lack it are left out."""
+    """A step of every installed peer that has the architecture; peers that lack it are left out.
+
+    bias: what the encoder's biases are set to before the first step, where the gate does not count latents."""
     steps = {}
     for name, module in PEERS.items():
         if importlib.util.find_spec(module) is None:
             continue
         try:
-            step = _MAKERS[name](architecture, options, d_in, d_sae, batches)
+            step = _MAKERS[name](architecture, options, d_in, d_sae, batches, bias)
         except ImportError as error:  # installed, but without something that it needs
             warnings.warn(f"{name} is installed but cannot be imported: {error}", stacklevel=2)
             continue
@@ -42,23 +44,29 @@ def _turns(batches: list[Tensor]) -> Iterator[Tensor]:
         yield from batches
 
 
-def sae_lens_sae(architecture: str, options: dict[str, Any], d_in: int, d_sae: int, device: str) -> Any:
-    """sae_lens's training SAE for one of our architectures, or None where it has none."""
+def sae_lens_config(architecture: str, options: dict[str, Any], d_in: int, d_sae: int, device: str) -> Any:
+    """sae_lens's configuration of a training SAE for one of our architectures, or None where it has none."""
     import sae_lens
 
-    shared = {"d_in": d_in, "d_sae": d_sae, "device": device, **options}
-    makers = {
-        "topk": (sae_lens.TopKTrainingSAE, sae_lens.TopKTrainingSAEConfig),
-        "batchtopk": (sae_lens.BatchTopKTrainingSAE, sae_lens.BatchTopKTrainingSAEConfig),
-        "jumprelu": (sae_lens.JumpReLUTrainingSAE, sae_lens.JumpReLUTrainingSAEConfig),
-        "standard": (sae_lens.StandardTrainingSAE, sae_lens.StandardTrainingSAEConfig),
-        "gated": (sae_lens.GatedTrainingSAE, sae_lens.GatedTrainingSAEConfig),
-        "matryoshka": (sae_lens.MatryoshkaBatchTopKTrainingSAE, sae_lens.MatryoshkaBatchTopKTrainingSAEConfig),
+    classes = {
+        "topk": sae_lens.TopKTrainingSAEConfig,
+        "batchtopk": sae_lens.BatchTopKTrainingSAEConfig,
+        "jumprelu": sae_lens.JumpReLUTrainingSAEConfig,
+        "standard": sae_lens.StandardTrainingSAEConfig,
+        "gated": sae_lens.GatedTrainingSAEConfig,
+        "matryoshka": sae_lens.MatryoshkaBatchTopKTrainingSAEConfig,
     }
-    if architecture not in makers:
+    if architecture not in classes:
         return None
-    sae_class, config_class = makers[architecture]
-    return sae_class(config_class(**shared))
+    return classes[architecture](**{"d_in": d_in, "d_sae": d_sae, "device": device, **options})
+
+
+def sae_lens_sae(architecture: str, options: dict[str, Any], d_in: int, d_sae: int, device: str) -> Any:
+    """sae_lens's training SAE for one of our architectures, or None where it has none."""
+    from sae_lens import TrainingSAE
+
+    config = sae_lens_config(architecture, options, d_in, d_sae, device)
+    return None if config is None else TrainingSAE.from_dict(config.to_dict())
 
 
 def sae_lens_trainer(sae: Any, data: Iterator[Tensor], tokens: int, batch: int, lr: float, **more: Any) -> Any:
@@ -74,12 +82,16 @@ def sae_lens_trainer(sae: Any, data: Iterator[Tensor], tokens: int, batch: int, 
 
 
 def _sae_lens(
-    architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor]
+    architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor], bias: float | None
 ) -> Callable[[], object] | None:
     kept = {key: options[key] for key in ("k",) if key in options}
     sae = sae_lens_sae(architecture, kept, d_in, d_sae, str(batches[0].device))
     if sae is None:
         return None
+    if bias is not None:
+        for name in ("b_enc", "b_gate"):
+            if hasattr(sae, name):
+                getattr(sae, name).data.fill_(bias)
     turn = _turns(batches)
     batch = len(batches[0])
     trainer = sae_lens_trainer(sae, turn, batch * 10**6, batch, 1e-3)
@@ -92,7 +104,7 @@ def _sae_lens(
 
 
 def _sparsify(
-    architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor]
+    architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor], bias: float | None
 ) -> Callable[[], object] | None:
     if architecture != "topk":
         return None
@@ -114,7 +126,7 @@ def _sparsify(
 
 
 def _dictionary_learning(
-    architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor]
+    architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor], bias: float | None
 ) -> Callable[[], object] | None:
     if architecture not in ("topk", "batchtopk"):
         return None

@@ -53,7 +53,7 @@ def saekit_losses() -> Iterator[Component]:
 @hookimpl
 def saekit_sources() -> Iterator[Component]:
     sources = "saekit.builtin.sources"
-    text = ("tokens", "subject_model", "logits", "documents")
+    text = ("tokens", "subject_model", "logits", "documents", "target")
     labelled = ("labels", "sequences")
     yield Component(
         "organism", f"{sources}:OrganismSource", "The bundled model organism on its own corpus.", provides=(*text, *labelled)
@@ -62,9 +62,9 @@ def saekit_sources() -> Iterator[Component]:
     yield Component(
         "labelled", f"{sources}:LabelledSource", "Any language model on labelled texts.", provides=(*text, *labelled)
     )
-    yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.")
+    yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.", provides=("target",))
     yield Component(
-        "tensors", f"{sources}:TensorsSource", "Activations stored in files.", provides=("tokens", *labelled)
+        "tensors", f"{sources}:TensorsSource", "Activations stored in files.", provides=("tokens", "target", *labelled)
     )
     yield Component(
         "synthetic",
@@ -89,6 +89,13 @@ def saekit_metrics() -> Iterator[Component]:
         "saekit.builtin.token_sparsity:TokenSparsity",
         "L0 and explained variance by class of token.",
         needs=("tokens",),
+    )
+    yield Component(
+        "linear_map",
+        "saekit.builtin.linear_map:LinearMap",
+        "The best linear map between a transcoder's sites.",
+        needs=("target",),
+        default=True,
     )
     yield Component(
         "dictionary_recovery",

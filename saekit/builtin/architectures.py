@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saekit.errors import UsageError
-from saekit.sae.base import SparseAutoencoder
+from saekit.sae.base import Skip, SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.kernels import Pattern
 
@@ -22,35 +22,41 @@ DecoderNorm = Annotated[
 class Standard(SparseAutoencoder):
     """ReLU of the pre-activations (Bricken et al. 2023, Towards Monosemanticity); sparse by an `l1` loss.
 
+    Decoder rows are left alone, and `l1` weights each latent by its row's norm, as in Conerly et al. (2024, update of
+    April): at equal L0 it rebuilds better here than unit rows do.
+
     The code begins dense and becomes sparse: it is compressed once fewer than `sparse_below` of its entries are
     active, which is looked at every `look_every` batches. Both ways give the same numbers up to rounding.
     """
 
-    saelens_name, saelens_transcoder = "standard", "transcoder"
+    saelens_name, saelens_transcoder, saelens_skip_transcoder = "standard", "transcoder", "skip_transcoder"
     known_as = (
         "sae_lens:standard",
         "sae_lens:transcoder",
+        "sae_lens:skip_transcoder",
         "dictionary_learning:AutoEncoder",
         "dictionary_learning:AutoEncoderNew",
     )
     sparse_below = 0.1
     look_every = 16
 
-    def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: DecoderNorm = "unit") -> None:
-        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+    def __init__(
+        self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: DecoderNorm = "free", skip: Skip = False
+    ) -> None:
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self._density, self._batches = 1.0, 0
 
     def activation(self, z: Tensor) -> Tensor:
         """The gate, elementwise; zero for what is not positive."""
         return z.relu()
 
-    def gate(self, x: Tensor, centred: Tensor) -> Code:
+    def gate(self, x: Tensor) -> Code:
         if self._density >= self.sparse_below:
-            code: Code = self.dense_code(x, self.activation(torch.addmm(self.b_enc, centred, self.W_enc)))
+            code: Code = self.dense_code(x, self.activation(self.pre_activations(x)))
         else:
-            pre = self.dense_pre(centred)  # [batch, d_sae]
+            pre = self.dense_pre(x)  # [batch, d_sae]
             pattern = Pattern.of_mask(pre > 0)
-            code = self.sparse_code(x, pattern, self.activation(self.pre_at(centred, pre, pattern)))
+            code = self.sparse_code(x, pattern, self.activation(self.pre_at(x, pre, pattern)))
         if self._batches % self.look_every == 0:
             self._density = float(code.count().mean()) / self.d_sae
         self._batches += 1
@@ -78,8 +84,9 @@ class Clipped(Standard):
         *,
         cap: Annotated[float, Field(gt=0, description="The largest activation a latent can have.")] = 6.0,
         decoder_norm: DecoderNorm = "unit",
+        skip: Skip = False,
     ) -> None:
-        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self.cap = cap
 
     def options(self) -> dict[str, Any]:
@@ -108,19 +115,20 @@ class TopK(SparseAutoencoder):
         *,
         k: Annotated[int, Field(gt=0, description="Latents active in each row.")] = 32,
         decoder_norm: DecoderNorm = "unit",
+        skip: Skip = False,
     ) -> None:
         if k > d_sae:
             raise UsageError(f"architecture.k: {k} latents cannot be active of d_sae = {d_sae}. Lower k or raise d_sae.")
-        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self.k = k
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "k": self.k}
 
-    def gate(self, x: Tensor, centred: Tensor) -> Code:
-        pre = self.dense_pre(centred)  # [batch, d_sae]
+    def gate(self, x: Tensor) -> Code:
+        pre = self.dense_pre(x)  # [batch, d_sae]
         pattern = Pattern.regular(pre.topk(self.k, dim=1, sorted=False).indices, self.d_sae)
-        return self.sparse_code(x, pattern, self.pre_at(centred, pre, pattern).relu())
+        return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern).relu())
 
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         cfg, tensors = super().to_saelens()

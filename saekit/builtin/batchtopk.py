@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saekit.builtin.architectures import DecoderNorm
 from saekit.errors import UsageError
-from saekit.sae.base import SparseAutoencoder
+from saekit.sae.base import Skip, SparseAutoencoder
 from saekit.sae.code import Code, SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse
 
@@ -29,6 +29,7 @@ class BatchTopK(SparseAutoencoder):
     """
 
     saelens_name, saelens_transcoder = "jumprelu", "jumprelu_transcoder"
+    saelens_skip_transcoder = "jumprelu_skip_transcoder"
     known_as = ("sae_lens:batchtopk", "dictionary_learning:BatchTopKSAE")
     candidates = 4
     """A row's largest `candidates * k` are looked at first; where that could miss one, the whole batch is."""
@@ -44,25 +45,26 @@ class BatchTopK(SparseAutoencoder):
         k: MeanActive = 32,
         threshold_memory: ThresholdMemory = 0.99,
         decoder_norm: DecoderNorm = "unit",
+        skip: Skip = False,
     ) -> None:
         if k > d_sae:
             raise UsageError(f"architecture.k: {k} latents cannot be active of d_sae = {d_sae}. Lower k or raise d_sae.")
-        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self.k, self.threshold_memory = k, threshold_memory
         self.register_buffer("threshold", torch.tensor(-1.0))  # below zero: no batch has been seen
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "k": self.k, "threshold_memory": self.threshold_memory}
 
-    def gate(self, x: Tensor, centred: Tensor) -> Code:
-        pre = self.dense_pre(centred)  # [batch, d_sae]
+    def gate(self, x: Tensor) -> Code:
+        pre = self.dense_pre(x)  # [batch, d_sae]
         if self.training:
             pattern = self._largest_of_batch(pre)
-            values = self.pre_at(centred, pre, pattern).relu()
+            values = self.pre_at(x, pre, pattern).relu()
             self._follow(values.detach())
         else:
             pattern = Pattern.of_mask(pre > self.threshold.clamp_min(0.0))
-            values = self.pre_at(centred, pre, pattern)
+            values = self.pre_at(x, pre, pattern)
         return self.sparse_code(x, pattern, values)
 
     @torch.no_grad()
@@ -124,6 +126,7 @@ class Matryoshka(BatchTopK):
     """
 
     saelens_name, saelens_transcoder = BatchTopK.saelens_name, BatchTopK.saelens_transcoder
+    saelens_skip_transcoder = BatchTopK.saelens_skip_transcoder
     known_as = ("sae_lens:matryoshka_batchtopk", "dictionary_learning:MatryoshkaBatchTopKSAE")
 
     def __init__(
@@ -139,8 +142,11 @@ class Matryoshka(BatchTopK):
         ] = None,
         threshold_memory: ThresholdMemory = 0.99,
         decoder_norm: DecoderNorm = "unit",
+        skip: Skip = False,
     ) -> None:
-        super().__init__(d_in, d_sae, d_out, k=k, threshold_memory=threshold_memory, decoder_norm=decoder_norm)
+        super().__init__(
+            d_in, d_sae, d_out, k=k, threshold_memory=threshold_memory, decoder_norm=decoder_norm, skip=skip
+        )
         sizes = prefixes or sorted({max(1, d_sae // part) for part in (16, 8, 4, 2, 1)})
         if sizes != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] > d_sae:
             raise UsageError(f"architecture.prefixes: {sizes} must rise, from 1 at least to d_sae = {d_sae} at most.")
@@ -154,7 +160,7 @@ class Matryoshka(BatchTopK):
         return {**super().options_from_saelens(cfg), "prefixes": cfg["matryoshka_widths"]}
 
     def nested_reconstructions(self, code: SparseCode) -> Tensor:
-        """What each prefix of the dictionary rebuilds: [len(prefixes), batch, d_out].
+        """What each prefix of the dictionary rebuilds, without `skip`: [len(prefixes), batch, d_out].
 
         Each entry is decoded once, into the sum of its own ring of latents; prefixes are running sums of rings."""
         pattern = code.pattern

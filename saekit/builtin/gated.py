@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from saekit.builtin.architectures import DecoderNorm
-from saekit.sae.base import SparseAutoencoder
+from saekit.sae.base import Skip, SparseAutoencoder
 from saekit.sae.code import Code
-from saekit.sae.kernels import Pattern, encode_selected
+from saekit.sae.kernels import Pattern
 
 
 class Gated(SparseAutoencoder):
@@ -23,8 +23,10 @@ class Gated(SparseAutoencoder):
     saelens_name = "gated"
     known_as = ("sae_lens:gated", "dictionary_learning:GatedAutoEncoder")
 
-    def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: DecoderNorm = "unit") -> None:
-        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+    def __init__(
+        self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: DecoderNorm = "unit", skip: Skip = False
+    ) -> None:
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self.register_parameter("b_enc", None)
         self.b_gate = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
@@ -33,15 +35,15 @@ class Gated(SparseAutoencoder):
     def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """The gate's pre-activations: [batch, n]."""
         if latents is None:
-            return torch.addmm(self.b_gate, self.centred(x), self.W_enc)
+            centred, bias = self.encoder_input(x, self.b_gate)
+            assert bias is not None
+            return torch.addmm(bias, centred, self.W_enc)
         return torch.addmm(self.b_gate[latents], self.centred(x), self.W_enc[:, latents])
 
-    def gate(self, x: Tensor, centred: Tensor) -> Code:
-        with torch.no_grad():
-            shared = centred @ self.W_enc  # [batch, d_sae]
-            pattern = Pattern.of_mask(shared > -self.b_gate)
-            chosen = shared[pattern.rows, pattern.indices]  # [nnz]
-        z = encode_selected(centred, self.W_enc, None, chosen, pattern)
+    def gate(self, x: Tensor) -> Code:
+        shared = self.dense_pre(x)  # [batch, d_sae]; there is no b_enc in it
+        pattern = Pattern.of_mask(shared > -self.b_gate.detach())
+        z = self.pre_at(x, shared, pattern)  # [nnz]
         latents = pattern.indices
         magnitude = torch.exp(self.r_mag)[latents] * z + self.b_mag[latents]
         gates = z + self.b_gate[latents]  # positive on the whole pattern, so this is ReLU(gate)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saekit.builtin.architectures import DecoderNorm
-from saekit.sae.base import SparseAutoencoder
+from saekit.sae.base import Skip, SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.kernels import Pattern
 
@@ -46,7 +46,13 @@ class JumpReLU(SparseAutoencoder):
     """
 
     saelens_name, saelens_transcoder = "jumprelu", "jumprelu_transcoder"
-    known_as = ("sae_lens:jumprelu", "sae_lens:jumprelu_transcoder", "dictionary_learning:JumpReluAutoEncoder")
+    saelens_skip_transcoder = "jumprelu_skip_transcoder"
+    known_as = (
+        "sae_lens:jumprelu",
+        "sae_lens:jumprelu_transcoder",
+        "sae_lens:jumprelu_skip_transcoder",
+        "dictionary_learning:JumpReluAutoEncoder",
+    )
 
     def __init__(
         self,
@@ -57,21 +63,22 @@ class JumpReLU(SparseAutoencoder):
         threshold: Annotated[float, Field(ge=0, description="Every threshold at the start.")] = 0.1,
         bandwidth: Annotated[float, Field(gt=0, description="Width of the window that a threshold learns from.")] = 0.1,
         decoder_norm: DecoderNorm = "unit",
+        skip: Skip = False,
     ) -> None:
-        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm)
+        super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self.initial_threshold, self.bandwidth = threshold, bandwidth
         self.threshold = nn.Parameter(torch.full((d_sae,), threshold))
 
     def options(self) -> dict[str, Any]:
         return {**super().options(), "threshold": self.initial_threshold, "bandwidth": self.bandwidth}
 
-    def gate(self, x: Tensor, centred: Tensor) -> Code:
-        pre = self.dense_pre(centred)  # [batch, d_sae]
+    def gate(self, x: Tensor) -> Code:
+        pre = self.dense_pre(x)  # [batch, d_sae]
         if not self.training:
             pattern = Pattern.of_mask(pre > self.threshold)
-            return self.sparse_code(x, pattern, self.pre_at(centred, pre, pattern))
+            return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern))
         pattern = Pattern.of_mask(pre > self.threshold.detach() - self.bandwidth / 2)
-        z = self.pre_at(centred, pre, pattern)
+        z = self.pre_at(x, pre, pattern)
         values, gates = _Jump.apply(z, self.threshold[pattern.indices], self.bandwidth)
         return self.sparse_code(x, pattern, values, gates)
 

@@ -22,10 +22,10 @@ def l1(
     *,
     by_decoder_norm: Annotated[
         bool, Field(description="Weight each latent by its decoder row's norm (Conerly et al. 2024, update of April).")
-    ] = False,
+    ] = True,
 ) -> torch.Tensor:
-    """Mean over the batch of the L1 norm of the code (Bricken et al. 2023)."""
-    if by_decoder_norm:
+    """Mean over the batch of the L1 norm of the code (Bricken et al. 2023), in units of what each latent adds."""
+    if by_decoder_norm and step.sae.decoder_norm != "unit":
         return step.code.weighted_sum(step.sae.W_dec.norm(dim=1)).mean()
     return step.code.sum().mean()
 
@@ -41,7 +41,8 @@ def gated_aux(step: Step) -> torch.Tensor:
     code, sae = _sparse(step), step.sae
     assert code.gates is not None  # promised by the need `gate_activations`
     rebuilt = decode_sparse(code.gates, sae.W_dec.detach(), sae.b_dec.detach(), code.pattern)
-    return (step.target - rebuilt).square().mean()
+    skipped = sae.skipped(step.x).detach()  # beside the decoder, and frozen like it
+    return (step.target - skipped - rebuilt).square().mean()
 
 
 def matryoshka(step: Step) -> torch.Tensor:
@@ -49,7 +50,7 @@ def matryoshka(step: Step) -> torch.Tensor:
     (Bussmann et al. 2025, eq. 3). It takes the place of `mse`: the whole dictionary is the last of them."""
     sae: Any = step.sae  # it has them: the plan has checked the need
     nested = sae.nested_reconstructions(step.code)  # [prefixes, batch, d_out]
-    return (step.target - nested).square().mean()
+    return (step.target - sae.skipped(step.x) - nested).square().mean()
 
 
 class Decorrelation:

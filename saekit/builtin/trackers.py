@@ -202,7 +202,7 @@ class WeightsAndBiases:
             self._there = wandb.init(
                 **self._settings,
                 id=self._id,
-                name=directory.name,
+                name=self._run.directory.name,
                 dir=directory,
                 config=plain(self._run.config.model_dump(by_alias=True)),
                 resume="allow" if self._settings["mode"] == "online" else None,

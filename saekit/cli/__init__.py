@@ -17,7 +17,7 @@ COMMANDS = {
     "run": "Train an SAE and analyse it: a recipe, a run file, or names on the command line.",
     "plugins": "List the installed components, or show one with its options.",
     "recipes": "List the ready-made run files.",
-    "bench": "Time a training step or the harvest against its floor.",
+    "bench": "Time a step, the harvest or a whole training against its floor and its peers.",
     "report": "Build report.html of a run again.",
     "compare": "Show runs side by side: metrics, what differs in their configurations, curves.",
     "import": "Take in an SAE of SAELens, dictionary_learning or sparsify.",

@@ -1,50 +1,162 @@
-"""`saekit bench`."""
+"""`saekit bench`: each benchmark measures something against its floor, or against other libraries, in one run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 
-@click.command("bench")
-@click.argument("what", type=click.Choice(["step", "harvest"]))
-@click.argument("recipe", required=False, metavar="[RECIPE|FILE.toml]")
-@click.option("-o", "--override", "overrides", multiple=True, metavar="key=value", help="Set any key of the run file.")
-@click.option("--d-in", default=512, show_default=True, help="step: width of the activations.")
-@click.option("--batch", default=2048, show_default=True, help="step: activations a step.")
-@click.option("--tokens", default=16_384, show_default=True, help="harvest: activations a block.")
-@click.option("--rounds", default=9, show_default=True, help="Times that each candidate is measured, in turns.")
-@click.option("--peers", is_flag=True, help="step: time sae_lens, sparsify and dictionary_learning too, if installed.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-def command(
-    what: str,
-    recipe: str | None,
-    overrides: tuple[str, ...],
-    d_in: int,
-    batch: int,
-    tokens: int,
-    rounds: int,
-    peers: bool,
-    as_json: bool,
-) -> None:
-    """Time a training step in units of one encoder product, or the harvest in units of a bare forward.
+@click.group("bench")
+def command() -> None:
+    """Time a training step, the harvest or a whole training against its floor and its peers.
 
-    The run file says which architecture and losses, or which model and text; both candidates are timed in turns.
+    Candidates take turns, and the median is given with its quartiles.
     """
+
+
+def _common(function: Callable[..., None]) -> Callable[..., None]:
+    """What every benchmark takes: a run file, overrides, and the form of its answer."""
+    for decorate in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+        click.option(
+            "-o", "--override", "overrides", multiple=True, metavar="key=value", help="Set a key of the run file."
+        ),
+        click.argument("recipe", required=False, metavar="[RECIPE|FILE.toml]"),
+    ):
+        function = decorate(function)
+    return function
+
+
+def _rounds(function: Callable[..., None]) -> Callable[..., None]:
+    return click.option("--rounds", default=9, show_default=True, help="Times that each candidate is measured.")(
+        function
+    )
+
+
+@command.command("step")
+@_common
+@_rounds
+@click.option("--d-in", default=512, show_default=True, help="Width of the activations.")
+@click.option("--batch", default=2048, show_default=True, help="Activations a step.")
+@click.option("--l0", type=float, help="Lower the encoder's biases until a row has this many active latents.")
+@click.option("--peers", is_flag=True, help="Time sae_lens, sparsify and dictionary_learning too, if installed.")
+def step(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settings: Any) -> None:
+    """A training step in units of one encoder product, and the peak of its memory in units of the pre-activations.
+
+    The run file says which architecture, width and losses.
+    """
+    from saekit.bench.step import time_step
+
+    plan, device = _planned(recipe, overrides)
+    _show(time_step(plan, device, **settings), as_json)
+
+
+@command.command("harvest")
+@_common
+@_rounds
+@click.option("--tokens", default=16_384, show_default=True, help="Activations a block.")
+def harvest(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settings: Any) -> None:
+    """The harvest in units of a bare forward through the same truncated model. The run file says which model and text."""
+    from saekit.bench.harvest import time_harvest
+
+    plan, device = _planned(recipe, overrides)
+    _show(time_harvest(plan, device, **settings), as_json)
+
+
+@command.command("variants")
+@_common
+@_rounds
+@click.option("--steps", default=8, show_default=True, help="Batches a round.")
+def variants(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settings: Any) -> None:
+    """A pass of several variants in units of their steps alone and one harvest. Without variants: four seeds of the run."""
+    from saekit.bench.variants import time_variants
+    from saekit.runner.compose import Request, compose
+
+    config, registry = compose(Request(recipe, overrides=overrides))
+    _show(time_variants(config, registry, **settings), as_json)
+
+
+@command.command("training")
+@_common
+@click.option("--peers", is_flag=True, help="Train with sae_lens's runner too.")
+def training(recipe: str | None, overrides: tuple[str, ...], as_json: bool, peers: bool) -> None:
+    """A whole training, harvest included, in activations a second, and the explained variance that it reaches."""
+    from saekit.bench.end_to_end import time_training
+    from saekit.runner.compose import Request, compose
+    from saekit.runner.plan import plan_run
+
+    config, registry = compose(Request(recipe, overrides=overrides))
+    _set_threads(config.training.threads)
+    _show(time_training(plan_run(config, registry), registry, peers=peers), as_json)
+
+
+@command.command("parity")
+@_common
+@click.option(
+    "--architecture", "architectures", multiple=True, help="Which; all that have a counterpart if none is named."
+)
+@click.option("--seeds", default=3, show_default=True, help="Trainings of each setting.")
+@click.option("--tokens", default=409_600, show_default=True, help="Activations each SAE is trained on.")
+@click.option("--held-out", default=40_000, show_default=True, help="Activations each SAE is measured on.")
+@click.option("--batch", default=512, show_default=True, help="Activations a step.")
+@click.option(
+    "--rows",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("parity.jsonl"),
+    show_default=True,
+    help="Where each training's result is kept; what it holds is not trained again.",
+)
+def parity(
+    recipe: str | None, overrides: tuple[str, ...], as_json: bool, architectures: tuple[str, ...], **settings: Any
+) -> None:
+    """Explained variance at equal L0 beside sae_lens's own trainer, on the same activations. Takes an hour."""
+    from saekit.bench.parity import CASES, compare, summarise
+    from saekit.errors import UsageError, near_names
+    from saekit.runner.compose import Request, compose
+    from saekit.runner.plan import make_plan
+
+    for name in architectures:
+        if name not in CASES:
+            raise UsageError(f"--architecture: no comparison is laid out for {name!r}.{near_names(name, CASES)}")
+    config, registry = compose(Request(recipe, overrides=overrides))
+    _set_threads(config.training.threads)
+    chosen = architectures or tuple(CASES)
+    report = lambda line: click.echo(line, err=True)  # noqa: E731
+    rows = compare(make_plan(config, registry), registry, architectures=chosen, report=report, **settings)
+    table = [line for name in chosen for line in summarise(rows, name)]
+    if as_json:
+        click.echo(json.dumps(table, indent=2))
+        return
+    for line in table:
+        click.echo(
+            f"{line['architecture']:<11} L0 {line['l0']:6.1f}  saekit {line['saekit']:.4f}  sae_lens {line['sae_lens']:.4f}  "
+            f"difference {line['difference']:+.4f} ({line['lowest']:+.4f} to {line['highest']:+.4f})  {line['seeds']} seeds"
+        )
+
+
+def _planned(recipe: str | None, overrides: tuple[str, ...]) -> tuple[Any, Any]:
     from saekit.runner.compose import Request, compose
     from saekit.runner.hardware import choose_device
     from saekit.runner.plan import make_plan
 
     plan = make_plan(*compose(Request(recipe, overrides=overrides)))
-    training = plan.config.training
-    device = choose_device(training.device, training.precision)
-    if training.threads:
+    settings = plan.config.training
+    _set_threads(settings.threads)
+    return plan, choose_device(settings.device, settings.precision)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads:
         import torch
 
-        torch.set_num_threads(training.threads)
-    result = _step(plan, device, d_in, batch, rounds, peers) if what == "step" else _harvest(plan, device, tokens, rounds)
+        torch.set_num_threads(threads)
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -52,19 +164,9 @@ def command(
         click.echo(f"{key:<20} {_shown(value)}")
 
 
-def _step(plan: Any, device: Any, d_in: int, batch: int, rounds: int, peers: bool) -> dict[str, Any]:
-    from saekit.bench.step import time_step
-
-    return time_step(plan, device, d_in=d_in, batch=batch, rounds=rounds, peers=peers)
-
-
-def _harvest(plan: Any, device: Any, tokens: int, rounds: int) -> dict[str, Any]:
-    from saekit.bench.harvest import time_harvest
-
-    return time_harvest(plan, device, tokens=tokens, rounds=rounds)
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} ({_shown(v)})" if isinstance(v, dict) else f"{key} {_shown(v)}" for key, v in value.items())
+        return ", ".join(
+            f"{key} ({_shown(v)})" if isinstance(v, dict) else f"{key} {_shown(v)}" for key, v in value.items()
+        )
     return f"{value:.4g}" if isinstance(value, float) else str(value)

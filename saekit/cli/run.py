@@ -94,10 +94,10 @@ def _start(
 ) -> dict[str, Any]:
     """The summary of the run, or its plan with --dry-run."""
     from saekit.runner.compose import Request, compose
-    from saekit.runner.plan import make_plan
+    from saekit.runner.plan import plan_run
 
     config, registry = compose(Request(what, uses, overrides, plugins, no_plugins))
-    plan = make_plan(config, registry)
+    plan = plan_run(config, registry)
     if dry_run:
         from saekit.cli.show_plan import plan_as_json, print_plan
 

@@ -255,10 +255,10 @@ def attach(
                 raise UsageError(
                     f"attach at {site.name!r}: {name} says how to change, and mode 'bypass' changes nothing."
                 )
-    elif sae.d_in != sae.d_out:
+    elif sae.transcoder:
         raise UsageError(
-            f"attach at {site.name!r}: the SAE reads {sae.d_in} dimensions and writes {sae.d_out}, so it can pass "
-            "nothing on where it reads. Use mode 'bypass'."
+            f"attach at {site.name!r}: the SAE is a transcoder (it reads {sae.d_in} dimensions and writes {sae.d_out} of "
+            "another site), so it can pass nothing on where it reads. Use mode 'bypass'."
         )
     return Attachment(
         model,

@@ -12,7 +12,7 @@ from saekit.config import LISTS, RunConfig, label_of
 from saekit.errors import UsageError, near_names
 from saekit.report.curves import POINTS, logged_names, overlaid
 from saekit.report.page import Cell, Table, figures_of
-from saekit.report.rundir import RunFiles, is_number, read_run
+from saekit.report.rundir import RunFiles, is_number, name_of, read_run, variants_of
 from saekit.report.words import number
 from saekit.report.write import render_template
 
@@ -70,12 +70,13 @@ class Comparison:
 
 
 def compare(directories: Iterable[Path], metrics: Iterable[str] = (), *, everything: bool = False) -> Comparison:
-    """Read run directories and line up what they hold.
+    """Read run directories and line up what they hold; a run of variants stands there as each of them.
 
     metrics: names of columns, such as `explained_variance`, `losses.mse`, `analysis.features.dead`; by default every
     run's headline. everything: all that any of them has. Raises UsageError for a name that no run has.
     """
-    sides = [_side(directory) for directory in dict.fromkeys(map(Path, directories))]
+    members = [member for directory in map(Path, directories) for member in variants_of(directory) or [directory]]
+    sides = [_side(directory) for directory in dict.fromkeys(members)]
     names = [side.name for side in sides]
     for side in sides:
         if names.count(side.name) > 1:
@@ -175,7 +176,7 @@ def _side(directory: Path) -> Side:
     identity |= _dict(files.provenance.get("source"))
     identity |= {key: summary[key] for key in SUBJECT if summary.get(key) is not None}
     return Side(
-        name=str(summary.get("run") or directory.resolve().name),
+        name=str(summary.get("run") or name_of(directory)),
         directory=directory,
         values=values,
         config=settings,

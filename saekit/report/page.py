@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from saekit.report.curves import POINTS, loss_figures, measure_figures
-from saekit.report.rundir import RunFiles, is_number
+from saekit.report.curves import POINTS, logged_names, loss_figures, measure_figures, overlaid
+from saekit.report.rundir import RunFiles, is_number, name_of
 from saekit.report.words import NOT_DEFINED, clean, count, duration, label, memory, number
 
 TABLE_ROWS = 2000
@@ -102,14 +102,19 @@ def page(run: RunFiles) -> dict[str, Any]:
         notes.append(
             f"{len(run.history):,} lines were logged; the curves draw about {POINTS:,} of them, evenly spaced."
         )
+    losses, measures = loss_figures(run.history), measure_figures(run.history)
+    if run.variants:
+        losses, measures = _curves_of_variants(run)
     return {
-        "title": str(summary.get("run") or run.directory.resolve().name),
+        "title": str(summary.get("run") or name_of(run.directory)),
         "identity": _identity(summary, sae),
         "cards": [(label(n), *_shown(metrics[n]), meanings.get(n, "")) for n in headline],
         "metrics": [(n, *_shown(v), meanings.get(n, "")) for n, v in metrics.items()],
         "losses": [(n, *_shown(v)) for n, v in _dict(summary.get("losses")).items()],
-        "loss_figures": figures_of("loss", loss_figures(run.history)),
-        "measure_figures": figures_of("measure", measure_figures(run.history)),
+        "variants": _variants(run),
+        "variant_reports": [(name, f"variants/{quote(name)}/report.html") for name in run.variants],
+        "loss_figures": figures_of("loss", losses),
+        "measure_figures": figures_of("measure", measures),
         "curve_notes": notes,
         "analyses": analyses,
         "timing": [(name, duration(s)) for name, s in _dict(summary.get("seconds")).items() if is_number(s)],
@@ -120,7 +125,7 @@ def page(run: RunFiles) -> dict[str, Any]:
         "config": run.config,
         "provenance": list(_flat(run.provenance)),
         "warnings": [str(w) for w in _list(summary.get("warnings"))],
-        "problems": run.problems,
+        "problems": [*run.problems, *(f"{name}: {text}" for name, v in run.variants.items() for text in v.problems)],
     }
 
 
@@ -132,6 +137,7 @@ def _identity(summary: dict[str, Any], sae: dict[str, Any]) -> list[tuple[str, s
     ]
     size = f"{number(sae['d_in'])} → {number(sae['d_sae'])} latents" if sae.get("d_in") and sae.get("d_sae") else ""
     facts.append(("SAE", ", ".join(str(part) for part in (sae.get("architecture"), size) if part)))
+    facts.append(("variants", len(_dict(summary.get("variants"))) or None))
     if is_number(summary.get("tokens")):
         steps = summary.get("steps")
         facts.append(
@@ -142,6 +148,27 @@ def _identity(summary: dict[str, Any], sae: dict[str, Any]) -> list[tuple[str, s
     if is_number(summary.get("peak_memory_bytes")):
         facts.append(("peak memory", memory(summary["peak_memory_bytes"])))
     return [(name, str(value)) for name, value in facts if value not in (None, "")]
+
+
+def _variants(run: RunFiles) -> Table | None:
+    """A row for each variant: what it is, and its headline metrics."""
+    if not run.variants:
+        return None
+    rows = []
+    for name, files in run.variants.items():
+        summary = files.summary
+        row = {"variant": name, **{key: _dict(summary.get("sae")).get(key, "") for key in ("architecture", "d_sae")}}
+        metrics = _dict(summary.get("metrics"))
+        rows.append(row | {key: metrics[key] for key in _list(summary.get("headline")) if key in metrics})
+    return _table("Variants", rows, "")
+
+
+def _curves_of_variants(run: RunFiles) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """A chart for everything that was logged, with a line for each variant: losses, and what comes after them."""
+    histories = {name: files.history for name, files in run.variants.items()}
+    names = dict.fromkeys(name for history in histories.values() for name in logged_names(history))
+    losses = [name for name in names if name.startswith("loss")]
+    return overlaid(histories, losses), overlaid(histories, [n for n in names if n not in losses], legend=False)
 
 
 def _analysis(position: int, name: str, result: dict[str, Any], run: RunFiles) -> Analysis:

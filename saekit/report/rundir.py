@@ -20,6 +20,7 @@ class RunFiles:
     config: run.toml as text.
     provenance: provenance.json.
     analyses: analysis/NAME/result.json by name, in the form of `Result.to_json`.
+    variants: by name what lies in variants/NAME, in the order of the summary, or of the names in a run without one.
     problems: a sentence for everything that is missing or damaged.
     """
 
@@ -29,6 +30,7 @@ class RunFiles:
     config: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, RunFiles] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -45,7 +47,9 @@ def read_run(directory: Path) -> RunFiles:
     run = RunFiles(directory)
     run.summary = _read_object(directory / "summary.json", run.problems, "the run has not finished")
     run.provenance = _read_object(directory / "provenance.json", run.problems, "what made this run is not known")
-    run.history = read_history(directory / "metrics.jsonl", run.problems)
+    run.variants = {path.name: read_run(path) for path in variants_of(directory)}
+    if not run.variants:
+        run.history = read_history(directory / "metrics.jsonl", run.problems)
     config = directory / "run.toml"
     if config.is_file():
         run.config = config.read_bytes().decode("utf-8", errors="replace")
@@ -58,6 +62,19 @@ def read_run(directory: Path) -> RunFiles:
                 content, f"analysis/{path.parent.name}/result.json", run.problems
             )
     return run
+
+
+def name_of(directory: Path) -> str:
+    """What a run is called that has no summary yet: by its directory, a variant with its run's."""
+    place = directory.resolve()
+    return f"{place.parents[1].name}/{place.name}" if place.parent.name == "variants" else place.name
+
+
+def variants_of(directory: Path) -> list[Path]:
+    """The directories of a run's variants, in the order of its summary, or by name where it has none."""
+    found = sorted(path.parent for path in directory.glob("variants/*/run.toml"))
+    order = list(_dict(_read_object(directory / "summary.json", [], "").get("variants")))
+    return sorted(found, key=lambda path: order.index(path.name) if path.name in order else len(order))
 
 
 def read_history(path: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
@@ -89,6 +106,10 @@ def read_history(path: Path, problems: list[str] | None = None) -> list[dict[str
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite number that can be drawn."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _read_object(path: Path, problems: list[str], without: str) -> dict[str, Any]:

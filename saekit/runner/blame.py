@@ -30,6 +30,17 @@ def explained(parts: list[Part]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def of_variant(name: str) -> Iterator[None]:
+    """Let an error in the block say which variant it is of; `name` is empty where the run has none."""
+    try:
+        yield
+    except SaekitError as error:
+        if name:
+            error.args = (f"variant {name!r}: {error}",)
+        raise
+
+
+@contextlib.contextmanager
 def blamed_on(part: Part) -> Iterator[None]:
     """An unexpected error inside the block is this component's, wherever it was raised."""
     try:

@@ -12,6 +12,7 @@ from saekit.training.step import Step
 if TYPE_CHECKING:
     import torch
 
+    from saekit.activations.batch import Activations
     from saekit.config import RunConfig
     from saekit.sae.base import SparseAutoencoder
 
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 class RunContext:
     """The run as seen from outside the training loop.
 
-    sae: what it reads are the source's activations times `scale`. source: opened. directory: where an analyzer may
-    write files. warn: tells the user. scale: 1 once training is over; while a loss prepares itself before the first
-    step, the factor that training applies (`training.normalize`).
+    sae: what it reads are the source's activations times `scale`; a transcoder makes its targets times `target_scale`.
+    source: opened. directory: where an analyzer may write files. warn: tells the user. scale, target_scale: 1 once
+    training is over; while a loss prepares itself before the first step, the factors that training applies
+    (`training.normalize`).
     """
 
     sae: SparseAutoencoder
@@ -32,10 +34,11 @@ class RunContext:
     directory: Path
     warn: Callable[[str], None]
     scale: float = 1.0
+    target_scale: float = 1.0
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
+        """What the initial weights and every draw but the order of the data are seeded by."""
         return self.config.training.seed
 
     def held_out(self, tokens: int | None = None) -> Iterator[Step]:
@@ -47,23 +50,28 @@ class RunContext:
         wanted = tokens or self.config.evaluation.tokens
         with torch.no_grad():
             for batch in self.held_out_activations(wanted):
-                x = batch.x * self.scale  # [batch, d_in]
-                code = self.sae.encode(x)
-                yield Step(
-                    x=x,
-                    target=x if batch.target is None else batch.target * self.scale,
-                    code=code,
-                    reconstruction=self.sae.decode(code),
-                    sae=self.sae,
-                    labels=batch.labels,
-                    tokens=batch.tokens,
-                )
+                yield self.step(batch)
+
+    def step(self, batch: Activations) -> Step:
+        """A batch of activations, as the source gives them, through the SAE."""
+        x = batch.x * self.scale  # [batch, d_in]
+        code = self.sae.encode(x)
+        return Step(
+            x=x,
+            target=x if batch.target is None else batch.target * self.target_scale,
+            code=code,
+            reconstruction=self.sae.reconstruct(x, code),
+            sae=self.sae,
+            labels=batch.labels,
+            tokens=batch.tokens,
+        )
 
     def held_out_activations(self, tokens: int) -> Iterator[Any]:
         """Batches of held-out `Activations` as the source gives them, `tokens` in all at most, on the run's device."""
         size = self.config.evaluation.batch_size
         left = tokens
-        for block in self.source.blocks("held_out", size=min(tokens, self.config.training.buffer), seed=self.seed):
+        training = self.config.training
+        for block in self.source.blocks("held_out", size=min(tokens, training.buffer), seed=training.order_seed):
             for start in range(0, len(block), size):
                 batch = block.rows(slice(start, min(start + size, start + left)))
                 left -= len(batch)

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,24 @@ from saekit.config import RunConfig, parse_config, read_toml
 from saekit.errors import UsageError
 from saekit.files import TEMPORARY, disk_errors, write_json, write_text
 
+VARIANTS = "variants"
+
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths of one run; see `docs/files.md` for what each holds."""
+    """The paths of one run, or of one of its variants; see `docs/files.md` for what each holds."""
 
     path: Path
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the run is called, or `RUN/VARIANT`."""
+        return f"{self.path.parents[1].name}/{self.variant}" if self.variant else self.path.name
+
+    def of_variant(self, name: str) -> RunDirectory:
+        """The directory of one SAE: of a variant, or the run's own where `name` is empty."""
+        return RunDirectory(self.path / VARIANTS / name, name) if name else self
 
     @property
     def run_toml(self) -> Path:
@@ -72,6 +85,13 @@ class RunDirectory:
         write_text(directory.run_toml, config.to_toml())
         return directory
 
+    def begin(self, config: RunConfig) -> None:
+        """Make the directory of a variant; that of a run is there already."""
+        if self.variant:
+            with disk_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.run_toml, config.to_toml())
+
     @staticmethod
     def _dated(config: RunConfig) -> Path:
         now = datetime.datetime.now()
@@ -83,10 +103,8 @@ class RunDirectory:
         """Undo `create` for a run that turned out to be impossible before it began, so that the same command works once
         its mistake is mended."""
         begun = {self.run_toml.name, self.provenance.name}
-        if {path.name for path in self.path.iterdir()} <= begun:
-            for name in begun:
-                (self.path / name).unlink(missing_ok=True)
-            self.path.rmdir()
+        if {path.name for path in self.path.rglob("*") if not path.is_dir()} <= begun:
+            shutil.rmtree(self.path)
 
     @classmethod
     def resume(cls, where: str) -> tuple[RunDirectory, RunConfig]:
@@ -94,6 +112,9 @@ class RunDirectory:
         directory = cls(Path(where))
         if not directory.path.is_dir():
             raise UsageError(f"--resume {where}: there is no such directory. Name one that an earlier run printed.")
+        run = directory.path.absolute().parents[1:2]
+        if directory.path.absolute().parent.name == VARIANTS and run and cls(run[0]).run_toml.is_file():
+            raise UsageError(f"--resume {where}: is a variant of the run {run[0]}, and goes on with it: --resume {run[0]}.")
         if not directory.run_toml.is_file():
             raise UsageError(
                 f"--resume {where}: has no run.toml, so it is not a run directory, or nothing was begun in it. Start the "

@@ -9,8 +9,9 @@ from saekit.component import Component
 from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, SourceUse, Use
 from saekit.errors import UsageError
 from saekit.plugins import Registry
-from saekit.runner.blame import explained
+from saekit.runner.blame import explained, of_variant
 from saekit.schedules import value_at
+from saekit.variants import Variant
 
 ALWAYS_PROVIDED = {"activations"}
 
@@ -32,8 +33,12 @@ class Part:
 
 @dataclass
 class Plan:
-    """What a run will do. `config` is the resolved configuration: run again, it gives the same plan."""
+    """What is planned for one SAE. `config` is its resolved configuration: run by itself, it gives the same plan.
 
+    variant: its name among others; empty where the run trains this one alone.
+    """
+
+    variant: str
     config: RunConfig
     source: Part
     architecture: Part
@@ -43,7 +48,6 @@ class Plan:
     analyzers: list[Part]
     trackers: list[Part]
     facts: dict[str, Any]
-    warnings: list[str]
 
     @property
     def parts(self) -> list[Part]:
@@ -58,7 +62,7 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimiser steps in all."""
         return self.config.training.tokens // self.config.training.batch_size
 
     @property
@@ -67,13 +71,68 @@ class Plan:
         return str(self.facts.get("model", "-"))
 
 
+@dataclass
+class RunPlan:
+    """What a run will do: one plan for each SAE that it trains, all on the same activations.
+
+    config: the resolved configuration; run again, it gives the same plan. facts: what is known of the source.
+    """
+
+    config: RunConfig
+    members: list[Plan]
+    facts: dict[str, Any]
+    warnings: list[str]
+
+    @property
+    def source(self) -> Part:
+        """Where the activations of all members come from."""
+        return self.members[0].source
+
+    @property
+    def parts(self) -> list[Part]:
+        """Every component of every member."""
+        return [part for member in self.members for part in member.parts]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of each member."""
+        return self.members[0].total_steps
+
+    @property
+    def model(self) -> str:
+        """The subject model's name as far as it is known without loading it."""
+        return self.members[0].model
+
+
 def make_plan(config: RunConfig, registry: Registry) -> Plan:
+    """The plan of the one SAE that `config` describes when its variants are left out; see `plan_run`."""
+    return plan_run(config.model_copy(update={"variant": []}), registry).members[0]
+
+
+def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
     """Resolve and check everything that can be checked without loading a model. Raises UsageError or PluginError."""
     source = _part("source", config.source, registry, config)
     with explained([source]):
         built = _source(source)
     withheld: dict[str, str] = getattr(built, "withheld", {})
-    config = _with_defaults(config, registry, _provided([source.component]) - set(withheld))
+    given = _provided([source.component]) - set(withheld)
+    resolved = _with_defaults(config, registry, given)
+    members = []
+    for variant, own in config.members().items():
+        with of_variant(variant):
+            plan = _plan(variant, _with_defaults(own, registry, given), source, registry)
+            _check_needs(plan, registry, withheld)
+            _check_training(plan)
+            members.append(plan)
+    with explained([source]):
+        facts = built.peek()
+    for plan in members:
+        plan.facts = facts
+    variants = [_spelt_out(variant, plan.config) for variant, plan in zip(config.variant, members, strict=False)]
+    return RunPlan(resolved.model_copy(update={"variant": variants}), members, facts, list(registry.warnings))
+
+
+def _plan(variant: str, config: RunConfig, source: Part, registry: Registry) -> Plan:
     architecture = _part("architecture", config.architecture, registry, config)
     sections = {
         section: [
@@ -81,7 +140,8 @@ def make_plan(config: RunConfig, registry: Registry) -> Plan:
         ]
         for section in LISTS
     }
-    plan = Plan(
+    return Plan(
+        variant=variant,
         config=config,
         source=source,
         architecture=architecture,
@@ -91,14 +151,17 @@ def make_plan(config: RunConfig, registry: Registry) -> Plan:
         analyzers=sections["analyzer"],
         trackers=sections["tracker"],
         facts={},
-        warnings=list(registry.warnings),
     )
-    _check_needs(plan, registry, withheld)
-    _check_training(plan)
-    with explained([plan.source]):
-        plan.facts = built.peek()
-    plan.warnings += [w for w in registry.warnings if w not in plan.warnings]
-    return plan
+
+
+def _spelt_out(variant: Variant, config: RunConfig) -> Variant:
+    """The variant with the default components in the lists that are its own, as the resolved run file has them in its."""
+    lists = {section: getattr(config, section) for section in LISTS if getattr(variant, section) is not None}
+    tables = {
+        section: [entry.model_dump(by_alias=True, exclude_none=True) for entry in entries]
+        for section, entries in lists.items()
+    }
+    return variant.model_copy(update=tables)
 
 
 def _source(part: Part) -> Any:
@@ -150,6 +213,7 @@ def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> No
     """withheld: what the source could provide but does not with these options, with the fix for each."""
     others = _provided([part.component for part in plan.parts if part is not plan.source])
     provided = others | (set(plan.source.component.provides) - set(withheld))
+    _check_skip(plan, withheld, "target" in provided)
     for part in plan.parts:
         missing = [need for need in part.component.needs if need not in provided]
         if missing:
@@ -169,6 +233,15 @@ def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> No
                 f"{part.key}: {part.component.kind} {part.component.name!r} needs {need!r}, which nothing in this run "
                 f"provides. {fix}"
             )
+
+
+def _check_skip(plan: Plan, withheld: dict[str, str], has_target: bool) -> None:
+    if plan.architecture.options.get("skip") and not has_target:
+        fix = withheld.get("target", f"Source {plan.source.component.name!r} gives none; choose another, or leave skip out.")
+        raise UsageError(
+            "architecture.skip: adds a linear map of what is read to what is rebuilt, which would learn the identity unless "
+            f"they are two different sites. {fix}"
+        )
 
 
 def _check_training(plan: Plan) -> None:

@@ -51,12 +51,13 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metada
         "architecture": name,
         "options": sae.options(),
         "d_out": sae.d_out,
+        "transcoder": sae.transcoder,
     }
     cfg = {
         "architecture": sae.saelens_architecture or name,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
-        **({"d_out": sae.d_out} if sae.d_out != sae.d_in else {}),
+        **({"d_out": sae.d_out} if sae.transcoder else {}),
         "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
         "device": "cpu",
         "normalize_activations": "none",
@@ -118,7 +119,8 @@ def _own(directory: Path, cfg: dict[str, Any], ours: Any, registry: Registry) ->
     options = component.validate(ours["options"], f"{path}: metadata.saekit.options")
     tensors = read_tensors(directory / WEIGHTS)
     check_widths(tensors, d_in, d_sae, directory / WEIGHTS)
-    sae = component.build(options, d_in, d_sae, width(ours, "d_out", path))
+    d_out = width(ours, "d_out", path)
+    sae = component.build(options, d_in, d_sae, d_out if ours.get("transcoder", d_out != d_in) else None)
     sae.reads_centred = bool(cfg.get("apply_b_dec_to_input", sae.reads_centred))
     fill(sae, tensors, directory / WEIGHTS)
     metadata = {key: value for key, value in cfg["metadata"].items() if key not in ("saekit", "sae_lens_version")}

@@ -168,6 +168,28 @@ class _Decode(torch.autograd.Function):
         return d_values, d_W, d_b, None
 
 
+class _ZeroShift(torch.autograd.Function):
+    """See `zero_shift`."""
+
+    @staticmethod
+    def forward(ctx, b_dec: Tensor, W_enc: Tensor) -> Tensor:
+        ctx.save_for_backward(W_enc)
+        return W_enc.new_zeros(W_enc.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (W_enc,) = ctx.saved_tensors
+        return -(W_enc @ grad.to(W_enc.dtype)), None
+
+
+def zero_shift(b_dec: Tensor, W_enc: Tensor) -> Tensor:
+    """Zeros [d_sae] that, added to the encoder's bias, bring b_dec the gradient of `(x - b_dec) @ W_enc`.
+
+    b_dec is one row for the whole batch, so the batch can be summed before the product with W_enc instead of after: one
+    product of a vector in place of one of [batch, d_sae]. For an input that was centred by b_dec's value alone."""
+    return _ZeroShift.apply(b_dec, W_enc)
+
+
 def encode_selected(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, selected: Tensor, pattern: Pattern) -> Tensor:
     """The selected pre-activations [nnz], with gradients to x, W_enc and b_enc through those entries alone."""
     return _Encode.apply(x, W_enc, b_enc, selected, pattern)

@@ -45,7 +45,7 @@ def _block(state: RunState, width: int, now: float, loosely: bool, most: int) ->
         _header(state),
         [_phase(phase, width, now) for phase in state.shown_phases()],
         trained,
-        _grid("held out", [(label(n), number(v)) for n, v in list(state.metrics.items())[: 4 * most]], width),
+        _held_out(state.metrics, width, most),
         _analyses(state, most),
         _warnings(state, min(most, 3), width),
     ]
@@ -162,6 +162,27 @@ def _variants(training: list[tuple[str, Training]], width: int, most: int) -> li
     for name, one in training[: 4 * most]:
         values = [one.values.get(key) for key in ("loss", "explained_variance", "l0", "dead")]
         lines.append(_cells(name, count(one.steps), *("" if value is None else number(value) for value in values)))
+    return lines
+
+
+def _held_out(metrics: dict[str, dict[str, float | None]], width: int, most: int) -> list[Text]:
+    """The metrics of one SAE; of several the first ones that there is room for, one row each."""
+    if len(metrics) <= 1:
+        pairs = [(label(name), number(value)) for values in metrics.values() for name, value in values.items()]
+        return _grid("held out", pairs[: 4 * most], width)
+    columns: dict[str, int] = {}
+    room = width - NAME - 2
+    for name in dict.fromkeys(name for values in metrics.values() for name in values):
+        columns[name] = max(cell_len(label(name)) + 2, VALUE)
+        room -= columns[name]
+        if room < 0:
+            del columns[name]
+            break
+    heads = "".join(f"{clean(label(name)):>{size}}" for name, size in columns.items())
+    lines = [Text("  " + set_cell_size("held out", NAME) + heads, style="dim")]
+    for variant, values in list(metrics.items())[: 4 * most]:
+        cells = ((number(values[name]) if name in values else "", size) for name, size in columns.items())
+        lines.append(Text("  " + set_cell_size(clean(variant), NAME) + "".join(f"{v:>{size}}" for v, size in cells)))
     return lines
 
 

@@ -27,6 +27,7 @@ class PlainView:
         self._clock = clock
         self.state = RunState()
         self._said: dict[str, tuple[float, float]] = {}  # by phase: when it spoke last, and how far it was
+        self._spoken: int | None = None  # the step of training that was spoken of last
 
     @hookimpl
     def run_started(self, run: Any) -> None:
@@ -61,17 +62,20 @@ class PlainView:
         if "tokens" in values and phase.total:
             # The loop logs a step before it counts it as progress.
             phase.advance(int(values["tokens"]), self._clock())
-        if self._is_due(phase) or training.steps == training.total_steps:
+        # Where one variant speaks of a step, so do the others.
+        if training.steps in (self._spoken, training.total_steps) or self._is_due(phase):
+            self._spoken = training.steps
             self._say(self._training_line(trainer))
 
     @hookimpl
-    def evaluated(self, metrics: dict[str, float | None]) -> None:
-        self._say("held out: " + ", ".join(f"{label(name)} {number(value)}" for name, value in metrics.items()))
+    def evaluated(self, metrics: dict[str, float | None], variant: str) -> None:
+        values = ", ".join(f"{label(name)} {number(value)}" for name, value in metrics.items())
+        self._say(f"held out{_of(variant)}: {values}")
 
     @hookimpl
-    def analysed(self, name: str, result: Any) -> None:
+    def analysed(self, name: str, result: Any, variant: str) -> None:
         scalars = ", ".join(f"{label(key)} {number(value)}" for key, value in result.scalars.items())
-        self._say(f"analysed {name}: {scalars or 'no scalars'}")
+        self._say(f"analysed{_of(variant)} {name}: {scalars or 'no scalars'}")
 
     @hookimpl
     def warned(self, message: str) -> None:
@@ -110,7 +114,6 @@ class PlainView:
     def _training_line(self, trainer: Any) -> str:
         training, phase = self.state.training_of(trainer), self.state.phase("train")
         values = training.values
-        variant = getattr(trainer, "variant", "")
         parts = [f"step {training.steps}" + (f"/{training.total_steps}" if training.total_steps else "")]
         if phase.fraction is not None:
             parts.append(percent(phase.fraction))
@@ -125,7 +128,11 @@ class PlainView:
         left = phase.left(self._clock())
         if left is not None:
             parts.append(f"{duration(left)} left")
-        return f"train{f' {variant}' if variant else ''}: " + ", ".join(parts)
+        return f"train{_of(getattr(trainer, 'variant', ''))}: " + ", ".join(parts)
+
+
+def _of(variant: str) -> str:
+    return f" {variant}" if variant else ""
 
 
 def _how_far(phase: Phase, now: float) -> str:

@@ -158,27 +158,33 @@ class Training:
 
 @dataclass
 class RunState:
-    """The whole run. `training` holds one entry for each SAE in training, by its variant's name ("" for one alone)."""
+    """The whole run. `training` and `metrics` hold one entry for each SAE, by its variant's name ("" for one alone)."""
 
     title: str = ""
     subject: str = ""
     phases: dict[str, Phase] = field(default_factory=lambda: {name: Phase(name) for name in PHASES})
     training: dict[str, Training] = field(default_factory=dict)
-    metrics: dict[str, float | None] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
     analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def start(self, run: Any) -> None:
         """Take from a `saekit.runner.run.Run` what names it."""
         self.title = run.directory.path.name
-        config, plan = run.config, run.plan
-        size = f" {config.architecture.d_sae:,}" if config.architecture.d_sae else ""
-        facts = (f"{plan.architecture.component.name}{size}", plan.facts.get("model"), plan.facts.get("hook_point"))
+        plan, first = run.plan, run.plan.members[0]
+        size = f" {first.config.architecture.d_sae:,}" if first.config.architecture.d_sae else ""
+        one = f"{first.architecture.component.name}{size}"
+        what = one if len(plan.members) == 1 else f"{len(plan.members)} variants"
+        facts = (what, plan.facts.get("model"), plan.facts.get("hook_point"))
         self.subject = " · ".join(str(fact) for fact in facts if fact)
 
     def phase(self, name: str) -> Phase:
         """The phase by name; one that is not known yet gets its place at the end."""
         return self.phases.setdefault(name, Phase(name))
+
+    def analysed(self, name: str, result: Any, variant: str) -> None:
+        """Take in what an analyzer found, of one SAE or of a variant."""
+        self.analyses[f"{variant} {name}".strip()] = dict(result.scalars)
 
     def training_of(self, trainer: Any) -> Training:
         """The entry of this trainer, which a run of several variants names."""

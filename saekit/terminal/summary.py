@@ -23,7 +23,7 @@ GAP = 4  # columns between two headline metrics
 def render_summary(summary: dict[str, Any], console: Console) -> None:
     """Print the summary to `console`. Keys that are missing are left out; a value of None reads "not defined"."""
     width = min(console.width, WIDEST)
-    sections: list[RenderableType] = [_what(summary), *_headline(summary, width)]
+    sections: list[RenderableType] = [_what(summary), *_headline(summary, width), *_variants(summary, width)]
     facts = [(clean(name), items) for name, items in _facts(summary)]
     if facts:
         names = min(max(cell_len(name) for name, _ in facts), 20)
@@ -53,7 +53,8 @@ def render_summary(summary: dict[str, Any], console: Console) -> None:
 
 def _what(summary: dict[str, Any]) -> Text:
     sae = summary.get("sae") or {}
-    line = Text(clean(sae.get("architecture") or "SAE"), style="bold")
+    variants = summary.get("variants") or {}
+    line = Text(f"{len(variants)} variants" if variants else clean(sae.get("architecture") or "SAE"), style="bold")
     if sae.get("d_in") and sae.get("d_sae"):
         line.append(f"  {sae['d_in']:,} -> {sae['d_sae']:,} latents", style="not bold")
     site = " at ".join(clean(summary[key]) for key in ("model", "hook_point") if summary.get(key))
@@ -80,6 +81,36 @@ def _headline(summary: dict[str, Any], width: int) -> list[RenderableType]:
         table = Table.grid(padding=(0, GAP, 0, 0))
         table.add_row(*(Text(clean(label(name)), style="dim") for name in row))
         table.add_row(*(_value(metrics[name], "bold cyan") for name in row))
+        sections += [Text(), table]
+    return sections
+
+
+def _variants(summary: dict[str, Any], width: int) -> list[RenderableType]:
+    """A row for each variant: what it is, and its headline metrics, in as many tables as they need."""
+    variants = summary.get("variants") or {}
+    left = list(dict.fromkeys(name for own in variants.values() for name in own.get("headline") or []))
+    first = max((cell_len(clean(name)) for name in variants), default=0)
+    sections: list[RenderableType] = []
+    while left or (variants and not sections):
+        table = Table.grid(padding=(0, GAP, 0, 0))
+        table.add_column(no_wrap=True)
+        heads, room = [], width - 6 - first
+        if not sections:
+            heads = ["architecture", "latents"]
+            room -= 2 * GAP + sum(map(len, heads))
+        shown: list[str] = []
+        while left and (not (heads or shown) or room >= len(label(left[0])) + GAP):
+            room -= max(len(label(left[0])), 8) + GAP
+            shown.append(left.pop(0))
+        for _ in (*heads, *shown):
+            table.add_column(justify="right", no_wrap=True)
+        table.add_row("", *(Text(clean(head), style="dim") for head in (*heads, *map(label, shown))))
+        for name, own in variants.items():
+            sae = own.get("sae") or {}
+            what = [clean(sae.get("architecture") or ""), number(sae.get("d_sae"))] if heads else []
+            metrics = own.get("metrics") or {}
+            values = [_value(metrics[key], "bold cyan") if key in metrics else Text("") for key in shown]
+            table.add_row(Text(clean(name), style="bold"), *map(Text, what), *values)
         sections += [Text(), table]
     return sections
 
@@ -137,10 +168,11 @@ def _where(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Where everything lies, and what one may want to do next."""
     directory = str(summary.get("directory") or summary.get("run") or ".")
     quoted = shlex.quote(directory)
+    variants = bool(summary.get("variants"))
     return [
         ("run", directory),
         ("report", str(Path(directory) / "report.html")),
-        ("SAE", str(Path(directory) / "sae")),
-        ("next", f"saekit compare {quoted} OTHER_RUN"),
+        ("SAEs", str(Path(directory) / "variants")) if variants else ("SAE", str(Path(directory) / "sae")),
+        ("next", f"saekit compare {quoted}" + ("" if variants else " OTHER_RUN")),
         ("", f"saekit report {quoted}"),
     ]

@@ -73,14 +73,14 @@ class LiveView:
             self.state.training_of(trainer).log(number + 1, values)
 
     @hookimpl
-    def evaluated(self, metrics: dict[str, float | None]) -> None:
+    def evaluated(self, metrics: dict[str, float | None], variant: str) -> None:
         with self._lock:
-            self.state.metrics.update(metrics)
+            self.state.metrics[variant] = dict(metrics)
 
     @hookimpl
-    def analysed(self, name: str, result: Any) -> None:
+    def analysed(self, name: str, result: Any, variant: str) -> None:
         with self._lock:
-            self.state.analyses[name] = dict(result.scalars)
+            self.state.analysed(name, result, variant)
 
     @hookimpl
     def warned(self, message: str) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from saekit.config import RunConfig
 from saekit.errors import UsageError
 from saekit.files import disk_errors, flush_to_disk, plain, sha256_of, write_text
+from saekit.variants import SHARED
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
-FORMAT = 1
+FORMAT = 2
 """Raised when a checkpoint's content changes, so that an older one is refused and not misread."""
 
 
@@ -114,6 +115,18 @@ def decisive(config: RunConfig, source: dict[str, Any]) -> dict[str, Any]:
 
     source: the source's own account of model and data, since a file may change where its name does not.
     """
+    flat: dict[str, Any] = {}
+    for variant, own in config.members().items():
+        for key, value in _of_member(own).items():
+            flat[f"variant.{variant}.{key}" if variant and not key.startswith(_OF_ALL) else key] = value
+    if config.variant:
+        flat["variant"] = ", ".join(variant.name for variant in config.variant)
+    _flatten("identity of the source", plain(source), flat)
+    return flat
+
+
+def _of_member(config: RunConfig) -> dict[str, Any]:
+    """What decides the weights of one SAE."""
     whole = config.model_dump(by_alias=True)
     flat: dict[str, Any] = {}
     for section in ("source", "architecture", "training"):
@@ -123,10 +136,11 @@ def decisive(config: RunConfig, source: dict[str, Any]) -> dict[str, Any]:
         flat[section] = ", ".join(labels)
         for label, entry in zip(labels, whole[section], strict=True):
             _flatten(f"{section}.{label}", entry, flat)
-    _flatten("identity of the source", plain(source), flat)
     return {key: value for key, value in flat.items() if key not in _IDLE}
 
 
+_OF_ALL = ("source.", *(f"training.{key}" for key in SHARED if key != "data_seed"))
+"""Keys in which variants do not differ; `data_seed` follows from the `seed` of each."""
 _IDLE = {f"training.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "prefetch", "guard_steps")}
 _IDLE |= {"source.cache"}  # where it lies; what is in it is part of the source's identity
 

@@ -36,8 +36,9 @@ class Trainer:
     Listeners may read everything here, and change `sae` and `optimizer` state. Draws belong to `generator`, whose
     state is in the checkpoint, so that a resumed run draws the same.
 
-    sae: sees activations times `scale`. step: the last `Step`. losses: its unweighted values by name (detached).
-    fired: [d_sae], in how many rows of the last batch each latent fired. number: steps done. tokens: activations seen.
+    sae: sees activations times `scale`, and makes a transcoder's targets times `target_scale`. step: the last `Step`.
+    losses: its unweighted values by name (detached). fired: [d_sae], in how many rows of the last batch each latent
+    fired. number: steps done. tokens: activations seen. variant: its name where the run trains several, else empty.
     """
 
     def __init__(
@@ -50,9 +51,13 @@ class Trainer:
         scale: float,
         device: torch.device,
         listeners: Listeners,
+        target_scale: float | None = None,
+        variant: str = "",
     ) -> None:
         self.sae, self.terms, self.config, self.listeners = sae, terms, config, listeners
+        self.variant = variant
         self.total_steps, self.scale, self.device = total_steps, scale, device
+        self.target_scale = scale if target_scale is None else target_scale
         self.named_parameters = [(n, p) for n, p in sae.named_parameters() if p.requires_grad]
         self.named_parameters += [pair for term in terms for pair in term.parameters()]
         self._parameters = [p for _, p in self.named_parameters]
@@ -85,6 +90,7 @@ class Trainer:
         self.listeners.emit("step_started", trainer=self, number=number)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        self.optimizer.zero_grad(set_to_none=True)  # before the pre-activations are made, so that only one is in memory
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             step = self.step = self._forward(batch)
             values = self._loss_values(step)
@@ -96,13 +102,13 @@ class Trainer:
 
     def _forward(self, batch: Activations) -> Step:
         x = batch.x * self.scale  # [batch, d_in]
-        target = x if batch.target is None else batch.target * self.scale
+        target = x if batch.target is None else batch.target * self.target_scale
         code = self.sae.encode(x)
         return Step(
             x=x,
             target=target,
             code=code,
-            reconstruction=self.sae.decode(code),
+            reconstruction=self.sae.reconstruct(x, code),
             sae=self.sae,
             labels=batch.labels,
             tokens=batch.tokens,
@@ -133,7 +139,6 @@ class Trainer:
             self._unread.append((self.number, self.losses))
         if self.guard:
             self.guard.watch_losses(values, self._parameters)
-        self.optimizer.zero_grad(set_to_none=True)
         if total.requires_grad:
             try:
                 total.backward()
@@ -212,7 +217,12 @@ class Trainer:
         tensors["rng.torch"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        values: dict[str, Any] = {"scale": self.scale, "spoke": sorted(self._spoke), "last_logged": self.last_logged}
+        values: dict[str, Any] = {
+            "scale": self.scale,
+            "target_scale": self.target_scale,
+            "spoke": sorted(self._spoke),
+            "last_logged": self.last_logged,
+        }
         values["path"] = self.sae.path_state()
         for prefix, holder in self._stateful():
             for key, value in holder.state_dict().items():
@@ -225,13 +235,13 @@ class Trainer:
     def load_state(self, number: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Restore what `state` gave after step `number`."""
         self.number = number
-        self.sae.load_state_dict(_below("sae.", tensors))
+        self.sae.load_state_dict(below("sae.", tensors))
         for name, parameter in self.named_parameters:
-            for key, value in _below(f"optimizer.{name}.", tensors).items():
+            for key, value in below(f"optimizer.{name}.", tensors).items():
                 # Adam's moments take the parameter's layout in memory; `step` is a number of its own type.
                 like = torch.empty_like(value) if key == "step" else torch.empty_like(parameter)
                 self.optimizer.state[parameter][key] = like.copy_(value).to(self.device)
-        self.firing.load_state_dict(_below("firing.", tensors))
+        self.firing.load_state_dict(below("firing.", tensors))
         self.generator.set_state(tensors["rng.listeners"])
         torch.set_rng_state(tensors["rng.torch"])
         if "rng.cuda" in tensors and self.device.type == "cuda":
@@ -242,7 +252,7 @@ class Trainer:
         if number >= self.config.guard_steps:
             self.guard = None
         for prefix, holder in self._stateful():
-            state = {**_below(prefix, tensors), **_below(prefix, values)}
+            state = {**below(prefix, tensors), **below(prefix, values)}
             if state:
                 try:
                     holder.load_state_dict(state)
@@ -276,5 +286,6 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _below(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+def below(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    """What stands under names that begin with `prefix`, by the rest of the name."""
     return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}

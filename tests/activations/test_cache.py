@@ -155,7 +155,7 @@ def test_a_written_cache_is_read_without_a_model(cached, direct, tiny_gpt2, text
 
 
 def test_capabilities_are_those_of_the_source(cached, tmp_path):
-    assert hasattr(cached, "token_batches") and not hasattr(cached, "sequences") and not hasattr(cached, "withheld")
+    assert hasattr(cached, "token_batches") and not hasattr(cached, "sequences") and set(cached.withheld) == {"target"}
     synthetic = SyntheticSource(d_in=8, n_features=4, probability=0.1, held_out=100)
     source = opened(CachedSource(synthetic, tmp_path / "other", tokens=400))
     assert not hasattr(source, "token_strings") and set(source.withheld) == {"labels", "sequences"}
@@ -429,8 +429,8 @@ def test_an_interrupted_run_goes_on_from_the_cache_wherever_it_lies_now(tiny_gpt
 
     save = Run._checkpoint
 
-    def stop(self, trainer, position):
-        save(self, trainer, position)
+    def stop(self, number, position):
+        save(self, number, position)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, contextlib.suppress(saekit.SaekitError):

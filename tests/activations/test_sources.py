@@ -192,7 +192,7 @@ def small_organism(tiny_gpt2, monkeypatch):
 def test_the_organism_labels_code_and_prose_in_both_streams(small_organism, split):
     source = OrganismSource(hook_point="blocks.1.hook_out", context=16)
     source.open(device=CPU, dtype=torch.float32)
-    assert source.concepts == ["code"] and not hasattr(source, "withheld")
+    assert source.concepts == ["code"] and set(source.withheld) == {"target"}
     known = {"c": 1.0, "p": 0.0, "f": None, "s": None}
     for block in blocks(source, split, 2):
         for text, label in zip(source.token_strings(block.tokens), block.labels[:, 0].tolist(), strict=True):
@@ -206,7 +206,7 @@ def test_the_organism_labels_code_and_prose_in_both_streams(small_organism, spli
         assert batch.labels.sum() == 12  # of 22, as code and prose are mixed
     assert torch.equal(source.sequences(split, 22, 0, 1).x, batch.x)
     alone = OrganismSource(kinds=["code", "facts"])
-    assert set(alone.withheld) == {"labels", "sequences"}
+    assert set(alone.withheld) == {"labels", "sequences", "target"}
 
 
 def test_the_organism_is_mixed_as_it_was_trained(small_organism):

@@ -136,6 +136,23 @@ def test_sequences_are_a_function_of_seed_and_number_and_come_once_a_pass(source
     assert not torch.equal(source.sequences("train", 6, 5, 0).tokens, source.sequences("train", 6, 4, 0).tokens)
 
 
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_the_sequences_of_a_transcoder_have_their_targets(tiny_llama, data, split):
+    """They are what a source reads that has the target's site for its own, and move along with the rest."""
+    site = "model.layers.1.mlp.up_proj"
+    paired, there, here = (
+        opened(tiny_llama, data, **options)
+        for options in ({"target_hook_point": site}, {"hook_point": site}, {})
+    )
+    batch, targets, alone = (s.sequences(split, 4, 3, 1) for s in (paired, there, here))
+    assert batch.target.shape == (*batch.mask.shape, paired.d_out) and paired.d_out != paired.d_in
+    assert torch.equal(batch.x, alone.x) and torch.equal(batch.target, targets.x) and alone.target is None
+    assert not batch.target[~batch.mask].any()
+    assert torch.equal(batch.to("cpu").target, batch.target) and alone.to("cpu").target is None
+    ended = paired.sequences("held_out", 4, 0, 10_000)
+    assert len(ended) == 0 and ended.target.shape[2] == paired.d_out
+
+
 def test_held_out_sequences_end_and_share_no_text_with_training(source):
     found = []
     for number in itertools.count():

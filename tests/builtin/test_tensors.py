@@ -59,7 +59,7 @@ def deep(tmp_path):
         labels[numbers == 7] = torch.nan
         mask = torch.ones(n, 3, dtype=torch.bool)
         mask[numbers % 4 == 0, 2] = False
-        tensors = {"h": x, "y": labels, "mask": mask, "ids": numbers[:, None] * 10 + torch.arange(3)}
+        tensors = {"h": x, "y": labels, "mask": mask, "ids": numbers[:, None] * 10 + torch.arange(3), "out": x[..., :2] * 2}
         save_file(tensors, tmp_path / f"part{file}.safetensors")
     return tmp_path
 
@@ -140,6 +140,9 @@ def test_labelled_sequences_come_whole_and_once_a_pass(deep):
     again = opened(deep, key="h", labels="y", mask="mask", tokens="ids", chunk=6)
     assert torch.equal(again.sequences("train", 5, 3, 11).x, source.sequences("train", 5, 3, 11).x)
     assert not torch.equal(source.sequences("train", n, 1, 0).x, batch.x)
+    assert batch.target is None
+    paired = opened(deep, key="h", labels="y", mask="mask", tokens="ids", target="out", chunk=6).sequences("train", n, 0, 0)
+    assert torch.equal(paired.x, batch.x) and torch.equal(paired.target, 2 * batch.x[..., :2])
 
 
 def test_files_held_out_are_whole_files(flat):

@@ -661,10 +661,10 @@ import torch
 from saekit.builtin.architectures import TopK
 
 class Odd(TopK):
-    def gate(self, x, centred):
+    def gate(self, x):
         if torch.is_grad_enabled() is {training}:
             raise ValueError("the gate is stuck")
-        return super().gate(x, centred)
+        return super().gate(x)
 """
 
 

@@ -32,6 +32,10 @@ RUNS = {
         "training__dead_after": 512,
     },
     "plain": {},
+    "of variants": {
+        "callback": [{"use": "resample", "every": 13, "below": 0.02}],
+        "variant": [{"name": "one"}, {"name": "two", "architecture": {"d_sae": 128}, "training": {"seed": 1}}],
+    },
     "with a code that becomes sparse": {"architecture": {"use": "standard", "d_sae": 128}, "loss": [{"use": "mse"}, {"use": "l1"}]},
 }
 
@@ -64,7 +68,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         process.wait()
         assert process.returncode == 0, process.communicate()
         ended = time.monotonic()
-    assert [line["step"] for line in logged(undisturbed)] == LOGGED
+    assert [line["step"] for line in logged(members(undisturbed)[0])] == LOGGED
     if "dead" in which:
         assert any(line.get("loss/auxk") for line in logged(undisturbed))
         assert max(line["dead"] for line in logged(undisturbed)) > 0
@@ -88,16 +92,22 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         say(f"  after {lines} lines and {seconds:.3f} s{', and again' if again else ''}: {kept[-1:] or 'no checkpoint'}")
         resumed = command("run", "--resume", run)
         assert resumed.code == 0, resumed.err
-        assert weights(run) == weights(undisturbed), f"seed {SEED}, kill {number}"
-        assert [line["step"] for line in logged(run)] == LOGGED
-        assert same_numbers(run, undisturbed)
+        for one, whole in zip(members(run), members(undisturbed), strict=True):
+            assert weights(one) == weights(whole), f"seed {SEED}, kill {number}"
+            assert [line["step"] for line in logged(one)] == LOGGED
+            assert same_numbers(one, whole)
         assert not leftovers(run)
         assert (run / "report.html").is_file()
 
 
+def members(run: Path) -> list[Path]:
+    """The directory of each SAE of a run."""
+    return sorted((run / "variants").glob("*")) or [run]
+
+
 def lines_of(run: Path) -> int:
-    """How many lines metrics.jsonl has."""
-    path = run / "metrics.jsonl"
+    """How many lines metrics.jsonl has, of the first variant where there are several."""
+    path = members(run)[0] / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 

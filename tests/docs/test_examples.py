@@ -26,7 +26,7 @@ from saekit.cli import cli
 from saekit.component import HOOKS
 from saekit.config import parse_config
 from saekit.plugins import Registry
-from saekit.runner.plan import make_plan
+from saekit.runner.plan import plan_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
@@ -102,15 +102,20 @@ def workplace(
     shutil.copy(text_file, tmp_path / "texts" / "some.txt")
     lines = [json.dumps({"text": text}) for text in text_file.read_text(encoding="utf-8").split("\n\n")]
     (tmp_path / "texts" / "some.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "run.toml").write_text(tomli_w.dumps(reduced(readme_run_file(), source)), encoding="utf-8")
+    for name in ("run.toml", "variants.toml"):
+        (tmp_path / name).write_text(tomli_w.dumps(reduced(run_file_shown(name), source)), encoding="utf-8")
     for name in set(re.findall(r"runs/([\w-]+)/sae", "".join(block.text for block in RUN))):
         (tmp_path / "runs").mkdir(exist_ok=True)
         (tmp_path / "runs" / name).symlink_to(finished)
     return tmp_path
 
 
+def run_file_shown(name: str) -> dict[str, Any]:
+    return next(tomllib.loads(block.text) for block in RUN if block.title == name)
+
+
 def readme_run_file() -> dict[str, Any]:
-    return next(tomllib.loads(block.text) for block in RUN if block.title == "run.toml")
+    return run_file_shown("run.toml")
 
 
 def reduced(table: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def test_toml(block: Block, workplace: Path, finished: Path) -> None:
     table.setdefault("source", {"use": "text", "model": "my-model", "hook_point": "blocks.1.hook_out", "data": "texts"})
     table.setdefault("architecture", {"use": "topk", "d_sae": 64, "k": 4})
     table.setdefault("loss", [{"use": "mse"}])
-    plan = make_plan(parse_config(table, str(block)), Registry())
+    plan = plan_run(parse_config(table, str(block)), Registry())
     assert plan.warnings == []
 
 

@@ -20,10 +20,11 @@ from saekit.errors import ExitCode
 from saekit.hookspecs import Declaring, Lifecycle
 from saekit.plugins import Registry
 from saekit.schedules import SCHEDULES
+from saekit.variants import Variant
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-MODELS = [RunConfig, Use, SourceUse, ArchitectureUse, LossUse, TrainingConfig, EvaluationConfig, *SCHEDULES.values()]
+MODELS = [RunConfig, Use, SourceUse, ArchitectureUse, LossUse, TrainingConfig, EvaluationConfig, Variant, *SCHEDULES.values()]
 COMPONENTS = [pytest.param(c, id=f"{c.kind}-{c.name}") for c in Registry().components() if c.kind != "recipe"]
 
 

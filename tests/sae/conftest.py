@@ -17,9 +17,9 @@ D_IN, D_SAE = 16, 64
 @pytest.fixture
 def random_sae() -> Callable[..., saekit.SparseAutoencoder]:
     """`random_sae(NAME, option=...)`: every tensor drawn, decoder rows of many norms, about a third of the latents
-    active. d_out and centred (whether b_dec is taken from the input) may be given as well."""
+    active. d_out (of a transcoder) and centred (whether b_dec is taken from the input) may be given as well."""
 
-    def make(name: str, *, d_out: int = D_IN, centred: bool | None = None, seed: int = 0, **options: Any):
+    def make(name: str, *, d_out: int | None = None, centred: bool | None = None, seed: int = 0, **options: Any):
         component = Registry().find("architecture", name)
         sae = component.build(component.validate({"decoder_norm": "free", **options}, name), D_IN, D_SAE, d_out)
         generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,8 @@
 """For every architecture and every core loss, the engine's gradients are those of a dense computation written here.
 
 The reference never compresses anything: it works on [batch, d_sae] with autograd, and is told only which entries the
-engine chose where the choice is the engine's (top-k breaks ties arbitrarily).
+engine chose where the choice is the engine's (top-k breaks ties arbitrarily). Transcoders rebuild a target of another width,
+with a linear path beside the latents or without.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from saekit.builtin.batchtopk import BatchTopK, Matryoshka
 from saekit.builtin.gated import Gated
 from saekit.builtin.jumprelu import JumpReLU
 
-D, F = 5, 24
+D, F, D_OUT = 5, 24, 7
 
 
 @dataclass
@@ -61,7 +62,7 @@ def _mask(engine: SparseCode) -> Tensor:
 
 def dense(sae: SparseAutoencoder, x: Tensor, engine: Any) -> Dense:
     """The same architecture, densely."""
-    product = (x - sae.b_dec) @ sae.W_enc
+    product = (x if sae.transcoder else x - sae.b_dec) @ sae.W_enc
     if isinstance(sae, Gated):
         gate = product + sae.b_gate
         magnitude = torch.exp(sae.r_mag) * product + sae.b_mag
@@ -75,11 +76,19 @@ def dense(sae: SparseAutoencoder, x: Tensor, engine: Any) -> Dense:
     return Dense(sae.activation(pre), pre)
 
 
-def dense_loss(name: str, sae: SparseAutoencoder, x: Tensor, ref: Dense, dead: Tensor) -> Tensor:
+def dense_skip(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """The linear path: sum over i of W_skip[o, i] x[n, i]."""
+    if sae.W_skip is None:
+        return torch.zeros(len(x), sae.d_out, dtype=torch.float64)
+    return (sae.W_skip[None] * x[:, None, :]).sum(2)
+
+
+def dense_loss(name: str, sae: SparseAutoencoder, x: Tensor, target: Tensor, ref: Dense, dead: Tensor) -> Tensor:
     """Each core loss from its formula."""
-    recon = ref.code @ sae.W_dec + sae.b_dec
+    skip = dense_skip(sae, x)
+    recon = ref.code @ sae.W_dec + sae.b_dec + skip
     if name == "mse":
-        return ((x - recon) ** 2).sum() / x.numel()
+        return ((target - recon) ** 2).sum() / target.numel()
     if name == "l1":
         return ref.code.sum() / len(x)  # never negative
     if name == "l1_by_norm":
@@ -87,15 +96,15 @@ def dense_loss(name: str, sae: SparseAutoencoder, x: Tensor, ref: Dense, dead: T
     if name == "gate_sum":
         return ref.gates.sum() / len(x)
     if name == "gated_aux":
-        rebuilt = ref.gates @ sae.W_dec.detach() + sae.b_dec.detach()
-        return ((x - rebuilt) ** 2).sum() / x.numel()
+        rebuilt = ref.gates @ sae.W_dec.detach() + sae.b_dec.detach() + skip.detach()
+        return ((target - rebuilt) ** 2).sum() / target.numel()
     if name == "matryoshka":
         total = 0.0
         for size in sae.prefixes:
-            total = total + ((x - ref.code[:, :size] @ sae.W_dec[:size] - sae.b_dec) ** 2).mean()
+            total = total + ((target - ref.code[:, :size] @ sae.W_dec[:size] - sae.b_dec - skip) ** 2).mean()
         return total / len(sae.prefixes)
     if name == "auxk":
-        residual = (x - recon).detach()
+        residual = (target - recon).detach()
         masked = ref.pre[:, dead]
         k = min(max(1, D // 2), masked.shape[1])
         kept = torch.zeros_like(masked).scatter(1, masked.topk(k, 1).indices, 1.0)
@@ -114,10 +123,16 @@ def dense_loss(name: str, sae: SparseAutoencoder, x: Tensor, ref: Dense, dead: T
     raise AssertionError(name)
 
 
+def l1_by_norm(step: Step) -> Tensor:
+    """The l1 loss where decoder rows have norms of their own; of unit rows it knows that the norms say nothing."""
+    step.sae.decoder_norm = "free"
+    return losses.l1(step)
+
+
 ENGINE: dict[str, Callable[[Step], Tensor]] = {
     "mse": losses.mse,
-    "l1": losses.l1,
-    "l1_by_norm": lambda step: losses.l1(step, by_decoder_norm=True),
+    "l1": lambda step: losses.l1(step, by_decoder_norm=False),
+    "l1_by_norm": l1_by_norm,
     "gate_sum": losses.gate_sum,
     "gated_aux": losses.gated_aux,
     "matryoshka": losses.matryoshka,
@@ -125,6 +140,7 @@ ENGINE: dict[str, Callable[[Step], Tensor]] = {
     "decorrelation": losses.Decorrelation(latents=8),
 }
 EVERYWHERE = ("mse", "l1", "l1_by_norm", "auxk", "decorrelation")
+SKIP: dict[str, Any] = {"decoder_norm": "free", "skip": True}
 BUILD: dict[str, tuple[Callable[[], SparseAutoencoder], tuple[str, ...]]] = {
     "standard dense": (lambda: _path(Standard(D, F, decoder_norm="free"), 1.0), EVERYWHERE),
     "standard sparse": (lambda: _path(Standard(D, F, decoder_norm="free"), 0.0), EVERYWHERE),
@@ -136,6 +152,19 @@ BUILD: dict[str, tuple[Callable[[], SparseAutoencoder], tuple[str, ...]]] = {
     "matryoshka": (lambda: Matryoshka(D, F, k=4, decoder_norm="free"), (*EVERYWHERE, "matryoshka")),
     "jumprelu": (lambda: JumpReLU(D, F, threshold=0.3, bandwidth=0.4, decoder_norm="free"), (*EVERYWHERE, "gate_sum")),
     "gated": (lambda: Gated(D, F, decoder_norm="free"), (*EVERYWHERE, "gate_sum", "gated_aux")),
+    "topk transcoder": (lambda: TopK(D, F, D_OUT, k=4, decoder_norm="free"), EVERYWHERE),
+    "standard dense skip": (lambda: _path(Standard(D, F, D_OUT, **SKIP), 1.0), EVERYWHERE),
+    "standard sparse skip": (lambda: _path(Standard(D, F, D_OUT, **SKIP), 0.0), EVERYWHERE),
+    "clipped sparse skip": (lambda: _path(Clipped(D, F, D_OUT, cap=0.8, **SKIP), 0.0), EVERYWHERE),
+    "topk skip": (lambda: TopK(D, F, D_OUT, k=4, **SKIP), EVERYWHERE),
+    "topk skip same width": (lambda: TopK(D, F, D, k=4, **SKIP), EVERYWHERE),
+    "batchtopk skip": (lambda: BatchTopK(D, F, D_OUT, k=4, **SKIP), EVERYWHERE),
+    "matryoshka skip": (lambda: Matryoshka(D, F, D_OUT, k=4, **SKIP), (*EVERYWHERE, "matryoshka")),
+    "jumprelu skip": (
+        lambda: JumpReLU(D, F, D_OUT, threshold=0.3, bandwidth=0.4, **SKIP),
+        (*EVERYWHERE, "gate_sum"),
+    ),
+    "gated skip": (lambda: Gated(D, F, D_OUT, **SKIP), (*EVERYWHERE, "gate_sum", "gated_aux")),
 }
 CASES = ("ordinary", "batch of one", "empty rows", "ties", "all dead")
 
@@ -157,13 +186,14 @@ def prepared(name: str, case: str) -> tuple[SparseAutoencoder, Tensor]:
         sae.threshold.data.abs_()
     x = torch.randn(1 if case == "batch of one" else 11, D, generator=generator, dtype=torch.float64)
     bias = sae.b_gate if isinstance(sae, Gated) else sae.b_enc
+    nothing = torch.zeros(D, dtype=torch.float64) if sae.transcoder else sae.b_dec.detach()  # has no pre-activation
     if case == "empty rows":
-        x[3] = sae.b_dec.detach()
-        x[7] = sae.b_dec.detach()
+        x[3] = nothing
+        x[7] = nothing
         bias.data -= 0.5
         bias.data.clamp_max_(-0.1)
     if case == "ties":
-        x[:] = sae.b_dec.detach()
+        x[:] = nothing
         bias.data.fill_(0.6)
     if case == "all dead":
         bias.data.fill_(-1e3)
@@ -176,13 +206,17 @@ def test_gradients_equal_the_dense_computation(name: str, loss: str, case: str) 
     sae, x = prepared(name, case)
     dead = torch.zeros(F, dtype=torch.bool)
     dead[::3] = True
+    target = x
+    if sae.transcoder:
+        target = torch.randn(len(x), sae.d_out, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     code = sae.encode(x)
-    step = Step(x, x, code, sae.decode(code), sae, dead=dead, n_dead=int(dead.sum()))
+    step = Step(x, target, code, sae.reconstruct(x, code), sae, dead=dead, n_dead=int(dead.sum()))
     reference = dense(sae, x, code)
     reference.frequent = code.fired().topk(8).indices
     torch.testing.assert_close(code.dense(), reference.code, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(step.reconstruction, reference.code @ sae.W_dec + sae.b_dec, rtol=1e-12, atol=1e-12)
-    ours, theirs = ENGINE[loss](step), dense_loss(loss, sae, x, reference, dead)
+    rebuilt = reference.code @ sae.W_dec + sae.b_dec + dense_skip(sae, x)
+    torch.testing.assert_close(step.reconstruction, rebuilt, rtol=1e-12, atol=1e-12)
+    ours, theirs = ENGINE[loss](step), dense_loss(loss, sae, x, target, reference, dead)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     names = ["x", *(n for n, _ in sae.named_parameters())]
     wanted = [x, *sae.parameters()]

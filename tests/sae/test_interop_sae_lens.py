@@ -37,8 +37,11 @@ THEIRS = [
     ("transcoder", {"d_out": 12}, False, "standard"),
     ("transcoder", {"d_out": D_IN}, False, "standard"),
     ("jumprelu_transcoder", {"d_out": 12}, False, "jumprelu"),
+    ("skip_transcoder", {"d_out": 12}, False, "standard"),
+    ("skip_transcoder", {"d_out": D_IN}, False, "standard"),
+    ("jumprelu_skip_transcoder", {"d_out": 12}, False, "jumprelu"),
 ]
-NOT_OURS = ["skip_transcoder", "jumprelu_skip_transcoder", "abstopk", "matching_pursuit", "temporal"]
+NOT_OURS = ["abstopk", "matching_pursuit", "temporal"]
 
 
 def drawn(name: str, options: dict[str, Any], centred: bool, dtype: str = "float32") -> Any:
@@ -65,7 +68,7 @@ def same(ours: SparseAutoencoder, theirs: Any, x: torch.Tensor) -> None:
     assert 2 < float(code.count().mean()) < D_SAE / 1.5
     there = theirs.encode(x)
     torch.testing.assert_close(code.dense(), there.dense() if isinstance(there, saekit.Code) else there, **CLOSE)
-    torch.testing.assert_close(ours.decode(code), theirs(x), **CLOSE)
+    torch.testing.assert_close(ours.reconstruct(x, code), theirs(x), **CLOSE)
 
 
 @pytest.mark.slow
@@ -75,6 +78,8 @@ def test_from_sae_lens(name, options, centred, ours, inputs: torch.Tensor, tmp_p
     theirs.save_model(tmp_path)
     saved = open_sae(tmp_path)
     assert type(saved.sae) is CLASSES[ours]
+    assert saved.sae.transcoder == ("d_out" in options)
+    assert (saved.sae.W_skip is not None) == ("skip" in name)
     assert saved.metadata["hook_name"] == "blocks.0.hook_out"
     same(saved.sae, theirs, inputs)
 
@@ -89,6 +94,7 @@ def test_from_sae_lens_and_back(name, options, centred, ours, inputs: torch.Tens
     interop.sae_lens.write(open_sae(tmp_path / "theirs"), tmp_path / "back")
     back = sae_lens.SAE.load_from_disk(str(tmp_path / "back"))
     assert back.cfg.metadata.hook_name == "blocks.0.hook_out"
+    assert back.cfg.architecture() == name
     torch.testing.assert_close(back(inputs), theirs(inputs), **CLOSE)
     same(saekit.load_sae(tmp_path / "back"), back, inputs)
 
@@ -112,15 +118,36 @@ def test_to_sae_lens(name: str, centred: bool, random_sae, inputs: torch.Tensor,
     same(ours, saekit.load_sae(tmp_path), inputs)
 
 
+TRANSCODERS = [
+    (name, d_out, skip)
+    for name in NAMES
+    for d_out in (12, D_IN)
+    for skip in (False, True)
+    if (CLASSES[name].saelens_skip_transcoder if skip else CLASSES[name].saelens_transcoder)
+    or (CLASSES[name].saelens_name and d_out == D_IN and not skip)  # the SAE that does not centre is the same function
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if CLASSES[name].saelens_transcoder])
-def test_transcoders_to_sae_lens(name: str, random_sae, inputs: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "d_out", "skip"), TRANSCODERS)
+def test_transcoders_to_sae_lens(
+    name: str, d_out: int, skip: bool, random_sae, inputs: torch.Tensor, tmp_path: Path
+) -> None:
+    """Without our own part of the file as well, from which it must be known again for what it is."""
     import sae_lens
 
-    ours = random_sae(name, d_out=12)
+    ours = random_sae(name, d_out=d_out, skip=skip)
     interop.sae_lens.write(SavedSAE(ours, name, {}), tmp_path)
     same(ours, sae_lens.SAE.load_from_disk(str(tmp_path)), inputs)
-    same(saekit.load_sae(tmp_path), sae_lens.SAE.load_from_disk(str(tmp_path)), inputs)
+    again = saekit.load_sae(tmp_path)
+    assert (again.options(), again.transcoder, again.d_out) == (ours.options(), True, d_out)
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in ours.state_dict().items())
+    cfg = json.loads((tmp_path / CONFIG).read_text())
+    del cfg["metadata"]["saekit"]
+    (tmp_path / CONFIG).write_text(json.dumps(cfg))
+    foreign = saekit.load_sae(tmp_path)
+    assert (foreign.transcoder, foreign.W_skip is not None) == (True, skip)
+    same(ours, foreign, inputs)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,6 +157,9 @@ def test_what_sae_lens_lacks_is_refused(name: str, random_sae, tmp_path: Path) -
         refused["has not an architecture that computes what"] = random_sae(name)
     if CLASSES[name].saelens_transcoder is None:
         refused["has not a"] = random_sae(name, d_out=12)
+    if CLASSES[name].saelens_skip_transcoder is None:
+        reason = r"has not .*\(a linear path \(skip\), d_in 16, d_out 16\)" if CLASSES[name].saelens_name else "has not an"
+        refused[reason] = random_sae(name, d_out=D_IN, skip=True)
     for reason, sae in refused.items():
         with pytest.raises(UsageError, match=reason):
             interop.sae_lens.write(SavedSAE(sae, name, {}), tmp_path)
@@ -260,7 +290,8 @@ def test_the_options_come_from_the_file(directory: Path) -> None:
     ("keys", "words"),
     [
         ({"architecture": "topc"}, r"'topc' is computed by none.* Did you mean 'topk'"),
-        ({"architecture": "skip_transcoder"}, "'skip_transcoder' is computed by none"),
+        ({"architecture": "matching_pursuit"}, "'matching_pursuit' is computed by none"),
+        ({"architecture": "skip_transcoder", "d_out": 16, "apply_b_dec_to_input": False}, "tensor 'W_skip' is missing"),
         ({"architecture": "GONE"}, "cfg.json: key 'architecture' is missing"),
         ({"k": "GONE"}, r"key 'k' is missing, which sae_lens's topk has"),
         ({"k": 5.5}, r"k: .*integer"),
@@ -335,8 +366,8 @@ class Halved(SparseAutoencoder):
     def options_from_saelens(cls, cfg):
         return {"by": cfg["halved_by"]}
 
-    def gate(self, x, centred):
-        return self.dense_code(x, ((centred @ self.W_enc + self.b_enc) / self.by).relu())
+    def gate(self, x):
+        return self.dense_code(x, (self.pre_activations(x) / self.by).relu())
 
 @hookimpl
 def saekit_architectures():

@@ -25,6 +25,8 @@ def lay(directory: Path, **keys: Any) -> dict[str, Tensor]:
     """A directory as sparsify writes it; a key of "GONE" is left out."""
     generator = torch.Generator().manual_seed(3)
     shapes = {"encoder.weight": (D_SAE, D_IN), "encoder.bias": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)}
+    if keys.get("skip_connection"):
+        shapes["W_skip"] = (D_IN, D_IN)
     state = {name: 0.6 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     cfg = {
         "activation": "topk", "expansion_factor": 4, "normalize_decoder": True, "num_latents": 0, "k": K,
@@ -42,26 +44,39 @@ def computed(directory: Path, x: Tensor) -> tuple[Tensor, Tensor]:
     pre = ((x if cfg["transcode"] else x - s["b_dec"]) @ s["encoder.weight"].t() + s["encoder.bias"]).relu()
     best = pre.topk(cfg["k"], dim=1)
     latents = torch.zeros_like(pre).scatter(1, best.indices, best.values)
-    return latents, latents @ s["W_dec"] + s["b_dec"]
+    skipped = x @ s["W_skip"].t() if cfg["skip_connection"] else 0.0
+    return latents, latents @ s["W_dec"] + s["b_dec"] + skipped
 
 
 def take(directory: Path) -> SavedSAE:
     return interop.take_in(read(directory), Registry())
 
 
-@pytest.mark.parametrize("keys", [{}, {"transcode": True}, {"num_latents": D_SAE, "expansion_factor": 3}, {"activation": "GONE"}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"transcode": True},
+        {"transcode": True, "skip_connection": True},
+        {"skip_connection": True},
+        {"num_latents": D_SAE, "expansion_factor": 3},
+        {"activation": "GONE"},
+    ],
+)
 def test_it_is_read_and_written_as_it_was(keys: dict[str, Any], inputs: Tensor, tmp_path: Path) -> None:
     state = lay(tmp_path / "theirs", **keys)
     saved = take(tmp_path / "theirs")
     latents, rebuilt = computed(tmp_path / "theirs", inputs)
     code = saved.sae.encode(inputs)
     torch.testing.assert_close(code.dense(), latents, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(saved.sae.decode(code), rebuilt, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(saved.sae.reconstruct(inputs, code), rebuilt, atol=1e-5, rtol=1e-5)
+    assert saved.sae.transcoder == bool(keys.get("transcode") or keys.get("skip_connection"))
     write(saved, tmp_path / "back")
     back = load_file(tmp_path / "back" / WEIGHTS)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
-    there = {"activation": "topk", "k": K, "d_in": D_IN, "num_latents": D_SAE, "transcode": keys.get("transcode", False)}
+    there = {"activation": "topk", "k": K, "d_in": D_IN, "num_latents": D_SAE}
+    there |= {key: keys.get(key, False) for key in ("transcode", "skip_connection")}
     assert json.loads((tmp_path / "back" / CONFIG).read_text()).items() >= there.items()
 
 
@@ -78,16 +93,16 @@ def test_round_trips_of_ours(centred: bool, random_sae, inputs: Tensor, tmp_path
     torch.testing.assert_close(rebuilt, ours(inputs), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_the_library_itself_opens_it(centred: bool, random_sae, inputs: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"centred": True}, {"centred": False}, {"d_out": D_IN}, {"d_out": D_IN, "skip": True}])
+def test_the_library_itself_opens_it(options: dict[str, Any], random_sae, inputs: Tensor, tmp_path: Path) -> None:
     sparsify = pytest.importorskip("sparsify")
-    ours = random_sae("topk", k=K, centred=centred)
+    ours = random_sae("topk", k=K, **options)
     write(SavedSAE(ours, "topk", {}), tmp_path / "layers.1")
     theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "layers.1")
     acts, indices, _ = theirs.encode(inputs)
     latents = torch.zeros(len(inputs), D_SAE).scatter(1, indices, acts)
     torch.testing.assert_close(latents, ours.encode(inputs).dense(), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(theirs.decode(acts, indices), ours(inputs), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs(inputs).sae_out, ours(inputs), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["standard", "clipped", "batchtopk", "jumprelu", "gated"])
@@ -102,7 +117,6 @@ def test_what_it_lacks_is_refused(name: str, random_sae, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"skip_connection": True}, "cfg.json: skip_connection is true: it has a linear path past the latents"),
         ({"signed": True}, "signed is true: it has latents of both signs"),
         ({"activation": "groupmax"}, "'groupmax' is computed by none"),
         ({"k": "GONE"}, "k is None"),

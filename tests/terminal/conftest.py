@@ -53,9 +53,13 @@ class ScriptedRun:
         self.trainer = SimpleNamespace(total_steps=STEPS, number=0, sae=SimpleNamespace(d_sae=4096))
         self.run = SimpleNamespace(
             directory=SimpleNamespace(path=DIRECTORY),
-            config=SimpleNamespace(architecture=SimpleNamespace(d_sae=4096)),
             plan=SimpleNamespace(
-                architecture=SimpleNamespace(component=SimpleNamespace(name="topk")),
+                members=[
+                    SimpleNamespace(
+                        config=SimpleNamespace(architecture=SimpleNamespace(d_sae=4096)),
+                        architecture=SimpleNamespace(component=SimpleNamespace(name="topk")),
+                    )
+                ],
                 facts={"model": "organism", "hook_point": "blocks.2.hook_out"},
             ),
         )
@@ -122,10 +126,10 @@ class ScriptedRun:
         for done in range(10_000, 110_000, 10_000):
             self.now += 0.6
             emit("phase_advanced", phase="evaluate", done=done)
-        emit("evaluated", metrics=METRICS)
+        emit("evaluated", metrics=METRICS, variant="")
         emit("phase_ended", phase="evaluate", seconds=6.0)
         emit("phase_started", phase="analyse", total=1)
-        emit("analysed", name="steer", result=Result(scalars={"shift": None, "strength": 15.0}))
+        emit("analysed", name="steer", result=Result(scalars={"shift": None, "strength": 15.0}), variant="")
         emit("phase_advanced", phase="analyse", done=1)
         emit("phase_ended", phase="analyse", seconds=9.0)
         emit("phase_started", phase="report", total=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,6 +57,18 @@ def test_training_lines_name_everything_that_was_logged(script, view, out):
         assert part in line
 
 
+def test_variants_speak_of_the_same_steps(script, view, out):
+    script.begin()
+    trainers = [SimpleNamespace(variant=name, total_steps=400, sae=SimpleNamespace(d_sae=64)) for name in ("one", "two")]
+    for step in range(9, 400, 10):
+        script.now += 0.1
+        for trainer in trainers:
+            script.listeners.emit("logged", trainer=trainer, number=step, values=script.values(step))
+    said = {name: [line.split(",")[0].split()[-1] for line in lines(out, f"train {name}: step")] for name in ("one", "two")}
+    assert said["one"] == said["two"]
+    assert len(said["one"]) == 10 and said["one"][-1] == "400/400"
+
+
 def test_a_short_run_speaks_ten_times(script, view, out):
     script.begin()
     script.train(seconds=0.001)
@@ -85,7 +98,7 @@ def test_no_control_characters_even_when_the_run_smuggles_them(script, view, out
     script.listeners.emit(
         "logged", trainer=script.trainer, number=399, values=script.values(399, **{f"loss/{bad}": 1.0, bad: 2.0})
     )
-    script.listeners.emit("evaluated", metrics={bad: 1.0})
+    script.listeners.emit("evaluated", metrics={bad: 1.0}, variant="")
     script.finish()
     assert all(c == "\n" or c.isprintable() for c in out.getvalue())
     assert len(lines(out, "warning: bad")) == 1

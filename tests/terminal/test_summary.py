@@ -44,6 +44,21 @@ def test_says_what_was_trained_what_came_out_and_where_it_lies(document):
         assert part in text
 
 
+@pytest.mark.parametrize("width", [60, 100])
+def test_each_variant_has_a_row_with_all_of_its_headline_metrics(document, width):
+    one = {key: document[key] for key in ("sae", "metrics", "headline", "losses", "analysis")}
+    other = {**one, "sae": {**one["sae"], "d_sae": 96}, "metrics": {**one["metrics"], "l0": 7.5}, "headline": ["l0"]}
+    variants = {"narrow": one, "wide-one": other}
+    text = text_of({**document, "metrics": {}, "headline": [], "losses": {}, "analysis": {}, "variants": variants}, width)
+    assert "2 variants" in text and "variants" in text.splitlines()[-4]
+    assert all(len(line) <= width for line in text.splitlines() if "│" in line)
+    rows = [" ".join(line.split()[1:-1]) for line in text.splitlines() if "wide-one" in line]
+    assert rows[0].startswith("wide-one topk 96") and "7.5" in " ".join(rows)
+    cells = " ".join(line for line in text.splitlines() if "narrow" in line)
+    for value in ("4,096", "0.9134", "32", "0.9512", "not defined"):
+        assert value in cells
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_keeps_its_width_and_every_headline_metric(document, width):
     text = text_of(document, width)

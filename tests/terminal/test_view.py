@@ -71,8 +71,9 @@ def test_metrics_analyses_and_warnings_come_in(script, view):
     for number in range(5):
         script.listeners.emit("warned", message=f"warning number {number} " + "with a long explanation " * 20)
     script.listeners.emit("phase_ended", phase="train", seconds=40.0)
-    script.listeners.emit("evaluated", metrics={"ce_recovered": 0.9512, "concept_auroc": None})
-    script.listeners.emit("analysed", name="steer", result=SimpleNamespace(scalars={"shift": None, "strength": 15.0}))
+    script.listeners.emit("evaluated", metrics={"ce_recovered": 0.9512, "concept_auroc": None}, variant="")
+    steered = SimpleNamespace(scalars={"shift": None, "strength": 15.0})
+    script.listeners.emit("analysed", name="steer", result=steered, variant="")
     text = shown(view.state, script.now)
     assert "CE recovered" in text and "0.9512" in text and "not defined" in text
     assert "steer   shift not defined   strength 15" in text
@@ -170,6 +171,19 @@ def test_several_variants_are_one_row_each(script, view):
     assert row(text, "topk-64")[1:3] == ["10", "0.2500"]
 
 
+def test_metrics_of_several_variants_are_one_row_each(script, view):
+    script.begin()
+    for name, variance in (("topk-16", 0.5), ("topk-64", None)):
+        metrics = {"explained_variance": variance, "l0": 16.0, **{f"more_{i}": 1.0 for i in range(9)}}
+        script.listeners.emit("evaluated", metrics=metrics, variant=name)
+        script.listeners.emit("analysed", name="steer", result=SimpleNamespace(scalars={"shift": 2.0}), variant=name)
+    text = shown(view.state, script.now)
+    assert row(text, "topk-16")[1:3] == ["0.5000", "16"]
+    assert row(text, "topk-64")[1:3] == ["not defined", "16"]
+    assert "more 0" in text and "more 8" not in text  # as many columns as there is room for
+    assert "topk-64 steer" in text
+
+
 def test_names_cannot_steer_the_terminal_or_write_markup(script, view):
     script.begin()
     bad = "[red]x[/nope]\x1b[2J\x9b"
@@ -177,8 +191,8 @@ def test_names_cannot_steer_the_terminal_or_write_markup(script, view):
         "logged", trainer=script.trainer, number=9, values={"loss": 1.0, f"loss/{bad}": 1.0, bad: 1.0}
     )
     script.listeners.emit("warned", message=bad)
-    script.listeners.emit("analysed", name=bad, result=SimpleNamespace(scalars={bad: bad}))
-    script.listeners.emit("evaluated", metrics={bad: 1.0})
+    script.listeners.emit("analysed", name=bad, result=SimpleNamespace(scalars={bad: bad}), variant="")
+    script.listeners.emit("evaluated", metrics={bad: 1.0}, variant="")
     text = shown(view.state, script.now)
     assert "[red]x[/nope]" in text
     assert all(c == "\n" or c.isprintable() for c in text)
@@ -241,8 +255,8 @@ from saekit.terminal import choose_view
 view = choose_view(json={json})
 print(type(view).__name__, file=sys.stderr)
 from types import SimpleNamespace as N
-run = N(directory=N(path=__import__("pathlib").Path("runs/x")), config=N(architecture=N(d_sae=8)),
-        plan=N(architecture=N(component=N(name="topk")), facts={{}}))
+member = N(config=N(architecture=N(d_sae=8)), architecture=N(component=N(name="topk")))
+run = N(directory=N(path=__import__("pathlib").Path("runs/x")), plan=N(members=[member], facts={{}}))
 view.run_started(run)
 view.phase_started("prepare", None)
 view.run_failed(*([ValueError()] if {json} or type(view).__name__ == "PlainView" else []))

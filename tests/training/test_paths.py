@@ -25,8 +25,8 @@ def densely(architecture: type[SparseAutoencoder]) -> type[SparseAutoencoder]:
     """The architecture with its code held whole and decoded by a dense product: autograd does the rest."""
 
     class Densely(architecture):  # type: ignore[valid-type, misc]
-        def gate(self, x: Tensor, centred: Tensor) -> Code:
-            return self.dense_code(x, super().gate(x, centred).dense())
+        def gate(self, x: Tensor) -> Code:
+            return self.dense_code(x, super().gate(x).dense())
 
     return Densely
 
@@ -85,18 +85,15 @@ def test_gates_that_learn_by_themselves_end_where_a_dense_engine_does(name: str,
     """These have no dense form of their own: here the kernels are replaced by dense products with autograd."""
     sparse = trained(PAIRS[name][0](), name)
 
-    def dense_pre_at(self, centred: Tensor, pre: Tensor, pattern) -> Tensor:
-        return torch.addmm(self.b_enc, centred, self.W_enc)[pattern.rows, pattern.indices]
-
-    def dense_encode(centred: Tensor, W: Tensor, b: Tensor | None, chosen: Tensor, pattern) -> Tensor:
-        return (centred @ W)[pattern.rows, pattern.indices]
+    def dense_pre_at(self, x: Tensor, pre: Tensor, pattern) -> Tensor:
+        product = (x - self.b_dec) @ self.W_enc
+        return (product if self.b_enc is None else product + self.b_enc)[pattern.rows, pattern.indices]
 
     def dense_decode(self, code: Code) -> Tensor:
         assert isinstance(code, SparseCode)
         return code.dense() @ self.W_dec + self.b_dec
 
     monkeypatch.setattr(SparseAutoencoder, "pre_at", dense_pre_at)
-    monkeypatch.setattr("saekit.builtin.gated.encode_selected", dense_encode)
     monkeypatch.setattr(SparseAutoencoder, "decode", dense_decode)
     dense = trained(PAIRS[name][1](), name)
     for key in sparse:

@@ -42,7 +42,7 @@ def build(kind: str, name: str, *args: Any, **options: Any) -> Any:
 
 def new_sae(architecture: str = "topk", seed: int = 0, **options: Any) -> SparseAutoencoder:
     generator = torch.Generator().manual_seed(seed)
-    sae = build("architecture", architecture, D, F, D, **options)
+    sae = build("architecture", architecture, D, F, **options)
     sae.initialise(generator, torch.randn(50, D, generator=generator))
     with torch.no_grad():
         sae.b_enc.copy_(torch.randn(F, generator=generator) * 0.1)

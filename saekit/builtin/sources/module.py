@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saekit.activations.batch import Activations
+from saekit.activations.harvest import NO_TARGET
 from saekit.activations.packing import derived_seed
 from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import resolve, run_to_sites
@@ -74,6 +75,7 @@ class ModuleSource:
         self.module, self.data = module, data
         self.hook_point: str = hook_point
         self.target_hook_point = target_hook_point
+        self.withheld = {} if target_hook_point else dict(NO_TARGET)
         self.args, self.held_out = args, held_out
         self.warnings: list[str] = []
         self._lock = threading.Lock()  # hooks belong to the module and not to a thread

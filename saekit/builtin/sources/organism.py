@@ -76,7 +76,8 @@ class OrganismSource(LabelledHarvestSource):
         self.kinds = list(dict.fromkeys(kinds))
         self.concepts = ["code"]
         if not LABELS.keys() <= set(self.kinds):
-            self.withheld = dict.fromkeys(("labels", "sequences"), 'Have both "code" and "prose" in source.kinds.')
+            fix = 'Have both "code" and "prose" in source.kinds.'
+            self.withheld |= dict.fromkeys(("labels", "sequences"), fix)
 
     def peek(self) -> dict[str, Any]:
         """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""

@@ -77,6 +77,8 @@ class TensorsSource:
             found["sequences"] = f"The activations are [n, d]; store sequences, as [n, T, d], under {self.key!r}."
         if self._optional["tokens"] is None:
             found["tokens"] = "Name the tensor of token ids in source.tokens."
+        if self._optional["target"] is None:
+            found["target"] = "For a transcoder, name the tensor that is to be rebuilt in source.target."
         return found
 
     def peek(self) -> dict[str, Any]:
@@ -130,7 +132,8 @@ class TensorsSource:
         whole = {name: torch.cat([part[name] for part in parts]).to(self._device) for name in parts[0]}
         x = whole["x"].to(self._dtype)  # [n, T, d_in]
         mask = whole["mask"].bool() if "mask" in whole else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return SequenceBatch(x, mask, _columns(whole["labels"]), whole.get("tokens"))
+        target = whole["target"].to(self._dtype) if "target" in whole else None  # [n, T, d_out]
+        return SequenceBatch(x, mask, _columns(whole["labels"]), whole.get("tokens"), target)
 
     def identity(self) -> dict[str, Any]:
         """What determines the activations; see `contracts.Source.identity`. Of the files' content, samples are taken."""

@@ -88,13 +88,15 @@ def read(directory: Path) -> Foreign:
         "context_size": buffer.get("ctx_len") if isinstance(buffer, dict) else None,
     }
     keys = _keys(layout, state, trainer, path)
-    return Foreign(LIBRARY, name, directory / WEIGHTS, d_in, d_sae, d_in, layout.centred, tensors, keys, metadata)
+    return Foreign(LIBRARY, name, directory / WEIGHTS, d_in, d_sae, None, layout.centred, tensors, keys, metadata)
 
 
 def write(saved: SavedSAE, directory: Path) -> None:
     """Write `ae.pt` and `config.json` as dictionary_learning's `load_dictionary` opens them."""
     sae = saved.sae
     names = exported_as(LIBRARY, saved)
+    if sae.W_skip is not None:
+        raise UsageError(f"--to {LIBRARY}: none of its classes has a linear path past the latents (skip).")
     # Of two classes that differ in what they take from the input, the one that fits; else the bias moves.
     name = next((n for n in names if CLASSES[n].centred == sae.reads_centred), names[0])
     layout = CLASSES[name]

@@ -22,7 +22,8 @@ class Foreign:
     """An SAE as another library keeps it.
 
     library, architecture: the library, and what it calls the architecture. where: the file that errors name.
-    d_in, d_sae, d_out: widths. centred: whether b_dec is taken from the input before the encoder.
+    d_in, d_sae, d_out: widths; d_out is None where it is no transcoder. centred: whether b_dec is taken from the input before
+    the encoder. skip: whether a linear map of the input is added to what the latents rebuild.
     tensors: in sae_lens's layout and names. cfg: what else the architecture needs, under sae_lens's keys (`k`, ...).
     metadata: what is known about it (model_name, hook_name, ...).
     """
@@ -32,11 +33,12 @@ class Foreign:
     where: Path | str
     d_in: int
     d_sae: int
-    d_out: int
+    d_out: int | None
     centred: bool
     tensors: dict[str, Tensor]
     cfg: Mapping[str, Any] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    skip: bool = False
 
 
 def take_in(foreign: Foreign, registry: Registry) -> SavedSAE:
@@ -48,6 +50,8 @@ def take_in(foreign: Foreign, registry: Registry) -> SavedSAE:
         raise UsageError(
             f"{foreign.where}: key {error} is missing, which {foreign.library}'s {foreign.architecture} has."
         ) from None
+    if foreign.skip:
+        options["skip"] = True
     options = component.validate(options, str(foreign.where))
     for name, tensor in foreign.tensors.items():
         if not bool(torch.isfinite(tensor).all()):

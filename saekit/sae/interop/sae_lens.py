@@ -21,6 +21,7 @@ DESCRIPTIVE = (
 )  # fmt: skip
 OLD_NAMES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 SCALED, RELU = "expected_average_only_in", "relu"
+SKIP_TRANSCODERS = ("skip_transcoder", "jumprelu_skip_transcoder")
 
 
 def matches(directory: Path) -> bool:
@@ -73,8 +74,9 @@ def write(saved: SavedSAE, directory: Path) -> None:
     sae = saved.sae
     if sae.saelens_architecture is None:
         what = f"an architecture that computes what {saved.name} does"
-        if sae.saelens_name is not None:
-            what = f"a transcoder with the gate of {saved.name} (d_in {sae.d_in}, d_out {sae.d_out})"
+        if sae.transcoder and sae.saelens_name is not None:
+            path = "a linear path (skip), " if sae.W_skip is not None else ""
+            what = f"a transcoder with the gate of {saved.name} ({path}d_in {sae.d_in}, d_out {sae.d_out})"
         raise UsageError(f"--to {LIBRARY}: {LIBRARY} has not {what}.")
     save_sae(sae, directory, name=saved.name, metadata=saved.metadata)
 
@@ -86,9 +88,9 @@ def _foreign(cfg: dict[str, Any], tensors: dict[str, Tensor], where: Path | str,
         cfg = _modern(cfg)
     _refuse(cfg, where, mean_norm)
     d_in, d_sae = width(cfg, "d_in", where), width(cfg, "d_sae", where)
-    d_out = width(cfg, "d_out", where) if "d_out" in cfg else d_in
+    d_out = width(cfg, "d_out", where) if "d_out" in cfg else None  # only its transcoders have one
     centred = bool(cfg.get("apply_b_dec_to_input", True))
-    if centred and d_out != d_in:
+    if centred and d_out not in (None, d_in):
         raise UsageError(f"{where}: apply_b_dec_to_input is true, but b_dec has the width of what is rebuilt, d_out = {d_out}.")
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     if cfg.get("rescale_acts_by_decoder_norm"):
@@ -100,7 +102,10 @@ def _foreign(cfg: dict[str, Any], tensors: dict[str, Tensor], where: Path | str,
     metadata = {k: v for k, v in described.items() if k not in ("sae_lens_version", "saekit")} if described else {}
     if cfg.get("reshape_activations", "none") != "none":
         metadata["reshape_activations"] = cfg["reshape_activations"]
-    return Foreign(LIBRARY, cfg["architecture"], where, d_in, d_sae, d_out, centred, tensors, cfg, metadata)
+    name = cfg["architecture"]
+    return Foreign(
+        LIBRARY, name, where, d_in, d_sae, d_out, centred, tensors, cfg, metadata, skip=name in SKIP_TRANSCODERS
+    )
 
 
 def _major_version(cfg: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ from saekit.sae.interop.foreign import Foreign, exported_as
 LIBRARY = "sparsify"
 WEIGHTS = "sae.safetensors"
 NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+SKIP = {"W_skip": "W_skip"}
 UNNAMED = "unnamed"
 """The activation of a file from before there were two: an architecture that takes it over is known as this as well."""
 
@@ -27,19 +28,20 @@ def read(directory: Path) -> Foreign:
     """The SAE that sparsify saved in `directory`."""
     path = directory / CONFIG
     cfg = read_object(path)
-    for key, what in (("skip_connection", "a linear path past the latents"), ("signed", "latents of both signs")):
-        if cfg.get(key):
-            raise UsageError(f"{path}: {key} is true: it has {what}, which no architecture here has.")
+    if cfg.get("signed"):
+        raise UsageError(f"{path}: signed is true: it has latents of both signs, which no architecture here has.")
+    skip, transcode = bool(cfg.get("skip_connection")), bool(cfg.get("transcode"))
+    names = NAMES | SKIP if skip else NAMES
     d_in = width(cfg, "d_in", path)
     d_sae = width(cfg, "num_latents", path) if cfg.get("num_latents") else d_in * width(cfg, "expansion_factor", path)
     stored = read_tensors(directory / WEIGHTS)
-    for theirs in NAMES.values():
+    for theirs in names.values():
         if theirs not in stored:
             raise UsageError(f"{directory / WEIGHTS}: tensor {theirs!r} is missing.")
-    unknown = sorted(stored.keys() - set(NAMES.values()))
+    unknown = sorted(stored.keys() - set(names.values()))
     if unknown:
-        raise UsageError(f"{directory / WEIGHTS}: tensor {unknown[0]!r} has no place; there are {', '.join(NAMES.values())}.")
-    tensors = {ours: stored[theirs].float() for ours, theirs in NAMES.items()}
+        raise UsageError(f"{directory / WEIGHTS}: tensor {unknown[0]!r} has no place; there are {', '.join(names.values())}.")
+    tensors = {ours: stored[theirs].float() for ours, theirs in names.items()}
     if tensors["W_enc"].dim() == 2:
         tensors["W_enc"] = tensors["W_enc"].t()  # [d_in, d_sae]
     return Foreign(
@@ -48,10 +50,11 @@ def read(directory: Path) -> Foreign:
         directory / WEIGHTS,
         d_in,
         d_sae,
-        d_in,
-        centred=not cfg.get("transcode", False),
+        d_in if transcode or skip else None,
+        centred=not transcode,
         tensors=tensors,
         cfg={"k": width(cfg, "k", path)},
+        skip=skip,
     )
 
 
@@ -69,14 +72,14 @@ def write(saved: SavedSAE, directory: Path) -> None:
         "num_latents": sae.d_sae,
         "k": own["k"],
         "multi_topk": False,
-        "skip_connection": False,
+        "skip_connection": sae.W_skip is not None,
         "transcode": not sae.reads_centred,
         "d_in": sae.d_in,
     }
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     stored: dict[str, torch.Tensor] = {}
-    for ours, theirs in NAMES.items():
+    for ours, theirs in (NAMES | SKIP if sae.W_skip is not None else NAMES).items():
         tensor = tensors[ours].detach().cpu().float()
         stored[theirs] = (tensor.t() if ours == "W_enc" else tensor).contiguous()
     with whole_file(directory / WEIGHTS) as temporary:

@@ -72,7 +72,7 @@ class Resample:
         living[dead] = False
         norm = sae.W_enc[:, living].norm(dim=0).mean() if bool(living.any()) else sae.W_enc.new_ones(())
         sae.W_enc[:, dead] = self.encoder_scale * norm * normalize(sae.centred(step.x[rows]), dim=1).t()
-        sae.W_dec[dead] = normalize(step.target[rows] - sae.b_dec, dim=1)
+        sae.W_dec[dead] = normalize(step.target[rows] - sae.skipped(step.x[rows]) - sae.b_dec, dim=1)
         sae.b_enc[dead] = 0.0
         self._reset_moments(trainer, dead)
         trainer.firing.revive(dead)

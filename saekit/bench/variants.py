@@ -1,0 +1,90 @@
+"""Several SAEs in one pass against the same SAEs one by one: the sum of their steps alone, and one harvest."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saekit.activations.batch import Activations
+from saekit.activations.shuffle import ShuffledBatches
+from saekit.bench.timing import alternate
+from saekit.config import RunConfig
+from saekit.errors import UsageError
+from saekit.plugins import Registry
+from saekit.runner.directory import RunDirectory
+from saekit.runner.member import Member
+from saekit.runner.plan import plan_run
+from saekit.runner.run import Run
+from saekit.variants import Variant
+
+SEEDS = 4
+"""A run file without variants is timed as so many, which differ in the seed."""
+
+
+def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: int) -> dict[str, Any]:
+    """Seconds of `steps` batches harvested once for all variants, of their harvest, and of each variant's steps alone.
+
+    All in one thread of Python, so that no harvest hides behind a step; trackers are left out."""
+    if not config.training.tokens:
+        raise UsageError("training.tokens: is 0, so that there is no step to time. Give a run file that trains.")
+    variants = config.variant or [Variant(name=f"seed{n}", training={"seed": n}) for n in range(SEEDS)]
+    variants = [variant.model_copy(update={"tracker": None}) for variant in variants]
+    config = config.model_copy(update={"variant": variants, "tracker": [], "defaults": False})
+    training = config.training
+    with tempfile.TemporaryDirectory() as place:
+        plan = plan_run(config, registry)
+        run = Run(plan, RunDirectory.create(plan.config, str(Path(place) / "run")), registry)
+        for member in run.members:
+            member.directory.begin(member.config)
+        run.prepare()
+        run.begin_training()
+
+    def batches() -> Iterator[Activations]:
+        # One block, a little larger than what is taken of it, since a source gives about as many as it is asked for.
+        block = (steps + 1) * training.batch_size
+        shuffled = ShuffledBatches(
+            run.source, batch_size=training.batch_size, block_size=block, seed=training.order_seed
+        )
+        return (batch.to(run.device) for batch in itertools.islice(shuffled, steps))
+
+    def harvest() -> None:
+        for _ in batches():
+            pass
+
+    def together() -> None:
+        for batch in batches():
+            for member in run.members:
+                _step(member, batch)
+
+    ready = list(batches())
+
+    def alone(member: Member) -> None:
+        for batch in ready:
+            _step(member, batch)
+
+    for member in run.members:
+        member.trainer.total_steps = 10**9  # no schedule comes to its end here
+        for batch in itertools.islice(itertools.cycle(ready), 3):
+            _step(member, batch)
+        member.trainer.guard = None  # it has seen every loss before the clock runs
+    each = {f"{member.variant} alone": (lambda member=member: alone(member)) for member in run.members}
+    timings = alternate({"together": together, "harvest": harvest, **each}, rounds, run.device)
+    apart = sum(timing.median for name, timing in timings.items() if name != "together")
+    return {
+        "variants": len(run.members),
+        "steps": steps,
+        "batch": training.batch_size,
+        "seconds": {name: timing.median for name, timing in timings.items()},
+        "ratio": {name: getattr(timings["together"], name) / apart for name in ("median", "low", "high")},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _step(member: Member, batch: Activations) -> None:
+    with member.turn():
+        member.trainer.train_on(batch)

@@ -1,0 +1,124 @@
+"""The metric `linear_map`: what a transcoder is worth beside the best linear map between its two sites."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from saekit.activations.batch import Activations
+from saekit.builtin.metrics import Summed
+from saekit.runner.context import RunContext
+from saekit.training.step import Step
+
+_MOST = 200_000  # activations that the fit takes by default
+_FEW = 10  # activations a coefficient below which a fit is no fair opponent
+# Of the largest variance of a direction: less than this is the rounding of float32.
+_ROUNDING = 1e-12
+
+
+class LinearMap(Summed):
+    """The least-squares affine map from what is read to what is rebuilt, as a control for transcoders.
+
+    It is fitted by normal equations, in float64 and in one pass, to the activations that training began with, and
+    measured on the same held-out activations as the transcoder. Where two sites differ by little more than a linear
+    map, explained variance alone says nothing of the latents.
+    """
+
+    headline: ClassVar[tuple[str, ...]] = ("linear_explained_variance",)
+    meanings: ClassVar[dict[str, str]] = {
+        "linear_explained_variance": "share of the target's variance that the best linear map of the input keeps",
+        "beyond_linear": "of what the linear map misses, the share that the transcoder rebuilds; below 0 the map is better",
+    }
+    error: Tensor
+    linear_error: Tensor
+    square: Tensor
+    total: Tensor
+    rows: Tensor
+
+    def __init__(
+        self,
+        *,
+        tokens: Annotated[
+            int | None,
+            Field(gt=1, description="Training activations to fit to; those of the run, 200,000 at most, by default."),
+        ] = None,
+    ) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.sums(error=0, linear_error=0, square=0, total=0, rows=0)
+
+    def prepare(self, context: RunContext) -> None:
+        """Fit the map to the first `tokens` activations of the split "train"."""
+        training = context.config.training
+        wanted = self.tokens or min(training.tokens or _MOST, _MOST)
+        fit, left = NormalEquations(), wanted
+        for block in context.source.blocks("train", size=min(wanted, training.buffer), seed=context.seed):
+            fit.add(block.rows(slice(0, left)))
+            left -= len(block)
+            if left <= 0:
+                break
+        if fit.rows < _FEW * context.source.d_in:
+            context.warn(
+                f"The linear map was fitted to {fit.rows} activations of width {context.source.d_in}, which are too few for "
+                "a fair comparison. Raise metric.linear_map.tokens."
+            )
+        self._map, self._bias = fit.solve()
+
+    def update(self, step: Step) -> None:
+        """Take in one batch."""
+        x, target = _exact(step.x), _exact(step.target)
+        linear = x @ self._map + self._bias  # [batch, d_out]
+        self.add(
+            error=_exact(step.error).square().sum(),
+            linear_error=(target - linear).square().sum(),
+            square=target.square().sum(),
+            total=target.sum(0),  # [d_out]
+            rows=len(target),
+        )
+
+    def compute(self) -> dict[str, float | None]:
+        """linear_explained_variance, None where the target does not vary; beyond_linear, None where the map misses nothing."""
+        spread = float(self.square - self.total.square().sum() / self.rows)
+        missed = float(self.linear_error)
+        return {
+            "linear_explained_variance": 1.0 - missed / spread if spread > 0 else None,
+            "beyond_linear": 1.0 - float(self.error) / missed if missed > _ROUNDING * spread else None,
+        }
+
+
+class NormalEquations:
+    """Least squares of the target on x with an intercept, from sums that are added block by block.
+
+    rows: how many activations have been added.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, block: Activations) -> None:
+        """Take in x [n, d_in] and the target [n, d_out] (x again where there is none)."""
+        x, target = _exact(block.x), _exact(block.x if block.target is None else block.target)
+        self.rows += len(x)
+        new = {"x": x.sum(0), "y": target.sum(0), "xx": x.T @ x, "xy": x.T @ target}
+        self._sums = {name: value + self._sums[name] if self._sums else value for name, value in new.items()}
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """(map [d_in, d_out], bias [d_out]) in float64: of all that fit best, the smallest map."""
+        mean_x, mean_y = self._sums["x"] / self.rows, self._sums["y"] / self.rows
+        among = self._sums["xx"] / self.rows - torch.outer(mean_x, mean_x)  # [d_in, d_in]
+        across = self._sums["xy"] / self.rows - torch.outer(mean_x, mean_y)  # [d_in, d_out]
+        variances, directions = torch.linalg.eigh(among)
+        # Some directions may not vary: what a LayerNorm gives has none along its weights' inverse.
+        varies = variances > _ROUNDING * variances[-1].clamp_min(0.0)
+        directions = directions[:, varies]
+        fitted = directions @ ((directions.T @ across) / variances[varies, None])
+        return fitted, mean_y - mean_x @ fitted
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs lack."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

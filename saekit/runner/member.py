@@ -1,0 +1,282 @@
+"""`Member`: one SAE of a run, from its first weights to its analyses. A run has one, or one for each variant."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saekit.activations.batch import Activations
+from saekit.errors import UsageError
+from saekit.files import disk_errors, plain
+from saekit.listeners import Listener, Listeners
+from saekit.plugins import Registry
+from saekit.result import Result
+from saekit.runner.blame import blamed_on, explained, of_variant
+from saekit.runner.context import RunContext
+from saekit.runner.directory import RunDirectory
+from saekit.runner.plan import Part, Plan
+from saekit.sae.base import SparseAutoencoder
+from saekit.sae.formats import SavedSAE, load_sae, open_sae, save_sae
+from saekit.training.losses import Term
+from saekit.training.randomness import OwnRandomness
+from saekit.training.trainer import Trainer, below, seed_for
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some activations of a source as it gives them, and the factors that training applies.
+
+    scale: brings `x` to a mean norm of sqrt(d_in). target_scale: brings what is rebuilt to one of sqrt(d_out). Both are 1
+    without `training.normalize`.
+    """
+
+    activations: Activations
+    scale: float
+    target_scale: float
+
+
+class Member:
+    """One SAE of a run, with all that is its own: plan, directory, listeners, losses, optimiser, draws, metrics.
+
+    What belongs to the data is the run's, which hands it over. Whatever a member does is done in its `turn`.
+
+    variant: its name; empty where it is the only one. plan, config, directory: of this SAE, as if it were alone.
+    metrics, headline, meanings: once evaluated. analysis: each analyzer's scalars. losses: as logged last.
+    """
+
+    source: Any
+    device: torch.device
+    identity: dict[str, Any]
+    sae: SparseAutoencoder
+    trainer: Trainer
+
+    def __init__(self, plan: Plan, directory: RunDirectory, registry: Registry, above: Listeners) -> None:
+        self.plan, self.directory, self.registry = plan, directory, registry
+        self.config, self.variant = plan.config, plan.variant
+        self.metrics: dict[str, float | None] = {}
+        self.headline: list[str] = []
+        self.meanings: dict[str, str] = {}
+        self.analysis: dict[str, dict[str, Any]] = {}
+        self.losses: dict[str, float] = {}
+        self.scale = self.target_scale = 1.0
+        self.listeners = Listeners(above, f"variant {self.variant!r}: " if self.variant else "")
+        self._prefix = f"variant.{self.variant}." if self.variant else ""
+        self._draws: OwnRandomness | None = None
+        self._metrics: list[tuple[Part, Any]] = []
+        with of_variant(self.variant):
+            for part in (*plan.callbacks, *plan.trackers):
+                vital = part.component.kind == "callback"
+                self.listeners.add(Listener(part.key, part.build(), part.component.origin, vital))
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """This SAE is at work in the block: it draws from a sequence of its own, and its errors bear its name."""
+        with of_variant(self.variant), explained(self.plan.parts):
+            if self._draws is None:
+                yield
+            else:
+                with self._draws.drawing():
+                    yield
+
+    # --- prepare -----------------------------------------------------------------------------------------------
+
+    def open(self, source: Any, identity: dict[str, Any], device: torch.device) -> None:
+        """Take over the opened source, and load the SAE that the run file starts from, if it names one."""
+        self.source, self.identity, self.device = source, identity, device
+        entry = self.config.architecture
+        if entry.from_ is not None:
+            self.sae = self._fitting(open_sae(entry.from_, registry=self.registry)).requires_grad_(True).to(device)
+
+    def seed(self) -> None:
+        """From the next turn on, what is drawn from torch's global generators is a sequence of this SAE's own."""
+        self._draws = OwnRandomness(seed_for(self.config.training.seed, "torch"), self.device)
+
+    def initialise(self, sample: Sample) -> None:
+        """The SAE before its first step, for activations times `sample.scale`."""
+        entry, first = self.config.architecture, sample.activations
+        self.scale, self.target_scale = sample.scale, sample.target_scale
+        if entry.from_ is not None:
+            sae = self.sae
+            self._refuse_another_task(sae, rebuilds_other=first.target is not None)
+            sae.unscale(1.0 / self.scale, 1.0 / self.target_scale)
+        else:
+            d_out = None if first.target is None else self.source.d_out  # given for a transcoder alone
+            sae = self.plan.architecture.build(self.source.d_in, entry.d_sae, d_out)
+            target = first.x if first.target is None else first.target
+            generator = torch.Generator().manual_seed(seed_for(self.config.training.seed, "weights"))
+            sae.initialise(generator, (target * self.target_scale).cpu())
+        sae.constrain_weights()
+        self.sae = sae.to(self.device)
+
+    def _refuse_another_task(self, sae: SparseAutoencoder, *, rebuilds_other: bool) -> None:
+        """UsageError where an SAE to train further rebuilds what it reads and the source asks for another site, or it has
+        a linear path and the source asks for what it reads."""
+        where = f"architecture.from: the SAE in {self.config.architecture.from_}"
+        if rebuilds_other and sae.reads_centred:
+            raise UsageError(
+                f"{where} takes b_dec from its input: it rebuilds what it reads, but the source asks for another site. "
+                "Start from a transcoder, or from nothing."
+            )
+        if not rebuilds_other and sae.W_skip is not None:
+            raise UsageError(
+                f"{where} has a linear path (skip), but the source asks it to rebuild what it reads: the path would learn "
+                "the identity. Name the other site, as source.target_hook_point, say."
+            )
+
+    def _fitting(self, saved: SavedSAE) -> SparseAutoencoder:
+        """The SAE to start from; UsageError where source or run file ask for another one."""
+        entry, sae = self.config.architecture, saved.sae
+        if saved.name != self.plan.architecture.component.qualified_name:
+            raise UsageError(
+                f"architecture.use: {entry.use}, but the SAE in {entry.from_} is a {saved.name}. "
+                f'Write use = "{saved.name}".'
+            )
+        if sae.d_in != self.source.d_in:
+            raise UsageError(
+                f"architecture.from: the SAE in {entry.from_} reads width {sae.d_in}, but {self.plan.model} has width "
+                f"{self.source.d_in} at {self.source.hook_point}. Choose the hook point that it was trained on."
+            )
+        if sae.d_out != self.source.d_out:
+            raise UsageError(
+                f"architecture.from: the SAE in {entry.from_} rebuilds width {sae.d_out}, but the source asks for width "
+                f"{self.source.d_out}. Choose the source that it was trained on."
+            )
+        if entry.d_sae not in (None, sae.d_sae):
+            raise UsageError(
+                f"architecture.d_sae: {entry.d_sae}, but the SAE in {entry.from_} has {sae.d_sae} latents. Leave d_sae out."
+            )
+        made_with = {"skip": False, **sae.options()}  # which names `skip` only where there is one
+        for key in entry.options.keys() & made_with.keys():
+            if self.plan.architecture.options[key] != made_with[key]:
+                raise UsageError(
+                    f"architecture.{key}: {entry.options[key]!r}, but the SAE in {entry.from_} was made with "
+                    f"{made_with[key]!r}. Leave {key} out."
+                )
+        return sae
+
+    # --- train -------------------------------------------------------------------------------------------------
+
+    def make_trainer(self) -> None:
+        """Losses and optimiser for the SAE as it is."""
+        context = self._context(self.directory.path, self.scale, self.target_scale)
+        terms = []
+        for part in self.plan.losses:
+            function = part.build()
+            if isinstance(function, torch.nn.Module):
+                function.to(self.device)
+            if hasattr(function, "prepare"):
+                function.prepare(context)
+            terms.append(Term(part.label, function, part.entry.weight, part.component))  # type: ignore[attr-defined]
+        self.trainer = Trainer(
+            self.sae,
+            terms,
+            self.config.training,
+            total_steps=self.plan.total_steps,
+            scale=self.scale,
+            target_scale=self.target_scale,
+            device=self.device,
+            listeners=self.listeners,
+            variant=self.variant,
+        )
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(tensors, plain values) of the trainer for the checkpoint, under names that no other member's have."""
+        tensors, values = self.trainer.state()
+        return _under(self._prefix, tensors), _under(self._prefix, values)
+
+    def restore(self, number: int, tensors: dict[str, Any], values: dict[str, Any]) -> None:
+        """Go back to what all members' `state` together gave after step `number`."""
+        values = below(self._prefix, values)
+        self.trainer.load_state(number, below(self._prefix, tensors), values)
+        self.scale = self.trainer.scale = values["scale"]
+        self.target_scale = self.trainer.target_scale = values["target_scale"]
+
+    def train_on(self, batch: Activations, speed: Callable[[], float]) -> None:
+        """One step on a batch of activations; `speed` gives the tokens a second where the step is to be logged."""
+        trainer, training = self.trainer, self.config.training
+        trainer.train_on(batch)
+        if trainer.number % training.log_every == 0 or trainer.number == trainer.total_steps:
+            trainer.last_logged = {**trainer.measures(), "tokens_per_second": speed()}
+            self.listeners.emit("logged", trainer=trainer, number=trainer.number - 1, values=trainer.last_logged)
+
+    def end_training(self) -> None:
+        """Keep the losses, and give up what only training needs."""
+        last = self.trainer.last_logged
+        self.losses = {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")}
+        del self.trainer
+
+    def save_sae(self) -> None:
+        """Write `sae/` in the units of the raw activations, and go on with exactly what stands there."""
+        self.sae.unscale(self.scale, self.target_scale)
+        metadata = {
+            "model_name": self.identity.get("model"),
+            "hook_name": self.source.hook_point,
+            "hook_name_out": getattr(self.source, "target_hook_point", None),
+            "context_size": self.identity.get("context"),
+            "prepend_bos": self.identity.get("bos"),
+        }
+        name = self.plan.architecture.component.qualified_name
+        save_sae(self.sae, self.directory.sae, name=name, metadata={k: v for k, v in metadata.items() if v is not None})
+        self.sae = load_sae(self.directory.sae, device=self.device, registry=self.registry)
+
+    # --- evaluate, analyse -------------------------------------------------------------------------------------
+
+    def _context(self, directory: Path, scale: float = 1.0, target_scale: float = 1.0) -> RunContext:
+        warn = self.listeners.warn
+        return RunContext(self.sae, self.source, self.config, self.device, directory, warn, scale, target_scale)
+
+    @property
+    def context(self) -> RunContext:
+        """What metrics and analyzers are given of the trained SAE; an analyzer gets a directory of its own."""
+        return self._context(self.directory.path)
+
+    def begin_evaluation(self) -> None:
+        """Build the metrics."""
+        self.sae.requires_grad_(False)
+        self._metrics = [(part, part.build()) for part in self.plan.metrics]
+        for part, metric in self._metrics:
+            if hasattr(metric, "prepare"):
+                with blamed_on(part):
+                    metric.prepare(self.context)
+
+    def evaluate_on(self, batch: Activations) -> None:
+        """Hand one held-out batch to every metric that streams."""
+        step = self.context.step(batch)
+        for part, metric in self._metrics:
+            if hasattr(metric, "update"):
+                with blamed_on(part):
+                    metric.update(step)
+
+    def end_evaluation(self) -> None:
+        """Compute every metric; those that need the model run it now."""
+        for part, metric in self._metrics:
+            with blamed_on(part):
+                values = metric.compute() if hasattr(metric, "update") else metric.measure(self.context)
+                self.metrics |= {name: None if v is None else float(v) for name, v in values.items()}
+            self.headline += [name for name in getattr(metric, "headline", ()) if name in values]
+            self.meanings |= getattr(metric, "meanings", {})
+        self._metrics = []
+        self.listeners.emit("evaluated", metrics=self.metrics, variant=self.variant)
+
+    def analyse(self, part: Part) -> None:
+        """Carry out one analyzer."""
+        directory = self.directory.analysis(part.label)
+        with disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        analyzer = part.build()
+        with blamed_on(part):
+            result = analyzer(self._context(directory))
+            if not isinstance(result, Result):
+                raise TypeError(f"it returned {type(result).__name__}, not a saekit.Result")
+            self.directory.write_analysis(part.label, result)
+            self.analysis[part.label] = plain(dict(result.scalars))
+        self.listeners.emit("analysed", name=part.label, result=result, variant=self.variant)
+
+
+def _under(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}{name}": value for name, value in values.items()}
