@@ -18,6 +18,9 @@ from torch import Tensor
 PEERS = {"sae_lens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
 """Each peer's name and the module whose presence says that it is installed."""
 
+LEARNING_RATE = 1e-9
+"""Of every side while a step is timed: noise teaches nothing, and the number of active latents is to stay as it is."""
+
 
 def peer_steps(
     architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor], bias: float | None = None
@@ -94,7 +97,7 @@ def _sae_lens(
                 getattr(sae, name).data.fill_(bias)
     turn = _turns(batches)
     batch = len(batches[0])
-    trainer = sae_lens_trainer(sae, turn, batch * 10**6, batch, 1e-3)
+    trainer = sae_lens_trainer(sae, turn, batch * 10**6, batch, LEARNING_RATE)
 
     def step() -> None:
         trainer.step(next(turn))
@@ -111,7 +114,7 @@ def _sparsify(
     from sparsify import SparseCoder, SparseCoderConfig
 
     coder = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=options.get("k", 32)), device=batches[0].device)
-    optimizer = torch.optim.Adam(coder.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=LEARNING_RATE, fused=True)
     turn = _turns(batches)
 
     def step() -> None:
@@ -135,7 +138,7 @@ def _dictionary_learning(
 
     trainer_class = TopKTrainer if architecture == "topk" else BatchTopKTrainer
     settings = {"activation_dim": d_in, "dict_size": d_sae, "k": options.get("k", 32), "steps": 10**6, "layer": 0}
-    trainer = trainer_class(**settings, lm_name="-", device=str(batches[0].device), lr=1e-3, warmup_steps=0)
+    trainer = trainer_class(**settings, lm_name="-", device=str(batches[0].device), lr=LEARNING_RATE, warmup_steps=0)
     turn, count = _turns(batches), SimpleNamespace(steps=1)
 
     def step() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saekit.activations.batch import Activations
 from saekit.bench.memory import PeakMemory
-from saekit.bench.peers import peer_steps
+from saekit.bench.peers import LEARNING_RATE, peer_steps
 from saekit.bench.timing import alternate
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
@@ -99,5 +99,6 @@ def _trainer(plan: Plan, device: torch.device, d_in: int, batch: int, sample: Te
     sae.initialise(torch.Generator().manual_seed(0), sample.cpu())
     sae.to(device)
     terms = [Term(p.label, p.build(), p.entry.weight, p.component) for p in plan.losses]  # type: ignore[attr-defined]
-    config = TrainingConfig(**{**plan.config.training.model_dump(), "batch_size": batch, "tokens": batch * 10**6})
+    own = plan.config.training.model_dump()
+    config = TrainingConfig(**{**own, "batch_size": batch, "tokens": batch * 10**6, "lr": LEARNING_RATE})
     return Trainer(sae, terms, config, total_steps=10**6, scale=1.0, device=device, listeners=Listeners())

@@ -12,7 +12,7 @@ from torch import Tensor
 from saekit.errors import UsageError
 from saekit.sae.base import Skip, SparseAutoencoder
 from saekit.sae.code import Code
-from saekit.sae.kernels import Pattern
+from saekit.sae.kernels import Pattern, row_topk
 
 DecoderNorm = Annotated[
     Literal["unit", "free"], Field(description="unit: decoder rows are kept at norm 1; free: left alone.")
@@ -127,7 +127,7 @@ class TopK(SparseAutoencoder):
 
     def gate(self, x: Tensor) -> Code:
         pre = self.dense_pre(x)  # [batch, d_sae]
-        pattern = Pattern.regular(pre.topk(self.k, dim=1, sorted=False).indices, self.d_sae)
+        pattern = Pattern.regular(row_topk(pre, self.k)[1], self.d_sae)
         return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern).relu())
 
     def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

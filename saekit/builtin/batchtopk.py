@@ -13,7 +13,7 @@ from saekit.builtin.architectures import DecoderNorm
 from saekit.errors import UsageError
 from saekit.sae.base import Skip, SparseAutoencoder
 from saekit.sae.code import Code, SparseCode
-from saekit.sae.kernels import Pattern, decode_sparse
+from saekit.sae.kernels import Pattern, decode_sparse, row_topk
 
 MeanActive = Annotated[int, Field(gt=0, description="Latents active in each row, on average.")]
 ThresholdMemory = Annotated[
@@ -72,7 +72,7 @@ class BatchTopK(SparseAutoencoder):
         """The k * batch largest entries, found among each row's largest where that is exact."""
         batch, wanted = pre.shape[0], self.k * pre.shape[0]
         width = min(self.candidates * self.k, self.d_sae)
-        values, latents = pre.topk(width, dim=1, sorted=False)  # [batch, width]
+        values, latents = row_topk(pre, width)  # [batch, width]
         chosen = values.reshape(-1).topk(wanted, sorted=False).indices  # [wanted]
         rows = chosen.div(width, rounding_mode="floor")
         full_rows = torch.bincount(rows, minlength=batch) == width

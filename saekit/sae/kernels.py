@@ -7,6 +7,7 @@ k / F of the dense product of the same shapes, so that the encoder's dense produ
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -75,6 +76,28 @@ class Pattern:
         offsets = torch.zeros(self.d_sae + 1, dtype=torch.long, device=self.indices.device)
         torch.cumsum(counts, 0, out=offsets[1:])
         return order, offsets
+
+
+def row_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(values, indices) of the k largest of each row, [rows, k] each, in no order; which of equal ones, is left open.
+
+    On a CPU, columns are dealt into groups first: a row's k largest stand in the k groups with the largest maxima, or
+    equal what does. Maxima are found at the speed of memory, so only about 2 sqrt(k F) of F columns need to be ordered.
+    """
+    rows, columns = values.shape
+    groups = 1 << max(0, math.ceil(math.log2((k * columns) ** 0.5)))
+    size = columns // groups  # what is left over, fewer columns than groups, is looked at in any case
+    if values.device.type != "cpu" or groups < k or size < 4:
+        found = values.topk(k, dim=1, sorted=False)
+        return found.values, found.indices
+    dealt = values[:, : groups * size].unflatten(1, (size, groups))  # group g holds columns g, g + groups, ...
+    best = dealt.amax(1).topk(k, dim=1, sorted=False).indices  # [rows, k]
+    steps = torch.arange(0, groups * size, groups, device=values.device)  # [size]
+    candidates = (steps[:, None] + best[:, None, :]).flatten(1)  # [rows, size * k] columns
+    left = torch.arange(groups * size, columns, device=values.device).expand(rows, -1)
+    candidates = torch.cat([candidates, left], 1)
+    found = values.gather(1, candidates).topk(k, dim=1, sorted=False)
+    return found.values, candidates.gather(1, found.indices)
 
 
 def bag_sum(weights: Tensor, indices: Tensor, offsets: Tensor, table: Tensor) -> Tensor:

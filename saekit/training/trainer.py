@@ -22,6 +22,7 @@ from saekit.training.losses import (
     refuse_non_finite,
     refuse_non_finite_gradient,
 )
+from saekit.training.optimiser import Adam
 from saekit.training.step import Step
 
 
@@ -61,7 +62,7 @@ class Trainer:
         self.named_parameters = [(n, p) for n, p in sae.named_parameters() if p.requires_grad]
         self.named_parameters += [pair for term in terms for pair in term.parameters()]
         self._parameters = [p for _, p in self.named_parameters]
-        self.optimizer = torch.optim.Adam(self._parameters, lr=1.0, betas=config.betas, fused=device.type != "mps")
+        self.optimizer = Adam(self._parameters, lr=1.0, betas=config.betas, fused=device.type != "mps")
         self.generator = torch.Generator().manual_seed(seed_for(config.seed, "listeners"))
         self.firing = FiringStatistics(sae.d_sae, config.dead_after, device)
         self.guard: GradientGuard | None = GradientGuard(self.named_parameters, terms)
