@@ -241,6 +241,8 @@ def summarise(rows: list[dict[str, Any]], architecture: str) -> list[dict[str, A
         if len(ours) < 2 or len(theirs) < 2:
             continue
         low, high = max(ours[0][0], theirs[0][0]), min(ours[-1][0], theirs[-1][0])
+        if low > high:
+            continue  # the two curves share no L0
         for place, at in zip(places, (low, (low + high) / 2, high), strict=True):
             place.append((math.exp(at), _at(ours, at), _at(theirs, at)))
     return [

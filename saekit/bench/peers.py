@@ -6,7 +6,9 @@ a function without arguments, on random activations that rotate.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -33,7 +35,8 @@ def peer_steps(
         if importlib.util.find_spec(module) is None:
             continue
         try:
-            step = _MAKERS[name](architecture, options, d_in, d_sae, batches, bias)
+            with contextlib.redirect_stdout(sys.stderr):  # what it says while it is imported is no result
+                step = _MAKERS[name](architecture, options, d_in, d_sae, batches, bias)
         except ImportError as error:  # installed, but without something that it needs
             warnings.warn(f"{name} is installed but cannot be imported: {error}", stacklevel=2)
             continue
