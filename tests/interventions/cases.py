@@ -121,6 +121,8 @@ def make_sae(kind: str, sample: Tensor, seed: int = 1) -> SparseAutoencoder:
     sae = SAES[kind]()
     sae.initialise(generator, sample.detach().float().reshape(-1, D))
     with torch.no_grad():
+        for rows in (sae.W_enc.t(), sae.W_dec):  # as large as a trained SAE's, so that every edit makes a difference
+            rows.div_(rows.norm(dim=1, keepdim=True))
         sae.b_enc.copy_(torch.randn(D_SAE, generator=generator) * sample.float().std() * 0.3)
     return sae.to(sample.dtype).requires_grad_(False).eval()
 
