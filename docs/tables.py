@@ -20,27 +20,54 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 import saekit
+import saekit.testing
 from saekit.cli import COMMANDS
+from saekit.cli.new import KINDS_WITH_TEMPLATES, package_files
 from saekit.component import HOOKS, KINDS, Component
-from saekit.config import ArchitectureUse, EvaluationConfig, LossUse, RunConfig, SourceUse, TrainingConfig, Use
+from saekit.config import (
+    ArchitectureUse,
+    EvaluationConfig,
+    GraphUse,
+    LossUse,
+    RunConfig,
+    SourceUse,
+    TrainingConfig,
+    Use,
+)
 from saekit.plugins import OWN_DISTRIBUTION, Registry
 from saekit.schedules import SCHEDULES
+from saekit.stability import CHANGES
+from saekit.testing import Check, checks_of
+from saekit.testing.checks import any_kind
 from saekit.variants import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/index.md", "docs/run-file.md", "docs/components.md", "docs/api.md")
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/run-file.md",
+    "docs/components.md",
+    "docs/api.md",
+    "docs/stability.md",
+    "docs/kinds.md",
+    "docs/write-a-loss.md",
+    "docs/testing.md",
+)
 API = {
     "Running": ("saekit.api",),
-    "Plugins": ("saekit.component", "saekit.hookspecs"),
+    "Plugins": ("saekit.component", "saekit.hookspecs", "saekit.stability"),
     "In a run": ("saekit.training", "saekit.runner", "saekit.result"),
     "The SAE and its code": ("saekit.sae",),
+    "Feature graphs": ("saekit.graph",),
     "Interventions": ("saekit.interventions",),
     "Activations": ("saekit.activations",),
     "Errors": ("saekit.errors",),
+    "Testing": ("saekit.testing",),
 }
 """The sections of the API page, with the modules whose public names stand in each."""
 MORE = {
     "Running": ("saekit.api.FinishedRun",),
+    "Testing": tuple(f"{saekit.testing._HOME[name]}.{name}" for name in saekit.testing.__all__),
     "Errors": tuple(f"saekit.errors.{name}" for name in ("RunError", "PluginError", "Interrupted", "ExitCode")),
 }
 """What the API page shows besides `saekit.__all__`."""
@@ -55,6 +82,7 @@ def tables() -> dict[str, str]:
         "source": _fields(SourceUse, without=Use),
         "architecture": _fields(ArchitectureUse, without=Use),
         "loss": _fields(LossUse, without=Use),
+        "graph": _fields(GraphUse, without=Use),
         "training": _fields(TrainingConfig),
         "evaluation": _fields(EvaluationConfig),
         "variant": _fields(Variant),
@@ -63,12 +91,26 @@ def tables() -> dict[str, str]:
         "component-details": "\n".join(_details(registry)),
         "commands": _table(("command", "what it does"), ((f"`saekit {n}`", what) for n, what in COMMANDS.items())),
         "api": "\n".join(_api()),
+        "contract": _table(("version", "what it changed"), ((str(n), what) for n, what in CHANGES.items())),
+        "checks": "\n".join(_checks()),
+        **{f"new-{kind.replace('_', '-')}": _written(kind, f"src/saekit_mine/{kind}.py") for kind in KINDS_WITH_TEMPLATES},
+        "new-hooks": _written("loss", "src/saekit_mine/__init__.py"),
+        "new-test": _written("loss", "tests/test_mine.py"),
+        "new-pyproject": _written("loss", "pyproject.toml"),
     }
 
 
 def rewritten(text: str, known: dict[str, str]) -> str:
     """A page with its tables made anew. KeyError for a table that there is none of."""
     return _TABLE.sub(lambda found: f"{found[1]}{known[found['name']]}{found[3]}", text)
+
+
+def _written(kind: str, path: str) -> str:
+    """A file that `saekit new KIND mine` writes, as a block of code."""
+    language = {"py": "python"}.get(path.rpartition(".")[2], "toml")
+    # The module of the hooks names a target that is nowhere but in the package.
+    reason = "<!-- not run: a file of the package; tests/packaging installs it -->\n" if path.endswith("__init__.py") else ""
+    return f'{reason}```{language} title="{path}"\n{package_files(kind, "mine")[path]}```\n'
 
 
 def _fields(model: type[BaseModel], without: type[BaseModel] | None = None) -> str:
@@ -140,7 +182,7 @@ def _api() -> Iterable[str]:
     for title, modules in API.items():
         names = [n for n in saekit.__all__ if saekit._HOME[n].startswith(modules)]
         left.difference_update(names)
-        if names:
+        if names or title in MORE:
             yield f"## {title}\n"
             for name in names:
                 # A marker has no docstring of its own.
@@ -195,6 +237,20 @@ def _default(info: FieldInfo) -> str:
     if isinstance(value, float):
         return f"`{value:g}`"
     return f"`{json.dumps(value)}`"
+
+
+def _checks() -> Iterable[str]:
+    """A table of the checks that every component is asked, and one a kind of those that only it is."""
+    every = [check.name for check in any_kind.CHECKS]
+    yield "### Every kind\n\n" + _asked(any_kind.CHECKS)
+    for kind in KINDS:
+        own = [check for check in checks_of(kind) if check.name not in every]
+        if own:
+            yield f"### {HOOKS[kind].removeprefix('saekit_').replace('_', ' ').capitalize()}\n\n" + _asked(own)
+
+
+def _asked(checks: Iterable[Check]) -> str:
+    return _table(("check", "what it asks"), ((f"`{check.name}`", check.summary) for check in checks))
 
 
 def _words(names: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from saekit.component import Component as Component
     from saekit.errors import SaekitError as SaekitError
     from saekit.errors import UsageError as UsageError
+    from saekit.graph import FeatureGraph as FeatureGraph
     from saekit.hookspecs import hookimpl as hookimpl
     from saekit.interventions.attach import Attachment as Attachment
     from saekit.interventions.attach import Mode as Mode
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from saekit.sae.formats import load_sae as load_sae
     from saekit.sae.formats import save_sae as save_sae
     from saekit.sae.kernels import Pattern as Pattern
+    from saekit.stability import CONTRACT as CONTRACT
     from saekit.training.step import Step as Step
 
 _HOME = {
@@ -52,6 +54,7 @@ _HOME = {
     "Component": "saekit.component",
     "SaekitError": "saekit.errors",
     "UsageError": "saekit.errors",
+    "FeatureGraph": "saekit.graph",
     "hookimpl": "saekit.hookspecs",
     "Attachment": "saekit.interventions.attach",
     "Mode": "saekit.interventions.attach",
@@ -77,6 +80,7 @@ _HOME = {
     "Pattern": "saekit.sae.kernels",
     "load_sae": "saekit.sae.formats",
     "save_sae": "saekit.sae.formats",
+    "CONTRACT": "saekit.stability",
     "Step": "saekit.training.step",
 }
 __all__ = sorted(_HOME)

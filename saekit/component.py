@@ -25,6 +25,7 @@ KINDS = ("architecture", "loss", "graph_builder", "metric", "analyzer", "callbac
 """Every kind of component."""
 HOOKS = {kind: f"saekit_{kind}es" if kind.endswith("s") else f"saekit_{kind}s" for kind in KINDS}
 """The declaring hook of each kind."""
+OWN_DISTRIBUTION = "saekit"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Component:
     def origin(self) -> str:
         """Who ships it, for messages: `loss 'infonce' of plugin 'contrastive' (saekit-contrastive 0.1.0)`."""
         return f"{self.kind} {self.name!r} of plugin {self.plugin!r} ({self.distribution} {self.version})".rstrip()
+
+    @property
+    def title(self) -> str:
+        """`loss 'mse'`, and who ships it where that is not saekit itself."""
+        return self.origin if self.distribution != OWN_DISTRIBUTION else f"{self.kind} {self.name!r}"
 
     def load(self) -> Any:
         """Import and return the target. Raises PluginError, with the cause, if that fails."""

@@ -73,6 +73,14 @@ class LossUse(Use):
     weight: Scheduled = Field(default=1.0, description="Multiplies the loss; a number or a schedule.")
 
 
+class GraphUse(Use):
+    """The feature graph of the trained SAE."""
+
+    tokens: int | None = Field(
+        default=None, gt=0, description="Training activations whose codes the builder is given; `evaluation.tokens` by default."
+    )
+
+
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -122,6 +130,7 @@ class RunConfig(_Section):
     source: SourceUse = Field(description="Where activations come from.")
     architecture: ArchitectureUse = Field(description="The sparse autoencoder.")
     loss: list[LossUse] = Field(default_factory=list, description="The terms of the total loss.")
+    graph: GraphUse | None = Field(default=None, description="The feature graph to build of the trained SAE.")
     callback: list[Use] = Field(default_factory=list, description="Listeners that may change the run.")
     metric: list[Use] = Field(default_factory=list, description="Measures on held-out data.")
     analyzer: list[Use] = Field(default_factory=list, description="Questions asked of the trained SAE.")
@@ -147,7 +156,7 @@ class RunConfig(_Section):
 
 LISTS = ("loss", "callback", "metric", "analyzer", "tracker")
 """Sections that hold several entries, each with a name."""
-SINGLES = ("source", "architecture")
+SINGLES = ("source", "architecture", "graph")
 """Sections that hold one component."""
 
 
@@ -334,6 +343,7 @@ def _no_true_for_a_number(table: Mapping[str, Any], within: str) -> None:
     no_true_for_a_number(EvaluationConfig, table.get("evaluation", {}), f"{within}evaluation")
     no_true_for_a_number(SourceUse, table.get("source", {}), f"{within}source")
     no_true_for_a_number(ArchitectureUse, table.get("architecture", {}), f"{within}architecture")
+    no_true_for_a_number(GraphUse, table.get("graph", {}), f"{within}graph")
     for entry in table.get("loss", []):
         no_true_for_a_number(LossUse, entry, f"{within}loss.{label_of(entry)}")
 

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
     from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
     from saekit.activations.subject import Subject
+    from saekit.graph import FeatureGraph
     from saekit.result import Result
     from saekit.runner.context import RunContext
+    from saekit.sae.base import SparseAutoencoder
+    from saekit.sae.code import Code
     from saekit.training.step import Step
 
 
@@ -103,10 +106,22 @@ class Source(Protocol):
         ...
 
 
+class GraphBuilder(Protocol):
+    """A function or an object that makes a feature graph of a finished SAE. It is called once, after training."""
+
+    def __call__(self, sae: SparseAutoencoder, codes: Iterator[Code]) -> FeatureGraph:
+        """The graph over the latents of `sae`, as `FeatureGraph.of(sae, edge_index, weight)` makes it.
+
+        sae: as it stands on disk, for raw activations. codes: those of activations that it was trained on, batch by batch,
+        `graph.tokens` rows in all; nothing is harvested for a builder that takes none of them."""
+        ...
+
+
 class Metric(Protocol):
     """A streaming measure of held-out batches; a `torchmetrics.Metric` fits if its update takes a `Step`.
 
-    It may have `prepare(context)`, called with a `RunContext` before the first update: for the source, or the seed.
+    It may have `prepare(context)`, called with a `RunContext` before the first update: for the source, the seed, or the
+    feature graph.
     Two class attributes may help the reader: `headline` names those of its values that belong into the live view and
     the summary's table, and `meanings` gives a line for each value, shown in the report.
     """

@@ -14,18 +14,20 @@ marked `@saekit.hookimpl`. Listeners are called in the order of the run file. Wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+
+from saekit.errors import PluginError, near_names
 
 if TYPE_CHECKING:
     from saekit.component import Component
     from saekit.training.trainer import Trainer
 
 PROJECT = "saekit"
-CONTRACT_VERSION = 1
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
@@ -43,7 +45,7 @@ class Declaring:
 
     @hookspec
     def saekit_graph_builders(self) -> Iterable[Component]:
-        """Feature graphs. Target: called with the SAE and a stream of codes, returns a `FeatureGraph`."""
+        """Feature graphs. Target: called with the finished SAE and a stream of codes, returns a `FeatureGraph`."""
 
     @hookspec
     def saekit_metrics(self) -> Iterable[Component]:
@@ -80,9 +82,9 @@ class Lifecycle:
 
     @hookspec
     def phase_started(self, phase: str, total: int | None) -> None:
-        """A phase begins: `prepare`, `train`, `evaluate`, `analyse` or `report`. `total` counts its units (tokens for
-        train and evaluate; analyzers for analyse) where it is known. Harvest goes on inside the others; only the time
-        that training waits for it is counted, under its own name."""
+        """A phase begins: `prepare`, `train`, `graph` (with `[graph]`), `evaluate`, `analyse` or `report`. `total`
+        counts its units (tokens for train and evaluate; analyzers for analyse) where it is known. Harvest goes on inside the
+        others; only the time that training waits for it is counted, under its own name."""
 
     @hookspec
     def phase_advanced(self, phase: str, done: int) -> None:
@@ -138,3 +140,14 @@ class Lifecycle:
     @hookspec
     def run_failed(self, run: Any, error: BaseException) -> None:
         """The run stops with `error`; called once, also on an interruption."""
+
+
+def check_arguments(hook: str, implementation: Callable[..., Any], family: type) -> None:
+    """PluginError where an implementation asks for an argument that its hook does not have. It may take fewer."""
+    known = list(inspect.signature(getattr(family, hook)).parameters)[1:]
+    for name, parameter in inspect.signature(implementation).parameters.items():
+        if name not in known and parameter.default is inspect.Parameter.empty:
+            raise PluginError(
+                f"{hook!r} asks for an argument {name!r}, which the hook does not have.{near_names(name, known)} It has: "
+                f"{', '.join(known) or 'none'}."
+            )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import pluggy
 
 from saekit.errors import PluginError, SaekitError, UsageError, near_names
-from saekit.hookspecs import PROJECT, Lifecycle
+from saekit.hookspecs import PROJECT, Lifecycle, check_arguments
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Listeners:
     (a tracker, the view) is dropped with a warning.
 
     Each SAE of a run has its own, `above` which stands the run's, with what looks at all of them (the view).
-    who: what is put before a warning that goes on above.
+    who: what is put before a warning that goes on above. outdated: a sentence for each use of what is deprecated.
     """
 
     def __init__(self, above: Listeners | None = None, who: str = "") -> None:
@@ -36,20 +37,29 @@ class Listeners:
         self._listeners: dict[str, Listener] = {}
         self._calls: dict[str, list[tuple[Listener, Any, tuple[str, ...]]]] = {}
         self.warnings: list[str] = []
+        self.outdated: list[str] = []
 
     def add(self, listener: Listener) -> None:
         """Register a listener behind those that are there; a hook it misspells is a PluginError."""
-        known = [name for name in vars(Lifecycle) if not name.startswith("_")]
+        known = [name for name in dir(Lifecycle) if not name.startswith("_")]
         for name in dir(type(listener.instance)):
             marked = getattr(getattr(listener.instance, name, None), f"{PROJECT}_impl", None)
             if marked and name not in known:
                 raise PluginError(f"{listener.origin}: {name!r} is no lifecycle hook.{near_names(name, known)}")
+            if marked:
+                try:
+                    check_arguments(name, getattr(listener.instance, name), Lifecycle)
+                except PluginError as error:
+                    raise PluginError(f"{listener.origin}: {error}") from None
             if marked and (marked["wrapper"] or marked["hookwrapper"]):
                 raise PluginError(f"{listener.origin}: {name!r} is a hook wrapper, which saekit does not call.")
         try:
-            self._manager.register(listener.instance, name=listener.label)
+            with warnings.catch_warnings(record=True) as told:  # pluggy's, of what a specification calls deprecated
+                warnings.simplefilter("always")
+                self._manager.register(listener.instance, name=listener.label)
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"{listener.origin}: {' '.join(str(error).split())}") from None
+        self.outdated += [f"{listener.origin}: {warning.message}" for warning in told]
         self._listeners[listener.label] = listener
         self._calls.clear()
 

@@ -16,6 +16,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,18 +25,26 @@ from typing import Any
 
 import pluggy
 
-from saekit.component import HOOKS, KINDS, Component
+from saekit import stability
+from saekit.component import HOOKS, KINDS, OWN_DISTRIBUTION, Component
 from saekit.errors import PluginError, UsageError, near_names
-from saekit.hookspecs import PROJECT, Declaring
+from saekit.hookspecs import PROJECT, Declaring, check_arguments
 
-OWN_DISTRIBUTION = "saekit"
 DISABLE_VARIABLE = "SAEKIT_DISABLE_PLUGINS"
+HEAVY = (
+    "torch", "numpy", "transformers", "transformer_lens", "sae_lens", "torch_geometric", "sklearn", "scipy", "pandas",
+)  # fmt: skip
+"""What the module of a plugin's hooks must not import: names are listed, and completed, without waiting for it."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass
 class Plugin:
-    """One plugin as it was found: its origin, its components, and its error if it has one."""
+    """One plugin as it was found: its origin, its components, and its error if it has one.
+
+    contract: the version of the contract it was made for, if it says so. warnings: what a run that names it is told. heavy:
+    what its import brought in of `HEAVY`, as far as it was not there already.
+    """
 
     name: str
     distribution: str
@@ -44,6 +53,23 @@ class Plugin:
     error: str | None = None
     disabled: bool = False
     file: Path | None = None
+    contract: int | None = None
+    warnings: list[str] = field(default_factory=list)
+    heavy: list[str] = field(default_factory=list)
+
+    @property
+    def origin(self) -> str:
+        """`plugin 'acme' (saekit-acme 0.3.1)`."""
+        return f"plugin {self.name!r} ({self.distribution} {self.version})"
+
+    @property
+    def fix(self) -> str:
+        """What to do about its error, as the end of a message."""
+        if self.file:
+            return "Mend it, or leave it out."
+        newer = self.contract is not None and self.contract > stability.CONTRACT
+        first = f"Upgrade saekit, install an earlier {self.distribution}" if newer else f"Mend it, upgrade {self.distribution}"
+        return f"{first}, or run with --no-plugin {self.name}."
 
 
 class Registry:
@@ -81,15 +107,18 @@ class Registry:
         if plugin.name in blocked:
             plugin.disabled = True
             return
+        there = {name for name in HEAVY if name in sys.modules}
         try:
             # What a plugin prints while it loads must not end up in the output of `--json`.
             with contextlib.redirect_stdout(sys.stderr):
                 module = load()
+                _check_contract(module, plugin)
                 plugin.components = _declared(module, plugin)
         except PluginError as error:
             plugin.error = str(error)
         except (Exception, SystemExit) as error:
             plugin.error = f"{type(error).__name__}: {error}"
+        plugin.heavy = [name for name in HEAVY if name in sys.modules and name not in there]
 
     def components(self, kind: str | None = None) -> list[Component]:
         """All components of a kind (or of all kinds) of the plugins that loaded, in the order of their names."""
@@ -105,7 +134,7 @@ class Registry:
         was named."""
         for plugin in self.plugins:
             if plugin.file and plugin.error:
-                raise PluginError(f"plugin {plugin.file}: does not load: {_sentence(plugin.error)} Mend it, or leave it out.")
+                raise PluginError(f"plugin {plugin.file}: does not load: {_sentence(plugin.error)} {plugin.fix}")
 
     def find(self, kind: str, name: str, where: str = "", requires: Iterable[str] = ()) -> Component:
         """The component that a run means by `name`, short or qualified (`plugin.name`).
@@ -128,9 +157,16 @@ class Registry:
         if len(candidates) > 1:
             hidden = ", ".join(c.qualified_name for c in candidates if c is not chosen)
             warning = f"{kind} {name!r} is {chosen.qualified_name} ({chosen.distribution}), which overrides {hidden}."
-            if warning not in self.warnings:
-                self.warnings.append(warning)
+            self._warn(warning)
+        for plugin in self.plugins:
+            if chosen in plugin.components:
+                for message in plugin.warnings:
+                    self._warn(f"{plugin.origin}: {message}")
         return chosen
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warnings:
+            self.warnings.append(message)
 
     def _unknown(self, kind: str, name: str, prefix: str, requires: Iterable[str]) -> Exception:
         word = kind.replace("_", " ")
@@ -144,11 +180,8 @@ class Registry:
         known = [c.name for c in self.components(kind)]
         absent = [r for r in requires if not _installed(r)]
         if broken and not absent:
-            causes = "; ".join(f"plugin {p.name!r} ({p.distribution} {p.version}) failed to load: {p.error}" for p in broken)
-            return PluginError(
-                f"{prefix}there is no {word} {name!r}, but {_sentence(causes)} Mend it, upgrade {broken[0].distribution}, "
-                f"or run with --no-plugin {broken[0].name}.{near_names(name, known)}"
-            )
+            causes = " ".join(f"{p.origin} failed to load: {_sentence(p.error or '')} {p.fix}" for p in broken)
+            return PluginError(f"{prefix}there is no {word} {name!r}, but {causes}{near_names(name, known)}")
         disabled = [p.name for p in self.plugins if p.disabled]
         if absent:
             fix = f" This run file asks for what is not installed: pip install {' '.join(absent)}"
@@ -191,6 +224,24 @@ def article(kind: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
+def _check_contract(module: Any, plugin: Plugin) -> None:
+    """Note which version of the contract a plugin was made for; PluginError for one that cannot be used."""
+    made_for = getattr(module, stability.DECLARATION, None)
+    if made_for is None:
+        return
+    if not isinstance(made_for, int) or isinstance(made_for, bool):
+        raise PluginError(f"{stability.DECLARATION} is {made_for!r}, but a whole number is wanted, such as {stability.CONTRACT}.")
+    plugin.contract = made_for
+    error = stability.refused(made_for)
+    if error is not None:
+        raise PluginError(error)
+    if made_for < stability.CONTRACT:
+        plugin.warnings.append(
+            f"was made for contract {made_for} of saekit, which is now {stability.CONTRACT}. "
+            f"{stability.changes_since(made_for)} Upgrade {plugin.distribution} where it misbehaves."
+        )
+
+
 def _declared(module: Any, plugin: Plugin) -> list[Component]:
     """The components that a plugin's module declares; raises PluginError on anything that would silently do nothing."""
     manager = pluggy.PluginManager(PROJECT)
@@ -206,10 +257,15 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
                 f"{name!r} is no hook of a plugin's module.{near_names(name, known)} Lifecycle hooks are methods of a "
                 "callback's or a tracker's class."
             )
+        if name in known and inspect.isroutine(value):
+            check_arguments(name, value, Declaring)
     try:
-        manager.register(module, name=plugin.name)
+        with warnings.catch_warnings(record=True) as told:  # pluggy's, of what a specification calls deprecated
+            warnings.simplefilter("always")
+            manager.register(module, name=plugin.name)
     except pluggy.PluginValidationError as error:
         raise PluginError(" ".join(str(error).split())) from None
+    plugin.warnings += [f"{warning.message} Upgrade {plugin.distribution}; until then it works." for warning in told]
     found = []
     for hook_name, kind in known.items():
         for implementation in getattr(manager.hook, hook_name).get_hookimpls():
@@ -223,6 +279,9 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
             if names.count(name) > 1:
                 raise PluginError(f"it declares two components of the kind {kind} that are called {name!r}.")
     return found
+
+
+_BARE = Component("", "")
 
 
 def _checked(component: Any, hook_name: str, kind: str, plugin: Plugin) -> Component:
@@ -239,6 +298,10 @@ def _checked(component: Any, hook_name: str, kind: str, plugin: Plugin) -> Compo
         words = getattr(component, field_name)
         if not isinstance(words, tuple) or not all(isinstance(word, str) for word in words):
             raise PluginError(f'{hook_name}: {field_name} of {component.name!r} must be a tuple of words, such as ("labels",).')
+    for field_name, instead in stability.DEPRECATED_FIELDS.items():
+        if getattr(component, field_name) != getattr(_BARE, field_name):
+            told = f"{component.name!r} sets the field {field_name}, which is deprecated. {instead}"
+            plugin.warnings.append(f"{told} Upgrade {plugin.distribution}; until then it works.")
     summary = component.summary
     if not summary and not isinstance(component.target, str):
         summary = (inspect.getdoc(component.target) or "").partition("\n")[0]

@@ -33,6 +33,9 @@ class Variant(BaseModel):
     architecture: dict[str, Any] = Field(
         default_factory=dict, description="Keys of `[architecture]`; with another `use` only `d_sae` is taken over."
     )
+    graph: dict[str, Any] = Field(
+        default_factory=dict, description="Keys of `[graph]`; with another `use` nothing is taken over."
+    )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Keys of `[training]`, but for those that all variants share."
     )
@@ -43,7 +46,7 @@ class Variant(BaseModel):
     tracker: Entries = Field(default=None, description="The same for trackers.")
 
 
-TABLES = ("architecture", "training")
+TABLES = ("architecture", "graph", "training")
 LISTS = tuple(name for name in Variant.model_fields if name not in ("name", *TABLES))
 
 SHARED_SECTIONS = ("source", "evaluation")
@@ -82,6 +85,9 @@ def changed(config: RunConfig, variant: Variant) -> dict[str, Any]:
     table = config.model_dump(by_alias=True, exclude_none=True)
     del table["variant"]
     table["architecture"] = _architecture(table["architecture"], variant.architecture)
+    if variant.graph:
+        run = table.get("graph", {})
+        table["graph"] = run | variant.graph if variant.graph.get("use", run.get("use")) == run.get("use") else variant.graph
     table["training"] |= variant.training
     if table["training"]["seed"] != config.training.seed:
         table["training"].setdefault("data_seed", config.training.seed)

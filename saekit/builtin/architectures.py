@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from saekit.errors import UsageError
-from saekit.sae.base import Skip, SparseAutoencoder
+from saekit.sae.base import DecoderNorm, Skip, SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.kernels import Pattern, row_topk
-
-DecoderNorm = Annotated[
-    Literal["unit", "free"], Field(description="unit: decoder rows are kept at norm 1; free: left alone.")
-]
 
 
 class Standard(SparseAutoencoder):

@@ -9,9 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit.builtin.architectures import DecoderNorm
 from saekit.errors import UsageError
-from saekit.sae.base import Skip, SparseAutoencoder
+from saekit.sae.base import DecoderNorm, Skip, SparseAutoencoder
 from saekit.sae.code import Code, SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse, row_topk
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saekit.builtin.architectures import DecoderNorm
-from saekit.sae.base import Skip, SparseAutoencoder
+from saekit.sae.base import DecoderNorm, Skip, SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.kernels import Pattern
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class ExplainedVariance(Summed):
         return {
             "explained_variance": None if fvu is None else 1.0 - fvu,
             "fvu": fvu,
-            "mse": float(self.error) / (float(self.rows) * self._width),
+            "mse": float(self.error) / (float(self.rows) * self._width) if self.rows else None,
         }
 
 
@@ -112,8 +112,10 @@ class Density(Summed):
     def _densities(self) -> Tensor:
         return self.fired / self.rows  # [d_sae]
 
-    def compute(self) -> dict[str, float]:
-        """density_median over the latents, dense_fraction of them above 0.1."""
+    def compute(self) -> dict[str, float | None]:
+        """density_median over the latents, dense_fraction of them above 0.1; None where nothing was measured."""
+        if not self.rows:
+            return {"density_median": None, "dense_fraction": None}
         density = self._densities()
         return {"density_median": float(density.median()), "dense_fraction": float((density > 0.1).double().mean())}
 
@@ -127,8 +129,10 @@ class Dead(Density):
         "dead_fraction": "share of latents that were never active on the held-out data",
     }
 
-    def compute(self) -> dict[str, Any]:
-        """dead_fraction and dead_latents."""
+    def compute(self) -> dict[str, float | None]:
+        """dead_fraction and dead_latents; None where nothing was measured."""
+        if not self.rows:
+            return {"dead_fraction": None, "dead_latents": None}
         dead = self._densities() == 0
         return {"dead_fraction": float(dead.double().mean()), "dead_latents": float(dead.sum())}
 

@@ -27,6 +27,8 @@ class CERecovered:
         "ce_recovered": "of the cross-entropy that a zero in the activation's place costs, the share won back",
         "ce_recovered_mean": "of the cross-entropy that the mean in the activation's place costs, the share won back",
         "ce_clean": "cross-entropy of the untouched model, in nats a token",
+        "ce_zero": "cross-entropy with a zero in the activation's place, in nats a token",
+        "ce_mean": "cross-entropy with the mean activation in its place, in nats a token",
         "ce_spliced": "cross-entropy with the reconstruction in the activation's place, in nats a token",
         "kl": "divergence of the model's predictions with the reconstruction in place, in nats a token",
     }

@@ -71,7 +71,10 @@ class TokenSparsity(Summed):
         )
 
     def compute(self) -> dict[str, float | None]:
-        """l0_CLASS, explained_variance_CLASS and share_CLASS; the first two are None for a class that did not occur."""
+        """l0_CLASS, explained_variance_CLASS and share_CLASS; the first two are None for a class that did not occur, and
+        all where nothing was measured."""
+        if not self.rows.any():
+            return dict.fromkeys(self.meanings)
         mean = self.total.sum(0) / self.rows.sum()  # [d_out]
         spread = self.square - 2 * self.total @ mean + self.rows * mean.square().sum()  # [classes]
         found: dict[str, float | None] = {}

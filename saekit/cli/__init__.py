@@ -16,6 +16,8 @@ from saekit.errors import ExitCode, SaekitError
 COMMANDS = {
     "run": "Train an SAE and analyse it: a recipe, a run file, or names on the command line.",
     "plugins": "List the installed components, or show one with its options.",
+    "check": "Ask whether a component, or a plugin's, keep the contract of their kind.",
+    "new": "Write a package around one component of your own: code, test, run file, README.",
     "recipes": "List the ready-made run files.",
     "bench": "Time a step, the harvest or a whole training against its floor and its peers.",
     "report": "Build report.html of a run again.",
@@ -23,6 +25,7 @@ COMMANDS = {
     "import": "Take in an SAE of SAELens, dictionary_learning or sparsify.",
     "export": "Write an SAE as one of those libraries opens it.",
     "schema": "Print the JSON Schema of a run file.",
+    "doctor": "Look over the installation: versions, plugins, slow imports, devices.",
 }
 
 

@@ -12,7 +12,7 @@ import click
 
 @click.group("bench")
 def command() -> None:
-    """Time a training step, the harvest or a whole training against its floor and its peers.
+    """Time a training step, the harvest or a whole training against its floor and its peers; and the start of a command.
 
     Candidates take turns, and the median is given with its quartiles.
     """
@@ -136,6 +136,17 @@ def parity(
             f"{line['architecture']:<11} L0 {line['l0']:6.1f}  saekit {line['saekit']:.4f}  sae_lens {line['sae_lens']:.4f}  "
             f"difference {line['difference']:+.4f} ({line['lowest']:+.4f} to {line['highest']:+.4f})  {line['seeds']} seeds"
         )
+
+
+@command.command("startup")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@_rounds
+@click.option("--plugins", default=50, show_default=True, help="Plugins that are installed for the time of it.")
+def startup(as_json: bool, **settings: Any) -> None:
+    """Seconds that `saekit --help` and `saekit plugins` take, with many plugins installed beside the real ones."""
+    from saekit.bench.startup import time_startup
+
+    _show(time_startup(**settings), as_json)
 
 
 def _planned(recipe: str | None, overrides: tuple[str, ...]) -> tuple[Any, Any]:

@@ -9,20 +9,24 @@ import click
 
 from saekit.component import KINDS, Component
 from saekit.errors import UsageError, near_names
-from saekit.plugins import Registry
+from saekit.plugins import Plugin, Registry
 
 
 @click.group("plugins", invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--requirements", is_flag=True, help="Print what is installed as lines for pip.")
 @click.option("--plugin", "files", multiple=True, metavar="FILE.py", help="Load a Python file as a plugin.")
 @click.pass_context
-def command(context: click.Context, as_json: bool, files: tuple[str, ...]) -> None:
+def command(context: click.Context, as_json: bool, requirements: bool, files: tuple[str, ...]) -> None:
     """List the installed components by kind, and plugins that failed to load with their errors."""
     registry = Registry(files=files)
     context.obj = registry
     if context.invoked_subcommand is not None:
         return
-    if as_json:
+    if requirements:
+        lines = sorted({f"{p.distribution}=={p.version}" for p in registry.plugins if p.file is None})
+        click.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines))
+    elif as_json:
         click.echo(json.dumps(_listing(registry), indent=2, ensure_ascii=False))
     else:
         _print_listing(registry)
@@ -73,12 +77,19 @@ def describe(component: Component, registry: Registry) -> dict[str, Any]:
         "qualified_name": component.qualified_name,
         "distribution": component.distribution,
         "version": component.version,
+        "source": _source(component, registry),
         "summary": component.summary,
         "doc": doc,
         "options": options,
         "needs": {need: [c.qualified_name for c in registry.components() if need in c.provides] for need in component.needs},
         "provides": list(component.provides),
     }
+
+
+def _source(component: Component, registry: Registry) -> str:
+    """Where the target is written: `package.module:Object`, or the file that was given."""
+    files = [str(p.file) for p in registry.plugins if p.file and p.name == component.plugin]
+    return component.target if isinstance(component.target, str) else files[0]
 
 
 def _type_name(annotation: Any) -> str:
@@ -92,7 +103,11 @@ def _listing(registry: Registry) -> dict[str, Any]:
                 "name": p.name,
                 "distribution": p.distribution,
                 "version": p.version,
+                "contract": p.contract,
                 "error": p.error,
+                "fix": p.fix if p.error else None,
+                "warnings": p.warnings,
+                "imports": p.heavy,
                 "disabled": p.disabled,
                 "components": [{"kind": c.kind, "name": c.name, "summary": c.summary} for c in p.components],
             }
@@ -115,14 +130,24 @@ def _print_listing(registry: Registry) -> None:
             click.echo(f"\ndisabled: {plugin.name} ({plugin.distribution} {plugin.version})")
         if plugin.error:
             click.secho(f"\nfailed to load: {plugin.name} ({plugin.distribution} {plugin.version})", fg="red")
-            click.echo(f"  {plugin.error}")
+            click.echo(f"  {plugin.error}\n  {plugin.fix}")
+        for message in notes(plugin):
+            click.echo(f"\nwarning: {plugin.origin}: {message}")
     for warning in registry.warnings:
         click.echo(f"\nwarning: {warning}", err=True)
 
 
+def notes(plugin: Plugin) -> list[str]:
+    """What the author of a plugin that loads should know of it."""
+    if not plugin.heavy:
+        return plugin.warnings
+    slow = f"imports {', '.join(plugin.heavy)} whenever names are listed. Move what needs it into the module of the target."
+    return [*plugin.warnings, slow]
+
+
 def _print_component(entry: dict[str, Any]) -> None:
     click.secho(f"{entry['kind']} {entry['name']}", bold=True)
-    click.echo(f"from {entry['distribution']} {entry['version']}, in full {entry['qualified_name']}\n")
+    click.echo(f"from {entry['distribution']} {entry['version']}, in full {entry['qualified_name']}, source {entry['source']}\n")
     click.echo(entry["doc"] + "\n")
     for option in entry["options"]:
         default = "required" if option["required"] else f"default {option['default']!r}"

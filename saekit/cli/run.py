@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -12,20 +13,40 @@ import click
 from saekit.errors import UsageError
 
 
-def _many(*names: str, help: str) -> Any:
-    return click.option(*names, multiple=True, metavar="NAME[:key=value,...]", help=help)
+def _completed(function: str, *first: str) -> Callable[..., Any]:
+    """A function of `completion.py`, which is imported when the shell asks it."""
+
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> Any:
+        from saekit.cli import completion
+
+        return getattr(completion, function)(*first, context, parameter, incomplete)
+
+    return complete
+
+
+def _use(name: str, kind: str, *, help: str, many: bool = False) -> Any:
+    complete = _completed("components", kind)
+    return click.option(name, multiple=many, metavar="NAME[:key=value,...]", help=help, shell_complete=complete)
+
+
+def _many(name: str, kind: str, *, help: str) -> Any:
+    return _use(name, kind, help=help, many=True)
 
 
 @click.command("run")
-@click.argument("what", required=False, metavar="[RECIPE|FILE.toml]")
-@click.option("--source", metavar="NAME[:key=value,...]", help="Take activations from this source instead.")
-@click.option("--architecture", metavar="NAME[:key=value,...]", help="Train this architecture instead.")
-@_many("--loss", help="Add a loss.")
-@_many("--callback", help="Add a callback.")
-@_many("--metric", help="Add a metric.")
-@_many("--analyze", help="Add an analyzer.")
-@_many("--tracker", help="Add a tracker.")
-@click.option("-o", "--override", "overrides", multiple=True, metavar="key=value", help="Set any key, e.g. training.lr=1e-3.")
+@click.argument("what", required=False, metavar="[RECIPE|FILE.toml]", shell_complete=_completed("recipes"))
+@_use("--source", "source", help="Take activations from this source instead.")
+@_use("--architecture", "architecture", help="Train this architecture instead.")
+@_many("--loss", "loss", help="Add a loss.")
+@_use("--graph", "graph_builder", help="Build this feature graph of the trained SAE.")
+@_many("--callback", "callback", help="Add a callback.")
+@_many("--metric", "metric", help="Add a metric.")
+@_many("--analyze", "analyzer", help="Add an analyzer.")
+@_many("--tracker", "tracker", help="Add a tracker.")
+@click.option(
+    "-o", "--override", "overrides", multiple=True, metavar="key=value", help="Set any key, e.g. training.lr=1e-3.",
+    shell_complete=_completed("overrides"),
+)  # fmt: skip
 @click.option("--plugin", "plugins", multiple=True, metavar="FILE.py", help="Load a Python file as a plugin.")
 @click.option("--no-plugin", "no_plugins", multiple=True, metavar="NAME", help="Leave an installed plugin out.")
 @click.option("--directory", metavar="DIR", help="The run directory; dated and named by default.")
@@ -37,6 +58,7 @@ def command(
     source: str | None,
     architecture: str | None,
     loss: tuple[str, ...],
+    graph: str | None,
     callback: tuple[str, ...],
     metric: tuple[str, ...],
     analyze: tuple[str, ...],
@@ -57,13 +79,14 @@ def command(
         "source": [source] if source else [],
         "architecture": [architecture] if architecture else [],
         "loss": loss,
+        "graph": [graph] if graph else [],
         "callback": callback,
         "metric": metric,
         "analyzer": analyze,
         "tracker": tracker,
     }
     if resume is not None:
-        given = [what, source, architecture, directory, *loss, *callback, *metric, *analyze, *tracker, *overrides, *plugins]
+        given = [what, source, architecture, graph, directory, *loss, *callback, *metric, *analyze, *tracker, *overrides, *plugins]
         if any(given) or dry_run:
             raise UsageError("--resume continues a run exactly as it was begun; give it no other options.")
     # With --json nothing but the document may reach stdout, whatever a plugin or a library prints.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from saekit.activations.batch import Activations
     from saekit.config import RunConfig
+    from saekit.graph import FeatureGraph
     from saekit.sae.base import SparseAutoencoder
 
 
@@ -24,7 +25,8 @@ class RunContext:
     sae: what it reads are the source's activations times `scale`; a transcoder makes its targets times `target_scale`.
     source: opened. directory: where an analyzer may write files. warn: tells the user. scale, target_scale: 1 once
     training is over; while a loss prepares itself before the first step, the factors that training applies
-    (`training.normalize`).
+    (`training.normalize`). graph: what `[graph]` built of this SAE, for metrics and analyzers; None without it, and during
+    training.
     """
 
     sae: SparseAutoencoder
@@ -35,6 +37,7 @@ class RunContext:
     warn: Callable[[str], None]
     scale: float = 1.0
     target_scale: float = 1.0
+    graph: FeatureGraph | None = None
 
     @property
     def seed(self) -> int:

@@ -50,6 +50,11 @@ class RunDirectory:
         return self.path / "sae"
 
     @property
+    def graph(self) -> Path:
+        """The feature graph of that SAE, where the run file asks for one."""
+        return self.path / "graph.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         """Everything a resume needs."""
         return self.path / "checkpoints"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from saekit.activations.batch import Activations
 from saekit.errors import UsageError
 from saekit.files import disk_errors, plain
+from saekit.graph import FeatureGraph, dictionary_digest
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
 from saekit.result import Result
@@ -21,6 +22,7 @@ from saekit.runner.context import RunContext
 from saekit.runner.directory import RunDirectory
 from saekit.runner.plan import Part, Plan
 from saekit.sae.base import SparseAutoencoder
+from saekit.sae.code import Code
 from saekit.sae.formats import SavedSAE, load_sae, open_sae, save_sae
 from saekit.training.losses import Term
 from saekit.training.randomness import OwnRandomness
@@ -46,7 +48,8 @@ class Member:
     What belongs to the data is the run's, which hands it over. Whatever a member does is done in its `turn`.
 
     variant: its name; empty where it is the only one. plan, config, directory: of this SAE, as if it were alone.
-    metrics, headline, meanings: once evaluated. analysis: each analyzer's scalars. losses: as logged last.
+    graph: once built, if the run file asks for one. metrics, headline, meanings: once evaluated. analysis: each analyzer's
+    scalars. losses: as logged last.
     """
 
     source: Any
@@ -58,6 +61,7 @@ class Member:
     def __init__(self, plan: Plan, directory: RunDirectory, registry: Registry, above: Listeners) -> None:
         self.plan, self.directory, self.registry = plan, directory, registry
         self.config, self.variant = plan.config, plan.variant
+        self.graph: FeatureGraph | None = None
         self.metrics: dict[str, float | None] = {}
         self.headline: list[str] = []
         self.meanings: dict[str, str] = {}
@@ -224,11 +228,42 @@ class Member:
         save_sae(self.sae, self.directory.sae, name=name, metadata={k: v for k, v in metadata.items() if v is not None})
         self.sae = load_sae(self.directory.sae, device=self.device, registry=self.registry)
 
+    # --- graph -------------------------------------------------------------------------------------------------
+
+    def build_graph(self) -> None:
+        """Build the feature graph of the SAE that stands on disk, and write it beside it."""
+        part = self.plan.graph
+        assert part is not None
+        self.sae.requires_grad_(False)
+        builder = part.build()
+        with blamed_on(part), contextlib.closing(self._codes()) as codes:
+            graph = builder(self.sae, codes)
+            if not isinstance(graph, FeatureGraph):
+                raise TypeError(f"it returned {type(graph).__name__}, not a saekit.FeatureGraph")
+            if graph.dictionary != dictionary_digest(self.sae):
+                raise ValueError("it returned a graph of another dictionary than that of the SAE it was given")
+        graph.builder = part.component.qualified_name
+        graph.save(self.directory.graph)
+        self.graph = graph.to(self.device)
+
+    def _codes(self) -> Generator[Code]:
+        """The codes of activations that training saw, or would have seen: held-out ones are left for what measures."""
+        training, left = self.config.training, self.plan.graph_tokens
+        for block in self.source.blocks("train", size=min(left, training.buffer), seed=training.order_seed):
+            for start in range(0, len(block), training.batch_size):
+                batch = block.rows(slice(start, min(start + training.batch_size, start + left))).to(self.device)
+                left -= len(batch)
+                with torch.no_grad():  # not around the yield: the builder decides for itself
+                    code = self.sae.encode(batch.x)
+                yield code
+                if left <= 0:
+                    return
+
     # --- evaluate, analyse -------------------------------------------------------------------------------------
 
     def _context(self, directory: Path, scale: float = 1.0, target_scale: float = 1.0) -> RunContext:
         warn = self.listeners.warn
-        return RunContext(self.sae, self.source, self.config, self.device, directory, warn, scale, target_scale)
+        return RunContext(self.sae, self.source, self.config, self.device, directory, warn, scale, target_scale, self.graph)
 
     @property
     def context(self) -> RunContext:

@@ -8,12 +8,15 @@ from typing import Any
 from saekit.component import Component
 from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, SourceUse, Use
 from saekit.errors import UsageError
-from saekit.plugins import Registry
+from saekit.plugins import Registry, article
 from saekit.runner.blame import explained, of_variant
 from saekit.schedules import value_at
 from saekit.variants import Variant
 
 ALWAYS_PROVIDED = {"activations"}
+GRAPH = "graph"
+"""What `[graph]` provides, and to whom: it is built of the trained SAE, so nothing in training can have it."""
+AFTER_TRAINING = ("metric", "analyzer")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Part:
 class Plan:
     """What is planned for one SAE. `config` is its resolved configuration: run by itself, it gives the same plan.
 
-    variant: its name among others; empty where the run trains this one alone.
+    variant: its name among others; empty where the run trains this one alone. graph: the builder of its feature graph; None
+    without `[graph]`.
     """
 
     variant: str
@@ -43,6 +47,7 @@ class Plan:
     source: Part
     architecture: Part
     losses: list[Part]
+    graph: Part | None
     callbacks: list[Part]
     metrics: list[Part]
     analyzers: list[Part]
@@ -53,12 +58,19 @@ class Plan:
     def parts(self) -> list[Part]:
         """Every component of the run, in the order of the run file's sections."""
         return [
-            self.source, self.architecture, *self.losses, *self.callbacks, *self.metrics, *self.analyzers, *self.trackers
+            self.source, self.architecture, *self.losses, *([self.graph] if self.graph else []), *self.callbacks,
+            *self.metrics, *self.analyzers, *self.trackers,
         ]  # fmt: skip
 
     def build_source(self) -> Any:
         """The source, reading through the cache that the run file names."""
         return _source(self.source)
+
+    @property
+    def graph_tokens(self) -> int:
+        """How many activations' codes the graph builder is given."""
+        graph = self.config.graph
+        return (graph.tokens if graph else None) or self.config.evaluation.tokens
 
     @property
     def total_steps(self) -> int:
@@ -146,6 +158,7 @@ def _plan(variant: str, config: RunConfig, source: Part, registry: Registry) -> 
         source=source,
         architecture=architecture,
         losses=sections["loss"],
+        graph=None if config.graph is None else _part("graph_builder", config.graph, registry, config, key="graph"),
         callbacks=sections["callback"],
         metrics=sections["metric"],
         analyzers=sections["analyzer"],
@@ -196,9 +209,10 @@ def _with_defaults(config: RunConfig, registry: Registry, provided: set[str]) ->
         named = {registry.find(section, e.use, f"{section}.{e.label}", config.requires).qualified_name for e in entries}
         labels = {entry.label for entry in entries}
         defaults = []
+        given = provided | ({GRAPH} if config.graph and section in AFTER_TRAINING else set())
         for offered in registry.defaults(section):
             component = registry.find(section, offered.name)  # a third party may override it
-            if set(component.needs) <= provided and component.qualified_name not in named and component.name not in labels:
+            if set(component.needs) <= given and component.qualified_name not in named and component.name not in labels:
                 defaults.append(LossUse(use=component.name) if section == "loss" else Use(use=component.name))
                 labels.add(component.name)
         added[section] = defaults + entries
@@ -215,24 +229,30 @@ def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> No
     provided = others | (set(plan.source.component.provides) - set(withheld))
     _check_skip(plan, withheld, "target" in provided)
     for part in plan.parts:
-        missing = [need for need in part.component.needs if need not in provided]
+        has_graph = plan.graph is not None and part.component.kind in AFTER_TRAINING
+        missing = [need for need in part.component.needs if need not in provided and not (need == GRAPH and has_graph)]
         if missing:
             need = missing[0]
+            who = f"{part.key}: {part.component.title}"
             if need in withheld:
                 raise UsageError(
-                    f"{part.key}: {part.component.kind} {part.component.name!r} needs {need!r}, which source "
-                    f"{plan.source.component.name!r} does not provide with these options. {withheld[need]}"
+                    f"{who} needs {need!r}, which source {plan.source.component.name!r} does not provide with these options. "
+                    f"{withheld[need]}"
                 )
-            providers = [c for c in registry.components() if need in c.provides]
-            if providers:
-                names = ", ".join(f"{c.kind} {c.name!r} ({c.distribution})" for c in providers)
-                fix = f"It is provided by {names}."
-            else:
-                fix = "No installed plugin provides it."
-            raise UsageError(
-                f"{part.key}: {part.component.kind} {part.component.name!r} needs {need!r}, which nothing in this run "
-                f"provides. {fix}"
-            )
+            raise UsageError(f"{who} needs {need!r}, which nothing in this run provides. {_provider(need, part, registry)}")
+
+
+def _provider(need: str, part: Part, registry: Registry) -> str:
+    """Where what `part` needs is to be had, in a sentence or two."""
+    if need == GRAPH and part.component.kind in AFTER_TRAINING:
+        builders = ", ".join(c.name for c in registry.components("graph_builder")) or "none"
+        return f'Add a table [graph] with use = "..."; installed graph builders: {builders}.'
+    providers = [c for c in registry.components() if need in c.provides]
+    if providers:
+        return f"It is provided by {', '.join(f'{c.kind} {c.name!r} ({c.distribution})' for c in providers)}."
+    if need == GRAPH:
+        return f"[graph] is built after training, so {article(part.component.kind)} cannot have it. Leave {part.label!r} out."
+    return f"No installed plugin provides it. Install one that does, or leave {part.label!r} out of the run."
 
 
 def _check_skip(plan: Plan, withheld: dict[str, str], has_target: bool) -> None:

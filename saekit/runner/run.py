@@ -70,6 +70,10 @@ class Run:
         self._tell("run_started")
         for warning in self.plan.warnings:
             self._warn(warning)
+        for member in self.members:
+            with member.turn():
+                for warning in member.listeners.outdated:
+                    member.listeners.warn(warning)
         with self._phase("prepare", None):
             self.prepare()
         if self.plan.total_steps:
@@ -78,6 +82,9 @@ class Run:
         for member in self.members:
             with member.turn():
                 member.save_sae()
+        if any(member.plan.graph for member in self.members):
+            with self._phase("graph", None):
+                self._build_graphs()
         with self._phase("evaluate", self.config.evaluation.tokens):
             self._evaluate()
         with self._phase("analyse", sum(len(member.plan.analyzers) for member in self.members)):
@@ -292,7 +299,13 @@ class Run:
             with member.turn():
                 member.listeners.emit("checkpoint_saved", trainer=member.trainer, number=number, path=path)
 
-    # --- evaluate, analyse -------------------------------------------------------------------------------------
+    # --- graph, evaluate, analyse ------------------------------------------------------------------------------
+
+    def _build_graphs(self) -> None:
+        for member in self.members:
+            if member.plan.graph:
+                with member.turn():
+                    member.build_graph()
 
     def _evaluate(self) -> None:
         """Harvest the held-out activations once, and give each batch to the metrics of every member."""

@@ -52,6 +52,7 @@ def _of(member: Member) -> dict[str, Any]:
     """What one SAE came to."""
     return {
         "sae": _sae(member),
+        "graph": _graph(member),
         "metrics": member.metrics,
         "headline": member.headline,
         "meanings": member.meanings,
@@ -64,12 +65,17 @@ def _in_common(members: list[Member]) -> dict[str, Any]:
     """The same keys for a run of variants: it has no SAE of its own, so nothing may look as if it were one's."""
     saes = [_sae(member) for member in members]
     common = {key: value if all(sae[key] == value for sae in saes) else None for key, value in saes[0].items()}
-    return {"sae": common, "metrics": {}, "headline": [], "meanings": {}, "analysis": {}, "losses": {}}
+    return {"sae": common, "graph": None, "metrics": {}, "headline": [], "meanings": {}, "analysis": {}, "losses": {}}
 
 
 def _sae(member: Member) -> dict[str, Any]:
     name = member.plan.architecture.component.name
     return {"architecture": name, "d_in": member.sae.d_in, "d_sae": member.sae.d_sae}
+
+
+def _graph(member: Member) -> dict[str, Any] | None:
+    graph = member.graph
+    return None if graph is None else {"builder": graph.builder, "nodes": graph.nodes, "edges": graph.edge_index.shape[1]}
 
 
 def _trained(run: Run) -> dict[str, Any]:

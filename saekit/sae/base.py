@@ -11,7 +11,7 @@ path beside its latents, x' = code @ W_dec + b_dec + x @ W_skip^T.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,10 @@ from saekit.sae.kernels import Pattern, decode_sparse, encode_selected, zero_shi
 
 DECODER_NORMS = ("unit", "free")
 INITIAL_NORM = 0.1
+DecoderNorm = Annotated[
+    Literal["unit", "free"], Field(description="unit: decoder rows are kept at norm 1; free: left alone.")
+]
+"""The type of the option `decoder_norm`, for the constructors of architectures."""
 Skip = Annotated[
     bool, Field(description="For a transcoder: add a learned linear map of the input to what the latents rebuild.")
 ]
@@ -60,7 +64,7 @@ class SparseAutoencoder(nn.Module):
                 setattr(cls, name, getattr(SparseAutoencoder, name))
 
     def __init__(
-        self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: str = "unit", skip: bool = False
+        self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: DecoderNorm = "unit", skip: Skip = False
     ) -> None:
         super().__init__()
         if decoder_norm not in DECODER_NORMS:

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-PHASES = ("prepare", "harvest", "train", "evaluate", "analyse", "report")
+PHASES = ("prepare", "harvest", "train", "graph", "evaluate", "analyse", "report")
 
 KNOWN = ("explained_variance", "l0", "dead", "grad_norm")
 """Measures that are shown first; whatever else is logged follows in its own order."""
@@ -174,6 +174,8 @@ class RunState:
         plan, first = run.plan, run.plan.members[0]
         size = f" {first.config.architecture.d_sae:,}" if first.config.architecture.d_sae else ""
         one = f"{first.architecture.component.name}{size}"
+        if not any(getattr(member, "graph", None) for member in plan.members):
+            self.phases.pop("graph", None)  # so that it is not shown as what is to come
         what = one if len(plan.members) == 1 else f"{len(plan.members)} variants"
         facts = (what, plan.facts.get("model"), plan.facts.get("hook_point"))
         self.subject = " · ".join(str(fact) for fact in facts if fact)

@@ -125,6 +125,9 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, list[Text]]]:
         yield "losses", _pairs(summary["losses"], words=False)
     for name, scalars in (summary.get("analysis") or {}).items():
         yield name, _pairs(scalars) if scalars else [Text("no scalars", style="dim")]
+    graph = summary.get("graph")
+    if graph:
+        yield "graph", [Text(clean(graph["builder"])), Text(f"{count(graph['edges'])} edges")]
     trained = []
     if summary.get("tokens"):
         steps = summary.get("steps")

@@ -67,3 +67,10 @@ def test_training_beside_sae_lens(command, tmp_path: Path) -> None:
     for side in ("saekit", "sae_lens"):
         assert found[side]["tokens_per_second"] > 0 and 0 < found[side]["l0"] <= 64
     assert found["activations"] == 2048
+
+
+def test_startup(command) -> None:
+    found = answer(command, "startup", "--plugins", 3, "--rounds", 1)
+    assert found["plugins"] == 3
+    assert found["seconds"].keys() == {"python", "help", "plugins", "plugins_json"}
+    assert all(0 < timing["low"] <= timing["median"] <= timing["high"] < 60 for timing in found["seconds"].values())

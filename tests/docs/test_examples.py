@@ -29,7 +29,8 @@ from saekit.plugins import Registry
 from saekit.runner.plan import plan_run
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("plugins/*/README.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [*sorted(ROOT.glob("plugins/*/README.md")), *sorted(ROOT.glob("docs/examples/*/README.md"))]
 FENCE = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?^```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<text>.*?)^```$",
     re.DOTALL | re.MULTILINE,
@@ -193,6 +194,8 @@ def test_each_component_that_a_page_shows_works_in_a_run(block: Block, workplace
     for component in components:
         if component.kind == "architecture":
             table["architecture"] = {"use": component.name, "d_sae": 64}
+        elif component.kind == "graph_builder":
+            table["graph"] = {"use": component.name}
         else:
             table.setdefault(component.kind, []).append({"use": component.name})
     path = workplace / "with_plugin.toml"
@@ -207,6 +210,8 @@ def test_each_component_that_a_page_shows_works_in_a_run(block: Block, workplace
             assert len(run.summary["metrics"]) > len(saekit_metrics_of(workplace))
         if component.kind == "analyzer":
             assert component.name in run.summary["analysis"]
+        if component.kind == "graph_builder":
+            assert run.summary["graph"]["builder"] == component.qualified_name and run.summary["graph"]["edges"] > 0
         if component.kind == "loss":
             assert component.name in run.summary["losses"]
         if component.kind == "callback":

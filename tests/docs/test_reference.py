@@ -6,16 +6,28 @@ import importlib.util
 import inspect
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 from pydantic import BaseModel
 
 import saekit
-from saekit.cli import COMMANDS
-from saekit.component import HOOKS
-from saekit.config import ArchitectureUse, EvaluationConfig, LossUse, RunConfig, SourceUse, TrainingConfig, Use
+from saekit import contracts
+from saekit.cli import COMMANDS, cli
+from saekit.component import HOOKS, KINDS
+from saekit.config import (
+    ArchitectureUse,
+    EvaluationConfig,
+    GraphUse,
+    LossUse,
+    RunConfig,
+    SourceUse,
+    TrainingConfig,
+    Use,
+)
 from saekit.errors import ExitCode
 from saekit.hookspecs import Declaring, Lifecycle
 from saekit.plugins import Registry
@@ -24,7 +36,9 @@ from saekit.variants import Variant
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-MODELS = [RunConfig, Use, SourceUse, ArchitectureUse, LossUse, TrainingConfig, EvaluationConfig, Variant, *SCHEDULES.values()]
+MODELS = [
+    RunConfig, Use, SourceUse, ArchitectureUse, LossUse, GraphUse, TrainingConfig, EvaluationConfig, Variant, *SCHEDULES.values()
+]  # fmt: skip
 COMPONENTS = [pytest.param(c, id=f"{c.kind}-{c.name}") for c in Registry().components() if c.kind != "recipe"]
 
 
@@ -125,6 +139,62 @@ def test_every_hook_has_a_docstring(family: type) -> None:
 def test_every_lifecycle_hook_is_in_the_order_that_the_page_tells() -> None:
     text = page("docs/hooks.md")
     assert [name for name in vars(Lifecycle) if not name.startswith("_") and f"`{name}`" not in text] == []
+
+
+def test_every_argument_of_a_hook_is_in_the_table_of_the_page() -> None:
+    listed = set()
+    for row in re.findall(r"^\| (`.*?) \|", page("docs/hooks.md"), re.MULTILINE):
+        listed |= set(re.findall(r"`(\w+)`", row))
+    taken = {
+        argument
+        for family in (Declaring, Lifecycle)
+        for name, hook in vars(family).items()
+        if not name.startswith("_")
+        for argument in inspect.signature(hook).parameters
+    }
+    assert listed == taken - {"self"}
+
+
+def test_the_page_of_a_run_says_where_each_kind_and_each_hook_comes_in() -> None:
+    text = "\n".join(re.findall(r"^\| [\w ]+ \| (.*) \|$", page("docs/architecture.md"), re.MULTILINE))
+    assert [kind for kind in KINDS if not re.search(rf"\b{kind}\b", text)] == []
+    assert [name for name in vars(Lifecycle) if not name.startswith("_") and f"`{name}`" not in text] == []
+
+
+def test_every_kind_is_on_the_page_of_plugins_and_every_method_of_a_protocol_is_described() -> None:
+    text = page("docs/plugins.md")
+    assert [kind for kind, hook in HOOKS.items() if f"\n| {kind} | `{hook}` |" not in text] == []
+    protocols = [p for p in vars(contracts).values() if inspect.isclass(p) and p.__module__ == contracts.__name__]
+    methods = [
+        function
+        for protocol in protocols
+        for function in vars(protocol).values()
+        if inspect.isfunction(function) and function.__module__ == contracts.__name__
+    ]
+    assert len(protocols) > 4 and len(methods) > 10
+    assert [thing.__qualname__ for thing in (*protocols, *methods) if not inspect.getdoc(thing)] == []
+
+
+def commands(group: click.Group, name: str = "saekit") -> Iterator[tuple[str, click.Command]]:
+    """Every command below a group, by what is typed for it."""
+    context = click.Context(group)
+    for word in group.list_commands(context):
+        command = group.get_command(context, word)
+        assert command is not None
+        yield f"{name} {word}", command
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{name} {word}")
+
+
+def test_every_command_and_every_option_of_it_says_what_it_is_for() -> None:
+    silent = [
+        f"{name} {parameter.opts[0]}"
+        for name, command in commands(cli)
+        for parameter in command.params
+        if isinstance(parameter, click.Option) and not parameter.help
+    ]
+    assert silent == []
+    assert [name for name, command in commands(cli) if not command.help] == []
 
 
 def test_every_public_name_is_on_the_page_of_the_api() -> None:

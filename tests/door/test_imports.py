@@ -27,7 +27,7 @@ LEVELS = [
     {"sae", "activations", "graph", "interventions", "organism"},
     {
         "config", "variants", "schedules", "plugins", "component", "hookspecs", "contracts", "listeners", "result", "errors",
-        "files",
+        "files", "stability",
     },
 ]
 LEVEL = {name: len(LEVELS) - number for number, names in enumerate(LEVELS) for name in names}

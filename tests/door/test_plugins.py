@@ -449,3 +449,48 @@ def test_the_public_names_are_there() -> None:
         assert getattr(saekit, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Stepp'"):
         saekit.Stepp  # noqa: B018
+
+
+# --- what is installed, and one component ------------------------------------------------------------------------
+
+
+def test_requirements_are_lines_for_pip(
+    fakes: Fakes, command: Callable[..., Outcome], plugin_file: Callable[[str, str], Path]
+) -> None:
+    install(fakes)
+    fakes.install("saekit-broken", "0.9", "broken", "broken_plugin", broken_plugin="raise RuntimeError")
+    fakes.install("saekit-two", "2.0", "two_a", "broken_plugin")
+    done = command("plugins", "--requirements", "--plugin", plugin_file("my_loss", HOYER))
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert {"saekit-acme==0.3.1", "saekit-broken==0.9", "saekit-two==2.0"} <= set(lines)
+    assert lines == sorted(set(lines)) and not [line for line in lines if "my_loss" in line]
+    assert json.loads(command("plugins", "--requirements", "--json").out)
+
+
+def test_show_says_all_of_a_component(
+    fakes: Fakes, command: Callable[..., Outcome], plugin_file: Callable[[str, str], Path]
+) -> None:
+    targets = """
+    from typing import Annotated, Literal
+    from pydantic import Field
+
+    def hoyer(step, *, power: Annotated[float, Field(gt=0, description="The exponent.")], over: Literal["mean", "max"] = "mean"):
+        '''Squared Hoyer sparsity.'''
+    """
+    declares = DECLARES.format(name="hoyer", target="acme_targets:hoyer", summary="Acme.")
+    declares = declares.replace("'Acme.')", "'Acme.', needs=('tokens', 'moonlight'), provides=('sparsity',))")
+    fakes.install("saekit-acme", "0.3.1", "acme", "acme_plugin", acme_plugin=declares, acme_targets=targets)
+    (shown,) = json.loads(command("plugins", "show", "hoyer", "--json").out)
+    power, over = shown["options"]
+    assert power == {"name": "power", "type": "float", "required": True, "default": None, "description": "The exponent."}
+    assert over["default"] == "mean" and "Literal['mean', 'max']" in over["type"]
+    assert "builtin.text" in shown["needs"]["tokens"] and shown["needs"]["moonlight"] == []
+    assert (shown["distribution"], shown["version"], shown["source"]) == ("saekit-acme", "0.3.1", "acme_targets:hoyer")
+    plain = command("plugins", "show", "acme.hoyer").out
+    for words in ("power (float, required)", "The exponent.", "default 'mean'", "needs 'moonlight': provided by nothing",
+                  "provides sparsity", "saekit-acme 0.3.1", "acme_targets:hoyer"):  # fmt: skip
+        assert words in plain
+    path = plugin_file("my_loss", HOYER)
+    (mine,) = json.loads(command("plugins", "--plugin", path, "show", "my_loss.hoyer", "--json").out)
+    assert mine["source"] == str(path)

@@ -1,0 +1,98 @@
+"""`saekit check`: the conformance checks on one component, or on all of a plugin."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from saekit.component import KINDS, Component
+from saekit.config import override
+from saekit.errors import PluginError, UsageError, near_names
+from saekit.plugins import Registry
+
+
+@click.command("check")
+@click.argument("name")
+@click.option("-o", "assignments", multiple=True, metavar="KEY=VALUE", help="An option of the component.")
+@click.option("--kind", type=click.Choice(KINDS), help="Which kind, where several have the name.")
+@click.option("--plugin", "files", multiple=True, metavar="FILE.py", help="Load a Python file as a plugin.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(name: str, assignments: tuple[str, ...], kind: str | None, files: tuple[str, ...], as_json: bool) -> None:
+    """Ask of a component, or of all components of a plugin, whether they keep the contract of their kind.
+
+    Exit code 3 where a check fails. Components of a plugin that cannot do without an option are left out, with a note:
+    check them by their own name, with -o.
+    """
+    registry = Registry(files=files)
+    registry.refuse_broken_files()
+    options: dict[str, Any] = {}
+    for assignment in assignments:
+        override(options, assignment)
+    components, whole_plugin = _meant(name, kind, registry)
+    if whole_plugin and options:
+        raise UsageError(f"-o {assignments[0]}: is an option of one component, but {name!r} is a plugin. Name the component.")
+    reports = []
+    for component in components:
+        required = _required(component) - options.keys()
+        if whole_plugin and required:
+            ask = f"saekit check {component.qualified_name} -o {sorted(required)[0]}=..."
+            click.echo(f"{component.origin}\n  left out: it needs options. Check it by itself: {ask}", err=True)
+            continue
+        reports.append(_checked(component, options, registry))
+        if not as_json:
+            _print(reports[-1])
+    if as_json:
+        click.echo(json.dumps([report.to_json() for report in reports], indent=2, ensure_ascii=False))
+    _raise_for(reports)
+
+
+def _meant(name: str, kind: str | None, registry: Registry) -> tuple[list[Component], bool]:
+    """The components that `name` stands for, and whether it is the name of a plugin."""
+    named = [c for c in registry.components(kind) if name in (c.name, c.qualified_name)]
+    kinds = list(dict.fromkeys(c.kind for c in named))
+    if len(kinds) > 1:
+        raise UsageError(f"{name!r} is the name of {' and of '.join(f'a {k}' for k in kinds)}. Say which: --kind {kinds[0]}")
+    if kinds:
+        return [registry.find(kinds[0], name)], False
+    plugin = next((p for p in registry.plugins if p.name == name), None)
+    if plugin is None:
+        names = [*(c.name for c in registry.components(kind)), *(p.name for p in registry.plugins)]
+        raise UsageError(f"There is no component or plugin {name!r}.{near_names(name, names)} See: saekit plugins")
+    if plugin.error:
+        raise PluginError(f"plugin {name!r} ({plugin.distribution} {plugin.version}) does not load: {plugin.error} Mend it.")
+    components = [c for c in plugin.components if kind in (None, c.kind)]
+    if not components:
+        raise UsageError(f"Plugin {name!r} offers no {kind or 'component'}. See: saekit plugins")
+    return components, True
+
+
+def _required(component: Component) -> set[str]:
+    if component.kind == "recipe":
+        return set()
+    try:
+        return {name for name, info in component.options_model().model_fields.items() if info.is_required()}
+    except PluginError:  # its own check says so
+        return set()
+
+
+def _checked(component: Component, options: dict[str, Any], registry: Registry) -> Any:
+    from saekit.testing import check
+
+    return check(component.kind, component.qualified_name, options=options, registry=registry)
+
+
+def _print(report: Any) -> None:
+    click.secho(report.component.origin, bold=True)
+    colours = {"passed": "green", "failed": "red", "expected": "yellow", "skipped": "yellow"}
+    for outcome in report.outcomes:
+        click.echo(f"  {click.style(f'{outcome.status:<8}', fg=colours[outcome.status])} {outcome.check}", nl=False)
+        click.echo(f": {outcome.message}" if outcome.message else "")
+
+
+def _raise_for(reports: list[Any]) -> None:
+    """PluginError that names every failed check, its component and distribution, and the fix."""
+    lines = [f"{r.component.origin}: {o.check}: {o.message}" for r in reports for o in r.failures]
+    if lines:
+        raise PluginError("\n".join(lines))

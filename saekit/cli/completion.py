@@ -1,0 +1,155 @@
+"""What the shell completes for `saekit run`: recipes, components, and their options. Nothing heavy is imported for it.
+
+The options of a component are the keyword-only parameters of its target, read here from the target's source.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import inspect
+from collections.abc import Iterable, Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from click.shell_completion import CompletionItem
+
+from saekit.component import Component, option_parameters
+from saekit.errors import SaekitError
+from saekit.plugins import Registry
+
+if TYPE_CHECKING:
+    import click
+
+SECTION_KINDS = {"graph": "graph_builder"}
+"""Sections of a run file whose components are of another kind than the section is called."""
+
+
+def recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of recipes; and files, which the shell completes itself."""
+    found = [CompletionItem(c.name, help=c.summary) for c in _registry(context).components("recipe")]
+    return [item for item in found if item.value.startswith(incomplete)] or [CompletionItem(incomplete, type="file")]
+
+
+def components(kind: str, context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """`NAME`, and behind a colon `NAME:key=`, with the keys that are not given yet."""
+    registry = _registry(context)
+    name, colon, rest = incomplete.partition(":")
+    if not colon:
+        offered = registry.components(kind)
+        return [CompletionItem(c.name, help=c.summary) for c in offered if c.name.startswith(incomplete)]
+    found = [c for c in registry.components(kind) if name in (c.name, c.qualified_name)]
+    before, _, last = rest.rpartition(",")
+    given = {part.partition("=")[0] for part in before.split(",")}
+    start = f"{name}:{before}," if before else f"{name}:"
+    return [
+        CompletionItem(f"{start}{key}=")
+        for key in _keys(kind, found[0] if found else None)
+        if key.startswith(last) and key not in given
+    ]
+
+
+def overrides(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """`section.key=`, where the run file's components give keys of their own."""
+    registry = _registry(context)
+    return [CompletionItem(key) for key in _override_keys(context, registry) if key.startswith(incomplete)]
+
+
+def _registry(context: click.Context) -> Registry:
+    try:
+        return Registry(files=context.params.get("plugins") or (), disabled=context.params.get("no_plugins") or ())
+    except SaekitError:  # a file that is not there; nothing is said in the middle of a line
+        return Registry()
+
+
+def _keys(kind: str, component: Component | None) -> Iterable[str]:
+    from saekit.config import ArchitectureUse, GraphUse, LossUse, SourceUse, Use
+
+    uses: dict[str, type[Use]] = {
+        "source": SourceUse,
+        "architecture": ArchitectureUse,
+        "loss": LossUse,
+        "graph_builder": GraphUse,
+    }
+    own = (info.alias or name for name, info in uses.get(kind, Use).model_fields.items() if name != "use")
+    return [*(option_names(component) if component else ()), *own]
+
+
+def _override_keys(context: click.Context, registry: Registry) -> Iterable[str]:
+    from saekit.config import LISTS, SINGLES, EvaluationConfig, TrainingConfig, label_of
+
+    for section, model in (("training", TrainingConfig), ("evaluation", EvaluationConfig)):
+        yield from (f"{section}.{key}=" for key in model.model_fields)
+    table = _table(context, registry)
+    for section in (*SINGLES, *LISTS):
+        kind = SECTION_KINDS.get(section, section)
+        entries = [table[section]] if section in SINGLES and section in table else table.get(section, [])
+        for entry in entries if isinstance(entries, list) else []:
+            named = entry.get("use") if isinstance(entry, Mapping) else None
+            found = [c for c in registry.components(kind) if named in (c.name, c.qualified_name)]
+            prefix = section if section in SINGLES else f"{section}.{label_of(entry)}"
+            yield from (f"{prefix}.{key}=" for key in _keys(kind, found[0] if found else None))
+
+
+def _table(context: click.Context, registry: Registry) -> dict[str, Any]:
+    """The run file that the line names, or that of the default recipe; empty where it cannot be read."""
+    from saekit.config import read_toml
+    from saekit.runner.compose import recipe_path
+
+    # Where the line ends with an option that lacks its value, click leaves the words before it in `args`.
+    what = context.params.get("what") or next(iter(context.args), None)
+    try:
+        for component in registry.components("recipe"):
+            if component.name == what or (what is None and component.default):
+                return read_toml(recipe_path(component))
+        return read_toml(Path(what)) if what else {}
+    except SaekitError:
+        return {}
+
+
+def option_names(component: Component) -> list[str]:
+    """The options of a component, from the source of its target; none where that cannot be read."""
+    if not isinstance(component.target, str):
+        target = component.target
+        try:
+            function = target.__init__ if inspect.isclass(target) else target
+            return [parameter.name for parameter in option_parameters(function, component.origin)]
+        except SaekitError:
+            return []
+    module, _, attribute = component.target.partition(":")
+    return _options_in(module, attribute)
+
+
+def _options_in(module: str, name: str, depth: int = 8) -> list[str]:
+    """The keyword-only parameters of what `module` calls `name`: defined there, imported, or inherited from a base."""
+    tree = _source_tree(module)
+    for node in tree.body if tree and depth else ():
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return [argument.arg for argument in node.args.kwonlyargs]
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                    return [argument.arg for argument in method.args.kwonlyargs]
+            bases = (ast.unparse(base) for base in node.bases)
+            return next((found for base in bases if (found := _options_in(module, base, depth - 1))), [])
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _options_in(node.module, alias.name, depth - 1)
+    return []
+
+
+@functools.cache
+def _source_tree(module: str) -> ast.Module | None:
+    """The module's source, parsed; the packages above it are looked through, not imported."""
+    top, *below = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        for name in below:
+            top = f"{top}.{name}"
+            spec = PathFinder.find_spec(top, spec.submodule_search_locations) if spec else None
+        return ast.parse(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else None
+    except (ImportError, OSError, ValueError, SyntaxError):
+        return None

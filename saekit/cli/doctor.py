@@ -1,0 +1,213 @@
+"""`saekit doctor`: whether this installation is in order, and what to do where it is not."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from saekit.errors import ExitCode
+from saekit.plugins import HEAVY, OWN_DISTRIBUTION, Plugin, Registry
+
+SLOW = 0.5  # seconds that the import of a plugin's hooks may take before it is called slow
+PATIENCE = 120  # seconds after which an import is given up
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+VARIABLE = "THP_MEM_ALLOC_ENABLE"
+# What an import needs anyway is imported first, so that each plugin is charged with its own.
+_TIMED = """
+import sys, time
+import saekit.component, saekit.hookspecs
+module, heavy = sys.argv[1], sys.argv[2:]
+out, sys.stdout = sys.stdout, sys.stderr
+began = time.perf_counter()
+__import__(module)
+seconds = time.perf_counter() - began
+print(seconds, *(name for name in heavy if name in sys.modules), file=out)
+"""
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def command(as_json: bool) -> None:
+    """Look over this installation: versions and whether they fit, plugins, what is slow to import, devices, threads.
+
+    Exit codes: 0 all is well, 2 an installed package is not what another asks for, 3 a plugin is broken.
+    """
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a plugin prints, the answer stands alone on stdout
+        found = examination()
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _print(found)
+    if any(plugin["error"] for plugin in found["plugins"]):
+        sys.exit(int(ExitCode.PLUGIN_FAILED))
+    if found["conflicts"]:
+        sys.exit(int(ExitCode.USAGE))
+
+
+def examination() -> dict[str, Any]:
+    """Everything that is looked at, as plain values; `problems` is what to act on, in sentences."""
+    registry = Registry()
+    plugins = [_plugin(plugin) for plugin in registry.plugins]
+    conflicts = list(version_conflicts({OWN_DISTRIBUTION, *(plugin.distribution for plugin in registry.plugins)}))
+    problems = [f"{p.origin} does not load: {p.error} {p.fix}" for p in registry.plugins if p.error]
+    for plugin in plugins:
+        if plugin["imports"]:
+            problems.append(
+                f"plugin {plugin['name']!r} ({plugin['distribution']} {plugin['version']}) imports "
+                f"{', '.join(plugin['imports'])} whenever names are listed. Move what needs it into the module of the target."
+            )
+        elif (plugin["import_seconds"] or 0.0) > SLOW:
+            problems.append(
+                f"plugin {plugin['name']!r} ({plugin['distribution']} {plugin['version']}) takes "
+                f"{plugin['import_seconds']:.1f} s to import whenever names are listed. Its hooks' module should import saekit "
+                "and nothing else."
+            )
+        problems += [
+            f"plugin {plugin['name']!r} ({plugin['distribution']} {plugin['version']}): {w}" for w in plugin["warnings"]
+        ]
+    return {
+        "saekit": importlib.metadata.version(OWN_DISTRIBUTION),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **_machine(),
+        "large_pages": _large_pages(),
+        "plugins": plugins,
+        "conflicts": conflicts,
+        "problems": [*problems, *conflicts, *registry.warnings],
+    }
+
+
+def version_conflicts(distributions: set[str]) -> Iterator[str]:
+    """A sentence for each package that is missing, or has another version than asked for, among all that these
+    distributions need, and what those need in turn."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    seen: set[tuple[str, frozenset[str]]] = set()
+    left = [(name, frozenset[str]()) for name in sorted(distributions)]
+    while left:
+        name, extras = left.pop(0)
+        if (name.lower(), extras) in seen:
+            continue
+        seen.add((name.lower(), extras))
+        for line in _requires(name):
+            try:
+                wanted = Requirement(line)
+            except InvalidRequirement:
+                yield f"{name} asks for {line!r}, which is no requirement. Upgrade {name}."
+                continue
+            if wanted.marker and not any(wanted.marker.evaluate({"extra": extra}) for extra in extras or {""}):
+                continue
+            try:
+                version = importlib.metadata.version(wanted.name)
+            except importlib.metadata.PackageNotFoundError:
+                yield f"{name} asks for {wanted}, which is not installed: pip install '{wanted}'"
+                continue
+            if not wanted.specifier.contains(version, prereleases=True):
+                yield f"{name} asks for {wanted}, but {wanted.name} {version} is installed: pip install '{wanted}'"
+            left.append((wanted.name, frozenset(wanted.extras)))
+
+
+def _requires(name: str) -> list[str]:
+    try:
+        return importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+
+
+def _plugin(plugin: Plugin) -> dict[str, Any]:
+    """One plugin, its hooks' module imported by itself in a fresh process for the time that it takes."""
+    points = importlib.metadata.entry_points(group="saekit", name=plugin.name)
+    module = next((p.module for p in points if p.dist and p.dist.name == plugin.distribution), None)
+    seconds, heavy = (None, []) if plugin.disabled or plugin.error or module is None else _import_time(module)
+    return {
+        "name": plugin.name,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "contract": plugin.contract,
+        "disabled": plugin.disabled,
+        "error": plugin.error,
+        "fix": plugin.fix if plugin.error else None,
+        "warnings": plugin.warnings,
+        "components": len(plugin.components),
+        "import_seconds": seconds,
+        "imports": heavy,
+    }
+
+
+def _import_time(module: str) -> tuple[float | None, list[str]]:
+    """Seconds that the import of a module takes in a process of its own, and what of `HEAVY` it brings in."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TIMED, module, *HEAVY], capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
+        seconds, *heavy = done.stdout.split()
+    except (subprocess.SubprocessError, OSError, ValueError):
+        return None, []
+    return round(float(seconds), 3), heavy
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return {
+        "torch": torch.__version__,
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+    }
+
+
+def _large_pages() -> dict[str, Any]:
+    """Whether torch asks for large pages, and whether the system gives them; see docs/performance.md."""
+    try:
+        words = LARGE_PAGES.read_text(encoding="utf-8").split()
+    except OSError:
+        words = []
+    system = next((word.strip("[]") for word in words if word.startswith("[")), None)
+    asked = os.environ.get(VARIABLE) == "1"
+    return {"asked": asked, "system": system, "used": asked and system in ("madvise", "always")}
+
+
+def _print(found: dict[str, Any]) -> None:
+    pages = found["large_pages"]
+    pages_text = (
+        "used"
+        if pages["used"]
+        else f"not used ({VARIABLE} {'is' if pages['asked'] else 'is not'} 1, system: {pages['system']})"
+    )
+    facts = {
+        "saekit": found["saekit"],
+        "Python": f"{found['python']} on {found['platform']}",
+        "torch": found["torch"],
+        "devices": ", ".join(found["devices"]),
+        "threads": f"{found['threads']} of {found['processors']} processors",
+        "large pages": pages_text,
+    }
+    for name, value in facts.items():
+        click.echo(f"{name:<12} {value}")
+    click.echo()
+    for plugin in found["plugins"]:
+        seconds = plugin["import_seconds"]
+        state = (
+            "broken" if plugin["error"] else "disabled" if plugin["disabled"] else f"{plugin['components']} components"
+        )
+        time = "" if seconds is None else f", imported in {seconds * 1000:.0f} ms"
+        click.echo(f"plugin {plugin['name']:<16} {plugin['distribution']} {plugin['version']}: {state}{time}")
+    click.echo()
+    for problem in found["problems"]:
+        click.secho(f"! {problem}", fg="yellow")
+    if not found["problems"]:
+        click.echo("All is well.")

@@ -1,0 +1,29 @@
+"""The conformance checks: for each kind of component a list, in a module of its own."""
+
+from __future__ import annotations
+
+import importlib
+
+from saekit.component import KINDS
+from saekit.errors import UsageError, near_names
+from saekit.testing.kit import Check
+
+_MODULES = {
+    "loss": "losses",
+    "architecture": "architectures",
+    "metric": "metrics",
+    "analyzer": "analyzers",
+    "callback": "callbacks",
+    "source": "sources",
+    "tracker": "trackers",
+    "graph_builder": "graph_builders",
+    "recipe": "recipes",
+}
+"""Where the checks of each kind stand. Each takes up those of `any_kind`."""
+
+
+def checks_of(kind: str) -> tuple[Check, ...]:
+    """The checks of a kind, in the order in which they are run. UsageError where there is no such kind."""
+    if kind not in _MODULES:
+        raise UsageError(f"there is no kind {kind!r}.{near_names(kind, KINDS)} There are: {', '.join(KINDS)}.")
+    return importlib.import_module(f"saekit.testing.checks.{_MODULES[kind]}").CHECKS

@@ -1,0 +1,212 @@
+"""What is asked of a metric, on held-out batches of a finished tiny run."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import types
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saekit.runner.context import RunContext
+from saekit.testing.checks import any_kind
+from saekit.testing.checks.shared import changed, copied, seeded
+from saekit.testing.kit import Check, Failed, NotApplicable, Subject
+from saekit.testing.tiny import finished_run
+
+_ROWS, _PIECES = 96, (32, 1, 17, 46)
+_FEW, _MANY = 3, 30
+
+
+def context_of(subject: Subject) -> RunContext:
+    """The context of a finished run that provides what the metric needs."""
+    return finished_run(subject.component.needs, subject.registry).context
+
+
+def ready(subject: Subject) -> Any:
+    """The metric, built and prepared."""
+    metric = subject.build()
+    if not (hasattr(metric, "update") and hasattr(metric, "compute")) and not hasattr(metric, "measure"):
+        raise Failed("it has neither update(step) and compute() nor measure(context). Implement the one or the other.")
+    if hasattr(metric, "prepare"):
+        metric.prepare(context_of(subject))
+    return metric
+
+
+def streaming(subject: Subject) -> Any:
+    """A metric that streams, ready. NotApplicable for one that asks the model itself."""
+    metric = ready(subject)
+    if not hasattr(metric, "update"):
+        raise NotApplicable("it measures with the model (`measure`) and takes in no stream.")
+    return metric
+
+
+def batches(subject: Subject, sizes: Iterable[int], start: int = 0) -> Iterable[Any]:
+    """Held-out steps of these sizes, one after the other."""
+    context = context_of(subject)
+    rows = next(context.source.blocks("held_out", size=4 * _ROWS, seed=0))
+    with torch.no_grad():
+        for size in sizes:
+            yield context.step(rows.rows(slice(start, start + size)))
+            start += size
+
+
+def values_of(subject: Subject, sizes: Iterable[int] = (_ROWS,), start: int = 0) -> dict[str, Any]:
+    """What it computes of a stream, or measures."""
+    metric = ready(subject)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), seeded(0):
+        torch.manual_seed(0)
+        if not hasattr(metric, "update"):
+            return metric.measure(context_of(subject))
+        for step in batches(subject, sizes, start):
+            metric.update(step)
+        return metric.compute()
+
+
+def number_of(value: Any) -> float | None:
+    """A value as a number, None where it is not defined."""
+    number = None if value is None else float(value)
+    return None if number is None or math.isnan(number) else number
+
+
+# --- the checks ------------------------------------------------------------------------------------------------
+
+
+def plain_numbers(subject: Subject) -> None:
+    values = values_of(subject)
+    if not isinstance(values, dict) or not values:
+        raise Failed(f"it gives {type(values).__name__} {values!r}. Return a dictionary of named numbers.")
+    for name, value in values.items():
+        if not isinstance(name, str) or not (value is None or isinstance(value, int | float)):
+            raise Failed(f"{name!r} is {type(value).__name__}. Names are texts and values plain: float(...), or None.")
+
+
+def whole_or_in_pieces(subject: Subject) -> None:
+    streaming(subject)
+    whole, pieces = values_of(subject), values_of(subject, _PIECES)
+    assert sum(_PIECES) == _ROWS
+    for name in {**whole, **pieces}:
+        a, b = number_of(whole.get(name)), number_of(pieces.get(name))
+        if (a is None) != (b is None) or (a is not None and b is not None and not math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)):
+            raise Failed(
+                f"{name} is {a} for {_ROWS} rows at once and {b} for the same rows in batches of {_PIECES}. Keep sums and "
+                "counts, and divide in compute; a mean of batches' means is another number."
+            )
+
+
+def names_and_meanings(subject: Subject) -> None:
+    metric = ready(subject)
+    names = set(values_of(subject))
+    others = set(values_of(subject, (16,), start=_ROWS))
+    if names != others:
+        raise Failed(f"{sorted(names ^ others)[0]!r} is there for one stream and not for another. Give None where undefined.")
+    meanings = getattr(metric, "meanings", {})
+    for name in sorted(names - set(meanings)):
+        raise Failed(f"{name!r} has no line in `meanings`. Say in the class what it means; the report shows it.")
+    for name in sorted(set(meanings) - names):
+        raise Failed(f"`meanings` explains {name!r}, which it does not give. Take the line out, or mend the name.")
+    for name in getattr(metric, "headline", ()):
+        if name not in names:
+            raise Failed(f"`headline` names {name!r}, which it does not give. Mend the name.")
+
+
+def deterministic(subject: Subject) -> None:
+    what = changed(values_of(subject), values_of(subject))
+    if what:
+        raise Failed(f"{what} is another the second time, for the same stream. Draw from a generator seeded with context.seed.")
+
+
+def inputs_unchanged(subject: Subject) -> None:
+    metric, context = ready(subject), context_of(subject)
+    before = copied(context.sae.state_dict()), context.sae.training
+    if not hasattr(metric, "update"):
+        with torch.no_grad():
+            metric.measure(context)
+    else:
+        (step,) = batches(subject, (_ROWS,))
+        was = copied(step)
+        with torch.no_grad():
+            metric.update(step)
+            metric.compute()
+        what = changed(was, copied(step))
+        if what:
+            raise Failed(f"it changes step.{what} in place. Every metric is given the same step: work on a copy.")
+    now = copied(context.sae.state_dict()), context.sae.training
+    if changed(before[0], now[0]) or before[1] != now[1]:
+        raise Failed("it changes the SAE. Measure, and leave it as it is.")
+
+
+def bounded_memory(subject: Subject) -> None:
+    metric = streaming(subject)
+    (step,) = batches(subject, (_ROWS,))
+    sizes = []
+    with torch.no_grad():
+        for number in range(1, _MANY + 1):
+            metric.update(step)
+            if number in (_FEW, _MANY):
+                sizes.append(size_of(metric))
+    if sizes[1] > sizes[0]:
+        raise Failed(
+            f"it holds {sizes[0]} bytes after {_FEW} batches and {sizes[1]} after {_MANY}: it keeps something of each. Keep "
+            "sums, counts or a histogram instead."
+        )
+
+
+def size_of(value: Any, seen: set[int] | None = None) -> int:
+    """About how many bytes an object holds, with all that it alone keeps: tensors, arrays, containers, attributes."""
+    seen = set() if seen is None else seen
+    if id(value) in seen or isinstance(value, type | types.ModuleType) or inspect.isroutine(value):
+        return 0
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if hasattr(value, "nbytes"):
+        return int(value.nbytes)
+    if isinstance(value, dict):
+        return 8 * len(value) + sum(size_of(inner, seen) for pair in value.items() for inner in pair)
+    if isinstance(value, list | tuple | set):
+        return 8 * len(value) + sum(size_of(inner, seen) for inner in value)
+    if hasattr(value, "__dict__"):
+        return sum(size_of(inner, seen) for inner in vars(value).values())
+    # A number may take more bytes as it grows: that is no growth with the number of batches.
+    return 0 if isinstance(value, int | float) else sys.getsizeof(value)
+
+
+def empty_stream(subject: Subject) -> None:
+    metric = streaming(subject)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchmetrics says that there was no update
+            values = metric.compute()
+    except ValueError as error:  # torch's and Python's own errors are no answer
+        if str(error):
+            return
+        raise
+    told = {name: number_of(value) for name, value in values.items()}
+    wrong = [name for name, number in told.items() if number is not None]
+    if wrong:
+        raise Failed(
+            f"{wrong[0]} is {told[wrong[0]]} where nothing was measured. Give None for what is not defined, or raise a "
+            "ValueError that says so."
+        )
+
+
+CHECKS: tuple[Check, ...] = (
+    *any_kind.CHECKS,
+    Check("plain_numbers", "It gives a dictionary of plain numbers, None where one is not defined.", plain_numbers),
+    Check("whole_or_in_pieces", "Batches that are divided otherwise give the same values.", whole_or_in_pieces),
+    Check(
+        "names_and_meanings",
+        "It always gives the same names, each with its line in `meanings`; `headline` names some of them.",
+        names_and_meanings,
+    ),
+    Check("deterministic", "The same stream gives the same values.", deterministic),
+    Check("inputs_unchanged", "It changes neither the step nor the SAE.", inputs_unchanged),
+    Check("bounded_memory", "What it holds does not grow with the number of batches.", bounded_memory),
+    Check("empty_stream", "Of no batch at all it gives None or NaN, or a ValueError that says so.", empty_stream),
+)

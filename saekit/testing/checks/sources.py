@@ -1,0 +1,242 @@
+"""What is asked of a source, on the CPU and mostly in float32."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import torch
+
+from saekit.activations.batch import Activations
+from saekit.testing.checks import any_kind
+from saekit.testing.checks.shared import changed, copied, seeded
+from saekit.testing.kit import Check, Failed, NotApplicable, Subject
+
+_SIZE, _BLOCKS, _MOST_HELD_OUT = 256, 3, 20_000
+_KNOWN = {"model", "hook_point", "target_hook_point", "d_in", "d_out", "data"}
+
+
+_OPEN: dict[Any, Any] = {}
+"""Opened sources of the component that was checked last: to open one may take long."""
+
+
+def opened(subject: Subject, dtype: torch.dtype = torch.float32, instance: int = 0) -> Any:
+    """The source, ready to give; the same object for the same arguments. instance: another number gives another one."""
+    whose = subject.component, repr(subject.options)
+    key = (whose, dtype, instance)
+    if key not in _OPEN:
+        if any(other[0] != whose for other in _OPEN):
+            _OPEN.clear()
+        source = subject.build()
+        source.open(device=torch.device("cpu"), dtype=dtype)
+        _OPEN[key] = source
+    return _OPEN[key]
+
+
+def first_blocks(source: Any, n: int = _BLOCKS, *, split: str = "train", seed: int = 0, start: int = 0) -> list[Activations]:
+    """Blocks `start` to `start + n - 1`, or fewer where the split ends before."""
+    with seeded(0), torch.random.fork_rng(devices=[]):
+        return list(itertools.islice(source.blocks(split, size=_SIZE, seed=seed, start=start), n))
+
+
+def _differ(a: list[Activations], b: list[Activations]) -> str:
+    return changed(copied(a), copied(b), "block")
+
+
+# --- the checks ------------------------------------------------------------------------------------------------
+
+
+def peek_is_light(subject: Subject) -> None:
+    source = subject.build()
+    made: list[str] = []
+    real = torch.nn.Module.__init__
+
+    def counting(module: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(type(module).__name__)
+        real(module, *args, **kwargs)
+
+    torch.nn.Module.__init__ = counting  # type: ignore[method-assign, assignment]
+    try:
+        found = source.peek()
+    finally:
+        torch.nn.Module.__init__ = real  # type: ignore[method-assign]
+    if made:
+        raise Failed(f"peek builds a {made[0]}. It is called to plan a run: read a configuration's file, and load in `open`.")
+    if not isinstance(found, dict) or not set(found) <= _KNOWN:
+        raise Failed(f"peek gives {found!r}. Return a dictionary with any of {', '.join(sorted(_KNOWN))}.")
+    try:
+        json.dumps(found)
+    except TypeError as error:
+        raise Failed(f"what peek gives is not plain: {error}.") from None
+
+
+def peek_is_right(subject: Subject) -> None:
+    told = subject.build().peek()
+    source = opened(subject)
+    for name in ("d_in", "d_out", "hook_point"):
+        if name in told and told[name] != getattr(source, name, None):
+            raise Failed(f"peek says {name} = {told[name]!r}, but after open it is {getattr(source, name, None)!r}.")
+
+
+def shapes_and_columns(subject: Subject) -> None:
+    for dtype in (torch.float32, torch.float64):
+        source = opened(subject, dtype)
+        block = first_blocks(source, 1)[0]
+        _shape(block, source, dtype)
+    promised = set(subject.component.provides) - set(getattr(source, "withheld", {}))
+    for name in ("tokens", "labels", "target"):
+        if name in promised and getattr(block, name) is None:
+            raise Failed(
+                f"it provides {name!r}, but its blocks have none. Give them, or say in `withheld` what these options lack."
+            )
+        if name not in subject.component.provides and getattr(block, name) is not None:
+            raise Failed(f'its blocks have {name}, which it does not provide. Declare it: Component(..., provides=("{name}",)).')
+
+
+def _shape(block: Any, source: Any, dtype: torch.dtype) -> None:
+    if not isinstance(block, Activations):
+        raise Failed(f"blocks gives {type(block).__name__}. Give saekit.Activations.")
+    n = len(block)
+    if block.x.ndim != 2 or block.x.shape[1] != source.d_in or block.x.dtype != dtype:
+        raise Failed(f"x is {block.x.dtype} {list(block.x.shape)}, not {dtype} [n, {source.d_in}], as open was asked for.")
+    if not 0 < n <= 4 * _SIZE:
+        raise Failed(f"a block has {n} activations where about {_SIZE} were asked for.")
+    if not bool(torch.isfinite(block.x).all()):
+        raise Failed("some activations are not finite.")
+    for name in ("target", "tokens", "sequence", "position", "labels"):
+        column = getattr(block, name)
+        if column is not None and len(column) != n:
+            raise Failed(f"{name} has {len(column)} rows for {n} activations.")
+    if block.target is not None and list(block.target.shape) != [n, source.d_out]:
+        raise Failed(f"target is {list(block.target.shape)}, not [n, {source.d_out}].")
+    if block.target is None and source.d_in != source.d_out:
+        raise Failed(f"d_out is {source.d_out} and d_in {source.d_in}, but its blocks have no target.")
+    if block.labels is not None:
+        concepts = getattr(source, "concepts", [])
+        known = block.labels[~block.labels.isnan()]
+        if list(block.labels.shape) != [n, len(concepts)]:
+            raise Failed(f"labels are {list(block.labels.shape)}, but `concepts` names {len(concepts)} columns.")
+        if not bool(((known == 0) | (known == 1)).all()):
+            raise Failed("labels are 0 or 1, or NaN where unknown; it gives others.")
+
+
+def same_block_for_its_number(subject: Subject) -> None:
+    source = opened(subject)
+    in_order = first_blocks(source)
+    if _differ(in_order, first_blocks(opened(subject, instance=1))):
+        raise Failed("another instance with the same options and seed gives other blocks. Draw from (seed, number) alone.")
+    first_blocks(source, seed=1)
+    first_blocks(source, 1, split="held_out")
+    if _differ(in_order, first_blocks(source)):
+        raise Failed(
+            "a block depends on what was asked before: called again, it is another. Make each block from the split, the seed "
+            "and its number alone; a resumed run is given the same only then."
+        )
+
+
+def begins_anywhere(subject: Subject) -> None:
+    in_order = first_blocks(opened(subject))
+    if _differ(in_order[-1:], first_blocks(opened(subject, instance=1), 1, start=len(in_order) - 1)):
+        raise Failed(f"blocks(start={len(in_order) - 1}) does not begin with the block of that number. A resume begins there.")
+
+
+def held_out_ends(subject: Subject) -> None:
+    rows, blocks = 0, []
+    for block in opened(subject).blocks("held_out", size=_SIZE, seed=0):
+        rows += len(block)
+        blocks.append(block)
+        if rows > _MOST_HELD_OUT:
+            raise NotApplicable(f"more than {_MOST_HELD_OUT} activations are held out; it was not followed to its end.")
+    if not rows:
+        raise Failed("nothing is held out with these options, so nothing could be measured. Hold something out.")
+    if _differ(blocks, list(opened(subject).blocks("held_out", size=_SIZE, seed=1))):
+        raise Failed("what is held out, or its order, depends on the seed. Metrics of two runs could not be compared.")
+
+
+def train_does_not_end(subject: Subject) -> None:
+    source = opened(subject)
+    wanted, rows = 20, 0
+    for block in itertools.islice(source.blocks("train", size=_SIZE, seed=0), wanted):
+        rows += len(block)
+        wanted -= 1
+    if wanted:
+        raise Failed(f'the split "train" ends after {rows} activations. Begin another pass over the data, in another order.')
+
+
+def held_out_is_apart(subject: Subject) -> None:
+    source = opened(subject)
+    trained = _documents(first_blocks(source, 8))
+    held_out = _documents(first_blocks(source, 8, split="held_out"))
+    shared = held_out & trained
+    # Short pieces of text may be equal by chance; of what is not held apart, all would be there.
+    if len(shared) > 0.5 * len(held_out):
+        raise Failed(
+            f"of {len(held_out)} held-out pieces {len(shared)} are in the training data too. Hold out whole documents, by "
+            "their content or their number."
+        )
+
+
+def _documents(blocks: list[Activations]) -> set[bytes]:
+    """What can be told apart in some blocks: the tokens of each sequence, or where there are none the activations."""
+    found: set[bytes] = set()
+    for block in blocks:
+        if block.tokens is None or block.sequence is None:
+            found |= {row.numpy().tobytes() for row in block.x}
+        else:
+            for sequence in block.sequence.unique():
+                found.add(block.tokens[block.sequence == sequence].numpy().tobytes())
+    return found
+
+
+def identity_is_plain(subject: Subject) -> None:
+    first, second = (opened(subject, instance=n).identity() for n in range(2))
+    try:
+        json.dumps(first)
+    except TypeError as error:
+        raise Failed(f"identity() is not plain JSON: {error}. Give texts, numbers, lists; a digest for what is large.") from None
+    if first != second:
+        raise Failed("two instances with the same options have another identity, so no run could be resumed.")
+
+
+def sequences_by_number(subject: Subject) -> None:
+    source = opened(subject)
+    if "sequences" not in set(subject.component.provides) - set(getattr(source, "withheld", {})):
+        raise NotApplicable("it provides no labelled sequences with these options.")
+    batch = source.sequences("train", 4, 0, 1)
+    if batch.x.ndim != 3 or batch.mask.shape != batch.x.shape[:2] or batch.mask.dtype != torch.bool:
+        got = f"x {list(batch.x.shape)} and mask {list(batch.mask.shape)}"
+        raise Failed(f"a batch of sequences has {got}. Give x [n, T, d_in] and a mask [n, T] of booleans.")
+    if bool(batch.labels.isnan().all(1).any()):
+        raise Failed("a sequence has no label at all. Give labelled sequences alone.")
+    source.sequences("train", 4, 0, 0)
+    again = source.sequences("train", 4, 0, 1)
+    if changed(copied(batch), copied(again)):
+        raise Failed("batch number 1 of sequences is another when it is asked for again. Draw from (seed, number) alone.")
+
+
+CHECKS: tuple[Check, ...] = (
+    *any_kind.CHECKS,
+    Check("peek_is_light", "`peek` builds no module, and gives plain values that are known without loading.", peek_is_light),
+    Check("peek_is_right", "What `peek` told is so after `open`.", peek_is_right),
+    Check(
+        "shapes_and_columns",
+        "Blocks have the width and dtype that were asked for, and exactly the columns that it provides.",
+        shapes_and_columns,
+    ),
+    Check(
+        "same_block_for_its_number",
+        "A block is decided by split, seed and number, whatever was asked before.",
+        same_block_for_its_number,
+    ),
+    Check("begins_anywhere", "`blocks(start=n)` begins with block n, where a resumed run goes on.", begins_anywhere),
+    Check("train_does_not_end", "The split `train` begins another pass where the data ends.", train_does_not_end),
+    Check("held_out_ends", "The split `held_out` is not empty, ends, and keeps its order for every seed.", held_out_ends),
+    Check("held_out_is_apart", "What is held out is not in the training data, as far as it can be seen.", held_out_is_apart),
+    Check("identity_is_plain", "`identity` is plain JSON, and the same for the same options.", identity_is_plain),
+    Check(
+        "sequences_by_number",
+        "Labelled sequences, where it provides them, are decided by seed and number.",
+        sequences_by_number,
+    ),
+)

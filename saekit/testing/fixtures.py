@@ -1,0 +1,159 @@
+"""What tests of a component need: a `Step` out of nothing, a known dictionary, a registry with parts of one's own."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saekit.component import HOOKS, KINDS, Component
+from saekit.errors import PluginError, UsageError
+from saekit.hookspecs import hookimpl
+from saekit.plugins import Plugin, Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from saekit.sae.base import SparseAutoencoder
+    from saekit.sae.code import SparseCode
+    from saekit.training.step import Step
+
+D_IN, D_SAE, CONCEPTS = 16, 64, 2
+"""The widths of what is made here, and how many concepts its labels have."""
+
+
+def make_step(
+    *,
+    sae: SparseAutoencoder | None = None,
+    architecture: str = "topk",
+    options: Mapping[str, Any] | None = None,
+    registry: Registry | None = None,
+    batch: int = 32,
+    d_in: int = D_IN,
+    d_sae: int = D_SAE,
+    sparse: bool = True,
+    labels: bool | Tensor = False,
+    tokens: bool = False,
+    dead: int = 0,
+    number: int = 0,
+    fraction: float = 0.0,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Step:
+    """One batch of random activations through an SAE, with its gradient: what a loss or a metric is given.
+
+    sae: the SAE; by default a new one of `architecture` with `options`. sparse: False hands the same code over whole,
+    as a `DenseCode` (a code that is whole by itself stays so). labels: True gives labels of two concepts, 0, 1 or NaN
+    (unknown); a tensor [batch, n] is taken as it is. tokens: random ids. dead: so many latents are marked dead.
+    dtype: float32 by default; of activations and weights. The same arguments give the same step.
+    """
+    import torch
+
+    from saekit.sae.code import DenseCode
+    from saekit.training.step import Step
+
+    draws = torch.Generator().manual_seed(seed)
+    if sae is not None:
+        d_in, d_sae = sae.d_in, sae.d_sae
+    x = torch.randn(batch, d_in, generator=draws)  # [batch, d_in]
+    if sae is None:
+        component = (registry or Registry()).find("architecture", architecture)
+        sae = build_sae(component, options or {}, x, d_in=d_in, d_sae=d_sae)
+    dtype = dtype or sae.W_dec.dtype
+    sae = sae.to(device, dtype)
+    x = x.to(device, dtype)
+    target = torch.randn(batch, sae.d_out, generator=draws).to(device, dtype) if sae.transcoder else x
+    if labels is True:
+        labels = torch.randint(0, 3, (batch, CONCEPTS), generator=draws).to(dtype)
+        labels = torch.where(labels == 2, torch.nan, labels).to(device)  # [batch, CONCEPTS]
+    code = sae.encode(x)
+    if not sparse:
+        code = DenseCode(code.dense(), code.pre)
+    marked = torch.zeros(d_sae, dtype=torch.bool, device=device)
+    marked[torch.randperm(d_sae, generator=draws)[:dead].to(device)] = True
+    return Step(
+        x=x,
+        target=target,
+        code=code,
+        reconstruction=sae.reconstruct(x, code),
+        sae=sae,
+        labels=None if labels is False else labels,
+        tokens=torch.randint(0, 100, (batch,), generator=draws).to(device) if tokens else None,
+        number=number,
+        fraction=fraction,
+        dead=marked,
+        n_dead=dead,
+    )
+
+
+def build_sae(
+    component: Component,
+    options: Mapping[str, Any],
+    sample: Tensor,
+    *,
+    d_in: int = D_IN,
+    d_sae: int = D_SAE,
+    d_out: int | None = None,
+    seed: int = 0,
+) -> SparseAutoencoder:
+    """An SAE of an architecture with its first weights, ready for a first step. sample: [n, d_out], what it is to rebuild.
+
+    Where the architecture has an option `k`, it is 8 unless `options` say so."""
+    import torch
+
+    few = {"k": min(8, d_sae)} if "k" in component.options_model().model_fields else {}
+    sae = component.build(component.validate({**few, **options}, "architecture"), d_in, d_sae, d_out)
+    sae.initialise(torch.Generator().manual_seed(seed), sample)
+    sae.constrain_weights()
+    return sae
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Activations whose dictionary is known.
+
+    directions: [n_features, d_in], of norm 1. x: [n, d_in], their sums and a little noise. code: the true code of x.
+    labels: [n, 2], whether the first two features are active.
+    """
+
+    directions: Tensor
+    x: Tensor
+    code: SparseCode
+    labels: Tensor
+
+
+def synthetic_truth(*, n: int = 2048, d_in: int = D_IN, n_features: int = 32, seed: int = 0) -> Truth:
+    """About `n` activations that are sparse sums of known directions, from the source `synthetic`."""
+    import torch
+
+    component = Registry().find("source", "synthetic")
+    given = {"d_in": d_in, "n_features": n_features, "probability": 0.1, "concepts": [0, 1], "seed": seed}
+    source = component.build(component.validate(given, "source"))
+    source.open(device=torch.device("cpu"), dtype=torch.float32)
+    block = next(source.blocks("train", size=n, seed=seed))
+    code = next(source.codes("train", size=n, seed=seed))
+    return Truth(source.truth, block.x, code, block.labels)
+
+
+def registry_of(*components: Component, plugin: str = "in_memory") -> Registry:
+    """What is installed, and these components besides, as if one plugin had declared them.
+
+    Each says its kind, and may hand over its target itself: `Component("hoyer", hoyer, kind="loss")`. They win over
+    installed ones of the same name. PluginError for what the door would not let in.
+    """
+    module = types.ModuleType(plugin)
+    for component in components:
+        if component.kind not in KINDS:
+            raise UsageError(f'registry_of: {component.name!r} has no kind. Write Component(..., kind="loss"), say.')
+    for kind in KINDS:
+        setattr(module, HOOKS[kind], hookimpl(lambda kind=kind: [c for c in components if c.kind == kind]))
+    registry = Registry()
+    found = Plugin(plugin, "in memory", "", file=Path(plugin))
+    registry._add(found, lambda: module, set())
+    if found.error:
+        raise PluginError(found.error)
+    return registry

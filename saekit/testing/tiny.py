@@ -1,0 +1,213 @@
+"""Whole runs of a second, on known directions or on a tiny random language model; nothing is downloaded."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import functools
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from saekit.component import Component
+from saekit.plugins import Registry
+from saekit.runner.context import RunContext
+from saekit.runner.directory import RunDirectory
+from saekit.runner.plan import GRAPH, RunPlan
+from saekit.testing.fixtures import CONCEPTS, D_IN, D_SAE
+from saekit.testing.kit import NotApplicable
+
+STEPS, BATCH = 12, 32
+_WORDS = ("harbour", "lamp", "winter", "salt", "copper", "bridge", "meadow", "clock")
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A finished run. directory: where everything lies. summary: the content of `summary.json`. plan: what was done."""
+
+    directory: Path
+    summary: dict[str, Any]
+    plan: RunPlan
+    registry: Registry
+
+    @cached_property
+    def context(self) -> RunContext:
+        """What metrics and analyzers are given of it; what an analyzer writes goes under `analysis/`."""
+        import torch
+
+        from saekit.graph import FeatureGraph
+        from saekit.sae.formats import load_sae
+
+        source = self.plan.members[0].build_source()
+        device = torch.device("cpu")
+        source.open(device=device, dtype=torch.float32)
+        sae = load_sae(self.directory / "sae", registry=self.registry)
+        place = self.directory / "analysis" / "tiny"
+        place.mkdir(parents=True, exist_ok=True)
+        graph = FeatureGraph.load(RunDirectory(self.directory).graph) if self.plan.config.graph else None
+        return RunContext(sae, source, self.plan.config, device, place, lambda message: None, graph=graph)
+
+
+def tiny_run(directory: str | Path, *, registry: Registry | None = None, **sections: Any) -> TinyRun:
+    """A run of 12 steps on 16-wide activations made of known directions, with labels of two concepts.
+
+    directory: where; it must be absent or empty. sections: of the run file, in place of what stands there or besides:
+    `loss=[{"use": "mse"}]`, `architecture={...}`.
+    """
+    return carried_out({**tiny_table(), **sections}, Path(directory), registry or Registry())
+
+
+def tiny_language_run(directory: str | Path, *, registry: Registry | None = None, **sections: Any) -> TinyRun:
+    """The same on a random GPT-2 of two 16-wide blocks that reads a few labelled texts byte by byte."""
+    return carried_out({**tiny_table(source=language_source()), **sections}, Path(directory), registry or Registry())
+
+
+def carried_out(table: dict[str, Any], directory: Path, registry: Registry, view: Any = None) -> TinyRun:
+    """The run of a run file's dictionary."""
+    from saekit.api import start
+    from saekit.config import parse_config
+    from saekit.runner.plan import plan_run
+
+    plan = plan_run(parse_config(table, "the tiny run"), registry)
+    done = start(plan, registry, str(directory), view)
+    return TinyRun(done.directory, done.summary, plan, registry)
+
+
+def tiny_table(*, source: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The run file of a tiny run, as a dictionary."""
+    return {
+        "source": source or synthetic_source(),
+        "architecture": {"use": "topk", "d_sae": D_SAE, "k": 8},
+        "loss": [{"use": "mse"}],
+        "training": {
+            "tokens": STEPS * BATCH,
+            "batch_size": BATCH,
+            "buffer": 128,
+            "log_every": 1,
+            "checkpoint_every": 5,
+            "dead_after": 2 * BATCH,
+            "device": "cpu",
+        },
+        "evaluation": {"tokens": 200, "batch_size": 64},
+    }
+
+
+def synthetic_source() -> dict[str, Any]:
+    """The table of a source with known directions, labels and labelled sequences."""
+    return {"use": "synthetic", "d_in": D_IN, "n_features": 32, "probability": 0.1, "held_out": 256, "concepts": [0, 1]}
+
+
+def language_source(*, target: bool = False) -> dict[str, Any]:
+    """The table of a source that reads labelled texts through a random GPT-2. target: a second site, for a transcoder."""
+    place = _language_files()
+    table = {
+        "use": "labelled",
+        "model": str(place / "model"),
+        "data": str(place / "texts.jsonl"),
+        "labels": ["even", "short"],
+        "hook_point": "blocks.0.hook_out",
+        "context": 24,
+        "held_out": 0.25,
+    }
+    return {**table, "target_hook_point": "blocks.1.hook_out"} if target else table
+
+
+def table_for(needs: Iterable[str], registry: Registry) -> dict[str, Any]:
+    """The run file of a tiny run that provides `needs`. NotApplicable where nothing that is installed provides them."""
+    left = set(needs) - {"activations"}
+    source = synthetic_source()
+    if not left & set(registry.find("source", "labelled").provides) <= set(registry.find("source", "synthetic").provides):
+        source = language_source(target="target" in left)
+    table = tiny_table(source=source)
+    left -= set(registry.find("source", source["use"]).provides)
+    builders = registry.components("graph_builder")
+    if GRAPH in left and builders:
+        table["graph"] = {"use": builders[0].qualified_name}
+        left.discard(GRAPH)
+    for need in sorted(left):
+        provider = _provider(need, registry)
+        if provider.kind == "architecture":
+            few = {"k": 8} if "k" in provider.options_model().model_fields else {}
+            table["architecture"] = {"use": provider.qualified_name, "d_sae": D_SAE, **few}
+        else:
+            table.setdefault(provider.kind, []).append({"use": provider.qualified_name})
+    return table
+
+
+def _provider(need: str, registry: Registry) -> Component:
+    for kind in ("architecture", "callback", "loss", "metric"):
+        for component in registry.components(kind):
+            if need in component.provides:
+                return component
+    raise NotApplicable(f"nothing that the tiny run can have provides {need!r}. Check it in a run of your own.")
+
+
+_FINISHED: dict[Any, tuple[TinyRun, dict[str, Any]]] = {}
+
+
+def finished_run(needs: Iterable[str], registry: Registry) -> TinyRun:
+    """A finished tiny run that provides `needs`, made once a process. Its SAE is given back its weights each time, in case
+    a component has changed them."""
+    from saekit.config import parse_config
+    from saekit.runner.plan import plan_run
+
+    table = table_for(needs, registry)
+    parts = plan_run(parse_config(table, "the tiny run"), registry).parts
+    key = json.dumps(table), tuple((part.component.qualified_name, part.component.target) for part in parts)
+    if key not in _FINISHED:
+        run = carried_out(table, _own_place() / f"run-{len(_FINISHED)}", registry)
+        _FINISHED[key] = run, copy.deepcopy(run.context.sae.state_dict())
+    run, weights = _FINISHED[key]
+    run.context.sae.eval().load_state_dict(weights)
+    return run
+
+
+@functools.cache
+def _own_place() -> Path:
+    """A directory that lives as long as this process."""
+    place = Path(tempfile.mkdtemp(prefix="saekit-testing-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
+
+
+@functools.cache
+def _language_files() -> Path:
+    """The directory with the tiny model and its texts, made once a process."""
+    place = _own_place() / "language"
+    save_tiny_model(place / "model")
+    lines = [
+        {"text": f"The {a} of the {b}." if n % 2 else f"A {b}, and {a} number {n}.", "even": n % 2, "short": n // 2 % 2}
+        for n, (a, b) in enumerate((a, b) for a in _WORDS for b in _WORDS)
+    ]
+    assert all(len({line[key] for line in lines}) == CONCEPTS for key in ("even", "short"))
+    (place / "texts.jsonl").write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return place
+
+
+def save_tiny_model(directory: Path) -> None:
+    """A random GPT-2 of two blocks, 16 wide, whose tokens are bytes, in Hugging Face format."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    config = GPT2Config(
+        vocab_size=len(vocabulary), n_positions=32, n_embd=D_IN, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
+    )
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):  # a bar of progress
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(directory)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(directory)

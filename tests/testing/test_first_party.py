@@ -1,0 +1,115 @@
+"""Every component that this repository ships passes every conformance check of its kind.
+
+The lists come from the registry, so a new component joins by itself; one that cannot do without options says them here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from saekit.component import KINDS, Component
+from saekit.plugins import Registry
+from saekit.testing import checks_of
+from saekit.testing.kit import Check
+from saekit.testing.running import outcome_of
+from saekit.testing.tiny import language_source
+
+REGISTRY = Registry()
+MODULE = """
+import torch
+
+def narrow():
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 16)
+
+def batches():
+    return list(torch.randn(20, 32, 8, generator=torch.Generator().manual_seed(0)))
+"""
+
+EXPECTED: dict[str, dict[str, str]] = {
+    "builtin.dictionary_recovery": {
+        "empty_stream": "its controls are of random directions: they are what they are before anything is measured",
+    },
+}
+"""For each component, the checks that it fails and may fail, with the reason."""
+MAY_SKIP = {
+    "on_cuda",  # without a device
+    "without_positives",  # a loss that needs no labels
+    "sparse_and_dense_codes_agree",  # a loss of one architecture, whose code has one form
+    "whole_or_in_pieces", "bounded_memory", "empty_stream",  # a metric that measures with the model
+    "state_round_trip",  # a listener without state
+    "sequences_by_number",  # a source without labels
+    "held_out_ends",  # a source that holds out more than is followed
+}  # fmt: skip
+"""Checks that need not apply to a component; any other that is skipped was skipped by an accident."""
+
+
+@functools.cache
+def options_of(place: Path) -> dict[str, dict[str, Any]]:
+    """What components are given that cannot do without options, or take long without."""
+    place.mkdir(exist_ok=True)
+    (place / "module.py").write_text(MODULE, encoding="utf-8")
+    np.save(place / "x.npy", np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32))
+    labelled = {key: value for key, value in language_source().items() if key != "use"}
+    text = {key: value for key, value in labelled.items() if key != "labels"}
+    return {
+        "builtin.labelled": labelled,
+        "builtin.text": {**text, "target_hook_point": "blocks.1.hook_out"},
+        "builtin.module": {
+            "module": f"{place / 'module.py'}:narrow",
+            "data": f"{place / 'module.py'}:batches",
+            "hook_point": ".",
+        },
+        "builtin.organism": {"kinds": ["facts"], "context": 32},
+        "builtin.synthetic": {"d_in": 16, "n_features": 32, "probability": 0.1, "held_out": 2000, "concepts": [0, 1]},
+        "builtin.tensors": {"data": str(place / "x.npy"), "chunk": 100},
+        "revival.resample": {"every": 3, "below": 0.2},
+    }
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Component], dict[str, Any]]:
+    place = tmp_path_factory.mktemp("first_party")
+    return lambda component: options_of(place).get(component.qualified_name, {})
+
+
+PAIRS = [
+    pytest.param(component, check, id=f"{component.kind}-{component.name}-{check.name}")
+    for component in REGISTRY.components()
+    for check in checks_of(component.kind)
+]
+
+
+def test_the_registry_is_not_empty() -> None:
+    assert {"loss", "architecture", "metric", "analyzer", "callback", "source", "tracker"} <= {
+        component.kind for component in REGISTRY.components()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_checks_with_names_and_summaries(kind: str) -> None:
+    checks = checks_of(kind)
+    assert checks
+    assert len({check.name for check in checks}) == len(checks)
+    assert all(check.summary.endswith(".") for check in checks)
+
+
+@pytest.mark.parametrize(("component", "check"), PAIRS)
+def test_conformance(component: Component, check: Check, options: Callable[[Component], dict[str, Any]]) -> None:
+    expected = EXPECTED.get(component.qualified_name, {})
+    outcome = outcome_of(check, component.kind, component.qualified_name, options(component), expected, REGISTRY)
+    assert outcome.status in ("passed", "skipped", "expected"), outcome.message
+    if outcome.status == "skipped":
+        assert check.name in MAY_SKIP, outcome.message
+
+
+def test_expected_failures_are_of_components_and_checks_that_exist() -> None:
+    known = {component.qualified_name: component.kind for component in REGISTRY.components()}
+    for name, checks in EXPECTED.items():
+        assert set(checks) <= {check.name for check in checks_of(known[name])}

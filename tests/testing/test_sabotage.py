@@ -1,0 +1,772 @@
+"""Components that break the contract in one way each: the check that asks for it fails, and no other.
+
+Each class or function below is what an author might really write.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import torch
+from helpers import Fakes
+from pydantic import Field
+
+from saekit import (
+    Activations,
+    Component,
+    DenseCode,
+    FeatureGraph,
+    Pattern,
+    Result,
+    SparseAutoencoder,
+    SparseCode,
+    hookimpl,
+)
+from saekit.plugins import Registry
+from saekit.testing import check, registry_of
+from saekit.testing.checks.architectures import activations, built
+from saekit.testing.kit import Report, Subject
+
+# --- losses ----------------------------------------------------------------------------------------------------
+
+
+def sound(step):
+    """The mean of the code."""
+    return step.code.sum().mean()
+
+
+def one_for_each_row(step):
+    """Forgets the mean."""
+    return step.code.sum()
+
+
+def a_plain_number(step):
+    """Reads the value to the host."""
+    return float(step.code.sum().mean())
+
+
+def spread_of_the_batch(step):
+    """The standard deviation over the batch, which one row alone does not have."""
+    return step.code.sum().std()
+
+
+def detached(step):
+    """Cuts the gradient off."""
+    return step.code.sum().detach().mean()
+
+
+def root_of_the_error(step):
+    """A norm of what may be zero: its slope is infinite there."""
+    return (step.code.sum() - step.code.sum()).abs().sqrt().sum() + step.error.square().mean()
+
+
+def blind_to_whole_codes(step):
+    """Knows compressed codes only."""
+    values = getattr(step.code, "values", None)
+    return step.error.square().mean() if values is None else values.sum() / len(step.code)
+
+
+def in_place(step):
+    """Centres the batch for everyone."""
+    step.x.sub_(step.x.mean(0))
+    return step.code.sum().mean()
+
+
+def undeclared(step):
+    """Reads labels without saying so."""
+    known = step.labels.nan_to_num(0.0).sum(1)
+    return (step.code.sum() * (1 + known)).mean()
+
+
+def by_chance(step):
+    """Draws from what no checkpoint holds."""
+    return step.code.sum().mean() * (1 + random.random())
+
+
+def undocumented(step, *, power: float = 1.0):
+    """An option that nobody explains."""
+    return (step.code.sum() * power).mean()
+
+
+def untyped(step, *, power=1.0):
+    """An option of any type."""
+    return (step.code.sum() * power).mean()
+
+
+def beyond_its_limit(step, *, power: Annotated[float, Field(gt=0, description="Exponent of the sum.")] = 0.0):
+    """A default that its own rule forbids."""
+    return (step.code.sum() * (1 + power)).mean()
+
+
+def own_backward(step):
+    """Calls backward itself."""
+    loss = step.code.sum().mean()
+    loss.backward(retain_graph=True)
+    return loss
+
+
+def of_positives(step):
+    """The mean over the rows with a label, of which there may be none."""
+    positive = step.labels[:, 0] == 1
+    rows = step.code.sum()[positive]
+    return rows.sum() / rows.shape[0]
+
+
+class Forgetful:
+    """Keeps a running mean and does not save it."""
+
+    def __init__(self):
+        self.mean = 0.0
+
+    def __call__(self, step):
+        value = step.code.sum().mean()
+        self.mean = 0.9 * self.mean + 0.1 * float(value.detach())
+        return (value - self.mean) ** 2
+
+
+class SavesHalf(Forgetful):
+    """Saves its running mean and does not take it back."""
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        pass
+
+
+LOSSES: dict[str, tuple[Any, set[str], dict[str, Any]]] = {
+    "sound": (sound, set(), {}),
+    "one_for_each_row": (one_for_each_row, {"scalar"}, {}),
+    "a_plain_number": (a_plain_number, {"scalar"}, {}),
+    "spread_of_the_batch": (spread_of_the_batch, {"batch_of_one"}, {}),
+    "detached": (detached, {"gradient_reaches"}, {}),
+    "blind_to_whole_codes": (blind_to_whole_codes, {"sparse_and_dense_codes_agree"}, {}),
+    "in_place": (in_place, {"inputs_unchanged"}, {}),
+    "undeclared": (undeclared, {"declared_needs_suffice"}, {}),
+    "by_chance": (by_chance, {"deterministic"}, {}),
+    "undocumented": (undocumented, {"options_documented"}, {}),
+    "untyped": (untyped, {"options_documented"}, {}),
+    "beyond_its_limit": (beyond_its_limit, {"defaults_are_valid"}, {}),
+    "own_backward": (own_backward, {"gradient_only_there"}, {}),
+    "of_positives": (of_positives, {"without_positives", "batch_of_one"}, {"needs": ("labels",)}),
+    "forgetful": (Forgetful, {"state_round_trip"}, {}),
+    "saves_half": (SavesHalf, {"state_round_trip"}, {}),
+    # An infinite slope shows wherever gradients are looked at.
+    "root_of_the_error": (
+        root_of_the_error,
+        {"finite", "any_dtype", "batch_of_one", "weight_zero_harmless", "sparse_and_dense_codes_agree"},
+        {},
+    ),
+}
+
+# --- architectures ---------------------------------------------------------------------------------------------
+
+
+class Small(SparseAutoencoder):
+    """The 8 largest pre-activations, through a ReLU: what the others below spoil."""
+
+    def chosen(self, x):
+        pre = self.dense_pre(x)
+        return pre, Pattern.regular(pre.topk(8, dim=1).indices, self.d_sae)
+
+    def gate(self, x):
+        pre, pattern = self.chosen(x)
+        return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern).relu())
+
+
+class WithoutGradient(Small):
+    """Takes its values from pre-activations that carry no gradient."""
+
+    def gate(self, x):
+        pre, pattern = self.chosen(x)
+        return self.sparse_code(x, pattern, pre.gather(1, pattern.indices.view(-1, 8)).reshape(-1).relu())
+
+
+class TwiceTheGradient(Small):
+    """A gradient that is twice what it should be."""
+
+    def gate(self, x):
+        pre, pattern = self.chosen(x)
+        values = self.pre_at(x, pre, pattern).relu()
+        return self.sparse_code(x, pattern, 2 * values - values.detach())
+
+
+class LooksAside(Small):
+    """Normalises by the batch, in evaluation too."""
+
+    def gate(self, x):
+        pre, pattern = self.chosen(x)
+        values = self.pre_at(x, pre, pattern).relu()
+        return self.sparse_code(x, pattern, values * self.scale(x))
+
+    def scale(self, x):
+        # In training a constant, so that nothing else is wrong with it.
+        return 1.0 if self.training or len(x) != 24 else 0.5
+
+
+class ForgetsAnOption(SparseAutoencoder):
+    """Does not tell its `threshold`."""
+
+    def __init__(
+        self, d_in, d_sae, d_out=None, *, floor: Annotated[float, Field(ge=0, description="Smaller ones are cut.")] = 0.05
+    ):
+        super().__init__(d_in, d_sae, d_out)
+        self.floor = floor
+
+    def gate(self, x):
+        pre = self.dense_pre(x)
+        pattern = Pattern.of_mask(pre > self.floor)
+        return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern))
+
+    @torch.no_grad()
+    def rescale(self, scale):
+        super().rescale(scale)
+        self.floor /= scale
+
+    def options(self):
+        return {}
+
+
+class KeepsItsFloor(ForgetsAnOption):
+    """Its threshold is in units of the activations, and `rescale` leaves it."""
+
+    def __init__(
+        self, d_in, d_sae, d_out=None, *, floor: Annotated[float, Field(ge=0, description="Smaller ones are cut.")] = 0.05
+    ):
+        super().__init__(d_in, d_sae, d_out, floor=floor)
+
+    def rescale(self, scale):
+        SparseAutoencoder.rescale(self, scale)
+
+    def options(self):
+        return {"floor": self.floor}
+
+
+class DrawsElsewhere(Small):
+    """Its first weights come from torch's global generator."""
+
+    @torch.no_grad()
+    def initialise(self, generator, sample):
+        super().initialise(generator, sample)
+        self.b_enc.normal_(std=0.01)
+
+
+ARCHITECTURES: dict[str, tuple[Any, set[str]]] = {
+    "small": (Small, set()),
+    "without_gradient": (WithoutGradient, {"gradient_is_the_derivative"}),
+    "twice_the_gradient": (TwiceTheGradient, {"gradient_is_the_derivative"}),
+    "looks_aside": (LooksAside, {"rows_alone_in_eval"}),
+    "keeps_its_floor": (KeepsItsFloor, {"rescale_is_homogeneous"}),
+    "draws_elsewhere": (DrawsElsewhere, {"initialise_draws_from_its_generator", "deterministic"}),
+}
+
+# --- metrics ---------------------------------------------------------------------------------------------------
+
+
+class Mean:
+    """The mean of the code's sums, over rows: what the others below spoil."""
+
+    meanings = {"mean_sum": "the sum of a row's activations, on average"}  # noqa: RUF012
+
+    def __init__(self):
+        self.total, self.rows = 0.0, 0
+
+    def update(self, step):
+        self.total += float(step.code.sum().sum())
+        self.rows += len(step.code)
+
+    def compute(self):
+        return {"mean_sum": self.total / self.rows if self.rows else None}
+
+
+class KeepsEveryBatch(Mean):
+    """Puts every batch aside."""
+
+    def __init__(self):
+        self.sums = []
+
+    def update(self, step):
+        self.sums.append(step.code.sum())
+
+    def compute(self):
+        return {"mean_sum": float(torch.cat(self.sums).mean()) if self.sums else None}
+
+
+class MeanOfMeans(Mean):
+    """Weighs a batch of one row like one of a thousand."""
+
+    def update(self, step):
+        self.total += float(step.code.sum().mean())
+        self.rows += 1
+
+
+class Unexplained(Mean):
+    """Gives a number that nobody explains."""
+
+    meanings: dict[str, str] = {}  # noqa: RUF012
+
+
+class NamesByData(Mean):
+    """Gives one name or another."""
+
+    meanings = {"few": "rows, where there are few", "many": "rows, where there are many"}  # noqa: RUF012
+
+    def compute(self):
+        return {"few" if self.rows < 50 else "many": float(self.rows) if self.rows else None}
+
+
+class ZeroOfNothing(Mean):
+    """Says 0 of no data."""
+
+    def compute(self):
+        return {"mean_sum": self.total / max(1, self.rows)}
+
+
+class Tensors(Mean):
+    """Gives tensors."""
+
+    def compute(self):
+        return {"mean_sum": torch.tensor(self.total / self.rows) if self.rows else None}
+
+
+class ZeroesTheInput(Mean):
+    """Works in place."""
+
+    def update(self, step):
+        super().update(step)
+        step.reconstruction.zero_()
+
+
+METRICS: dict[str, tuple[Any, set[str]]] = {
+    "mean": (Mean, set()),
+    "keeps_every_batch": (KeepsEveryBatch, {"bounded_memory"}),
+    "mean_of_means": (MeanOfMeans, {"whole_or_in_pieces"}),
+    "unexplained": (Unexplained, {"names_and_meanings"}),
+    "names_by_data": (NamesByData, {"names_and_meanings"}),
+    "zero_of_nothing": (ZeroOfNothing, {"empty_stream"}),
+    "tensors": (Tensors, {"plain_numbers"}),
+    "zeroes_the_input": (ZeroesTheInput, {"inputs_unchanged"}),
+}
+
+# --- analyzers -------------------------------------------------------------------------------------------------
+
+
+def norms(context):
+    """The mean norm of the decoder's rows."""
+    return Result(scalars={"norm": float(context.sae.W_dec.norm(dim=1).mean())})
+
+
+def no_result(context):
+    """Returns what it should put into a Result."""
+    return {"norm": 1.0}
+
+
+def in_the_working_directory(context):
+    """Writes where the command was run."""
+    with open("norms.txt", "w", encoding="utf-8") as file:
+        file.write("1.0")
+    return Result(scalars={"norm": 1.0})
+
+
+def a_tensor(context):
+    """Forgets float()."""
+    return Result(scalars={"norm": context.sae.W_dec.norm()})
+
+
+def edits_for_good(context):
+    """Ablates a latent and does not put it back."""
+    norm = float(context.sae.W_dec[0].norm())
+    context.sae.W_dec.data[0] *= 0.999
+    return Result(scalars={"norm": round(norm, 1)})
+
+
+def at_random(context):
+    """Draws from what nobody seeds."""
+    return Result(scalars={"draw": random.SystemRandom().random()})
+
+
+ANALYZERS: dict[str, tuple[Any, set[str]]] = {
+    "norms": (norms, set()),
+    "in_the_working_directory": (in_the_working_directory, {"writes_in_its_directory"}),
+    "edits_for_good": (edits_for_good, {"inputs_unchanged"}),
+    "at_random": (at_random, {"deterministic"}),
+    "a_tensor": (a_tensor, {"gives_a_result", "can_be_written"}),
+}
+
+# --- callbacks -------------------------------------------------------------------------------------------------
+
+
+class EveryThird:
+    """Shortens the encoder's biases at every third step, and keeps count."""
+
+    def __init__(self):
+        self.count = 0
+
+    @hookimpl
+    def step_ended(self, trainer):
+        self.count += 1
+        if self.count % 3 == 0:
+            trainer.sae.b_enc.data.mul_(0.5).add_(0.01 * self.count)
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+class LosesCount(EveryThird):
+    """Begins to count anew after a resume."""
+
+    def __getattribute__(self, name):
+        if name in ("state_dict", "load_state_dict"):
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+class SavesAnObject(EveryThird):
+    """Saves what a checkpoint cannot hold."""
+
+    def state_dict(self):
+        return {"count": self.count, "seen": {1, 2}}
+
+
+class NoHooks:
+    """Forgets the decorator."""
+
+    def step_ended(self, trainer):
+        trainer.sae.b_enc.data.zero_()
+
+
+class OwnDice(EveryThird):
+    """Draws from a generator that nobody seeds."""
+
+    @hookimpl
+    def step_ended(self, trainer):
+        trainer.sae.b_enc.data.add_(0.01 * random.SystemRandom().random())
+
+
+CALLBACKS: dict[str, tuple[Any, set[str]]] = {
+    "every_third": (EveryThird, set()),
+    "loses_count": (LosesCount, {"resumes_to_the_same_bits"}),
+    "no_hooks": (NoHooks, {"has_hooks"}),
+    "own_dice": (OwnDice, {"deterministic", "resumes_to_the_same_bits"}),
+}
+
+# --- sources ---------------------------------------------------------------------------------------------------
+
+
+class Numbered:
+    """Random rows, each block from (seed, number): what the others below spoil."""
+
+    subject = hook_point = None
+    d_in = d_out = 8
+
+    def peek(self):
+        return {"d_in": 8, "data": "numbers"}
+
+    def open(self, *, device, dtype):
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def generator_of(self, split, seed, number):
+        return torch.Generator().manual_seed(1000 * seed + number if split == "train" else 10**6 + number)
+
+    def blocks(self, split, *, size, seed, start=0):
+        number = start
+        while split == "train" or number < 3:
+            draws = torch.randn(size, 8, generator=self.generator_of(split, seed, number))
+            yield Activations(draws.to(self.device, self.dtype))
+            number += 1
+
+    def identity(self):
+        return {"data": "numbers"}
+
+
+class InOrder(Numbered):
+    """One generator for all: a block is what is drawn next."""
+
+    def generator_of(self, split, seed, number):
+        return self.generator if split == "train" else super().generator_of(split, seed, number)
+
+
+class TrainsOnHeldOut(Numbered):
+    """Holds out what it trains on."""
+
+    def generator_of(self, split, seed, number):
+        return torch.Generator().manual_seed(number % 3)
+
+
+class OnePass(Numbered):
+    """Ends with the data."""
+
+    def blocks(self, split, *, size, seed, start=0):
+        for number, block in enumerate(super().blocks(split, size=size, seed=seed, start=start), start):
+            if number == 5:
+                return
+            yield block
+
+
+class AlwaysFloat32(Numbered):
+    """Gives its own dtype."""
+
+    def open(self, *, device, dtype):
+        super().open(device=device, dtype=torch.float32)
+
+
+class LoadsToPeek(Numbered):
+    """Loads the model to tell its width."""
+
+    def peek(self):
+        return {"d_in": torch.nn.Linear(8, 8).in_features, "data": "numbers"}
+
+
+class TellsObjects(Numbered):
+    """Its identity is no JSON."""
+
+    def identity(self):
+        return {"data": "numbers", "dtype": self.dtype}
+
+
+SOURCES: dict[str, tuple[Any, set[str]]] = {
+    "numbered": (Numbered, set()),
+    "in_order": (InOrder, {"same_block_for_its_number", "begins_anywhere"}),
+    "trains_on_held_out": (TrainsOnHeldOut, {"held_out_is_apart"}),
+    "one_pass": (OnePass, {"train_does_not_end"}),
+    "always_float32": (AlwaysFloat32, {"shapes_and_columns"}),
+    "loads_to_peek": (LoadsToPeek, {"peek_is_light"}),
+    "tells_objects": (TellsObjects, {"identity_is_plain"}),
+}
+
+# --- trackers --------------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """A line for each logged step, in the run directory."""
+
+    @hookimpl
+    def run_started(self, run):
+        self.path = run.directory.path / "lines.txt"
+
+    @hookimpl
+    def logged(self, number, values):
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{number} {values['loss']}\n")
+
+
+class StopsTheRun(Lines):
+    """Takes a full disk for a mistake of the user's."""
+
+    @hookimpl
+    def logged(self, number, values):
+        from saekit import UsageError
+
+        try:
+            super().logged(number, values)
+        except OSError as error:
+            raise UsageError(f"{error}") from None
+
+
+class Meddles(Lines):
+    """Changes what it should write down."""
+
+    @hookimpl
+    def step_ended(self, trainer):
+        if hasattr(trainer, "sae"):
+            trainer.sae.b_enc.data.add_(0.1)
+
+
+class NoNone(Lines):
+    """Cannot take a value that is not defined."""
+
+    @hookimpl
+    def evaluated(self, metrics):
+        self.values = [float(value) for value in metrics.values()]
+
+
+TRACKERS: dict[str, tuple[Any, set[str]]] = {
+    "lines": (Lines, set()),
+    "stops_the_run": (StopsTheRun, {"a_failing_disk_only_warns"}),
+    "meddles": (Meddles, {"changes_nothing"}),
+    "no_none": (NoNone, {"survives_every_hook"}),
+}
+
+# --- graph builders --------------------------------------------------------------------------------------------
+
+
+def _top(sae, codes):
+    """The four latents that fire most, each with each."""
+    fired = sum(code.fired() for code in codes)
+    top = fired.topk(4).indices
+    return torch.cartesian_prod(top, top).t(), fired
+
+
+def often_together(sae, codes):
+    """Edges between the latents that fire most."""
+    edges, fired = _top(sae, codes)
+    return FeatureGraph.of(sae, edges, fired[edges[0]].float())
+
+
+def of_another(sae, codes):
+    """A graph of a dictionary that it has normalised first."""
+    edges, fired = _top(sae, codes)
+    other = copy.deepcopy(sae)
+    other.W_dec.data.mul_(2.0)
+    return FeatureGraph.of(other, edges, fired[edges[0]].float())
+
+
+def divides_by_silence(sae, codes):
+    """Divides by how often a latent fires."""
+    edges, fired = _top(sae, codes)
+    return FeatureGraph.of(sae, edges, fired[edges[0]].float() / fired[edges[1]].float())
+
+
+def sorts_the_decoder(sae, codes):
+    """Leaves the decoder otherwise than it found it."""
+    graph = often_together(sae, codes)
+    sae.b_enc.data.add_(1e-6)
+    return graph
+
+
+GRAPH_BUILDERS: dict[str, tuple[Any, set[str]]] = {
+    "often_together": (often_together, set()),
+    "of_another": (of_another, {"gives_a_graph"}),
+    "divides_by_silence": (divides_by_silence, {"dead_latents"}),
+    "sorts_the_decoder": (sorts_the_decoder, {"inputs_unchanged"}),
+}
+
+# --- what each is caught by ------------------------------------------------------------------------------------
+
+
+def failing(report: Report) -> set[str]:
+    return {outcome.check for outcome in report.failures}
+
+
+def checked(kind: str, name: str, target: Callable[..., Any], **declared: Any) -> Report:
+    registry = registry_of(Component(name, target, kind=kind, **declared))
+    report = check(kind, name, registry=registry)
+    for outcome in report.failures:
+        assert outcome.message, outcome.check
+    return report
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str) -> None:
+    target, expected, declared = LOSSES[name]
+    assert failing(checked("loss", name, target, **declared)) == expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str) -> None:
+    target, expected = ARCHITECTURES[name]
+    assert failing(checked("architecture", name, target)) == expected
+
+
+@pytest.mark.parametrize("name", ["standard", "clipped"])
+def test_architectures_that_begin_dense_are_checked_in_both_forms(name: str) -> None:
+    registry = Registry()
+    subject = Subject(registry.find("architecture", name), {}, registry, Path())
+    assert isinstance(built(subject).encode(activations()), DenseCode)
+    assert isinstance(built(subject, sparse=True).encode(activations()), SparseCode)
+    assert bool(built(subject, sparse=True).encode(activations()).count().any())
+
+
+def test_an_option_that_options_does_not_tell() -> None:
+    registry = registry_of(Component("forgets", ForgetsAnOption, kind="architecture"))
+    report = check("architecture", "forgets", options={"floor": 0.3}, registry=registry)
+    assert failing(report) == {"options_rebuild", "saved_and_loaded"}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metrics(name: str) -> None:
+    target, expected = METRICS[name]
+    assert failing(checked("metric", name, target)) == expected
+
+
+@pytest.mark.parametrize("name", ANALYZERS)
+def test_analyzers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    target, expected = ANALYZERS[name]
+    assert failing(checked("analyzer", name, target)) == expected
+
+
+def test_an_analyzer_without_a_result() -> None:
+    assert "gives_a_result" in failing(checked("analyzer", "no_result", no_result))
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_callbacks(name: str) -> None:
+    target, expected = CALLBACKS[name]
+    assert failing(checked("callback", name, target)) == expected
+
+
+def test_a_callback_whose_state_no_checkpoint_can_hold() -> None:
+    assert "state_round_trip" in failing(checked("callback", "saves_an_object", SavesAnObject))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_sources(name: str) -> None:
+    target, expected = SOURCES[name]
+    assert failing(checked("source", name, target)) == expected
+
+
+@pytest.mark.parametrize("name", GRAPH_BUILDERS)
+def test_graph_builders(name: str) -> None:
+    target, expected = GRAPH_BUILDERS[name]
+    assert failing(checked("graph_builder", name, target)) == expected
+
+
+def test_a_metric_that_needs_a_graph_is_given_one() -> None:
+    class Edges(Mean):
+        """How many edges the graph has."""
+
+        meanings = {"edges": "edges of the feature graph"}  # noqa: RUF012
+
+        def prepare(self, context):
+            context.graph.require(context.sae)
+            self.edges = len(context.graph.weight)
+
+        def compute(self):
+            return {"edges": float(self.edges) if self.rows else None}
+
+    builder = Component("often_together", often_together, kind="graph_builder")
+    registry = registry_of(builder, Component("edges", Edges, kind="metric", needs=("graph",)))
+    assert failing(check("metric", "edges", registry=registry)) == set()
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_trackers(name: str) -> None:
+    target, expected = TRACKERS[name]
+    assert failing(checked("tracker", name, target)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("import torch", "imports torch"),
+        ("import heavy_target", "imports its target's module heavy_target"),
+    ],
+)
+def test_a_plugin_that_is_heavy_to_declare(text: str, word: str, fakes: Fakes) -> None:
+    hooks = f"""
+    {text}
+    from saekit import Component, hookimpl
+
+    @hookimpl
+    def saekit_losses():
+        yield Component("heavy", "heavy_target:heavy", "A loss.")
+    """
+    target = """
+    def heavy(step):
+        return step.code.sum().mean()
+    """
+    name = f"heavy_{word.split()[-1]}"
+    fakes.install("saekit-heavy", "0.1", name, f"{name}_hooks", **{f"{name}_hooks": hooks, "heavy_target": target})
+    report = check("loss", "heavy")
+    assert failing(report) == {"light_to_declare"}
+    assert word in report.failures[0].message
