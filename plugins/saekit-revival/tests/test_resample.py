@@ -9,6 +9,7 @@ from saekit_revival.resample import Resample
 from saekit import SparseAutoencoder
 from saekit.activations.batch import Activations
 from saekit.builtin.architectures import Standard, TopK
+from saekit.builtin.gated import Gated
 from saekit.builtin.losses import mse
 from saekit.config import TrainingConfig
 from saekit.listeners import Listener, Listeners
@@ -24,7 +25,8 @@ def trainer_with(callback: Resample, sae: SparseAutoencoder | None = None) -> Tr
     sae = sae or TopK(D, F, k=4)
     generator = torch.Generator().manual_seed(0)
     sae.initialise(generator, torch.randn(100, D, generator=generator))
-    sae.b_enc.data[DEAD] = -1e6
+    bias = sae.b_gate if isinstance(sae, Gated) else sae.b_enc
+    bias.data[DEAD] = -1e6
     listeners = Listeners()
     listeners.add(Listener("resample", callback, "callback 'resample'", vital=True))
     config = TrainingConfig(tokens=BATCH * 100, batch_size=BATCH, lr=1e-3)
@@ -68,6 +70,30 @@ def test_dead_latents_get_unit_inputs_small_encoders_and_fresh_moments() -> None
         for key in ("exp_avg", "exp_avg_sq"):
             state = trainer.optimizer.state[parameter][key]
             assert (state[:, DEAD] if state.ndim == 2 else state[DEAD]).eq(0).all()
+
+
+def test_the_gates_of_a_gated_sae_begin_anew_too() -> None:
+    callback, sae = Resample(every=1000, below=1e-4), Gated(D, F)
+    trainer = trainer_with(callback, sae)
+    for bias in (sae.b_mag, sae.r_mag):
+        bias.data[DEAD] = -10.0
+    for batch in batches(10):
+        trainer.train_on(batch)
+    assert set(DEAD) <= set(callback.resample(trainer).tolist())
+    for bias in (sae.b_gate, sae.b_mag, sae.r_mag):
+        assert bias[DEAD].eq(0).all()
+
+
+def test_decoder_rows_that_are_left_alone_get_the_norm_of_the_living() -> None:
+    callback = Resample(every=1000, below=1e-4)
+    trainer = trainer_with(callback, Standard(D, F))
+    for batch in batches(10):
+        trainer.train_on(batch)
+    norms = trainer.sae.W_dec.detach().norm(dim=1)
+    dead = callback.resample(trainer).tolist()
+    wanted = norms[[j for j in range(F) if j not in dead]].mean()
+    assert dead == DEAD and float(wanted) < 0.5
+    torch.testing.assert_close(trainer.sae.W_dec[DEAD].norm(dim=1), wanted.expand(3))
 
 
 def test_resampled_latents_fire_again() -> None:

@@ -40,6 +40,12 @@ class Resample:
         self.resampled = 0
 
     @hookimpl
+    def training_started(self, trainer: Any) -> None:
+        """What a checkpoint gave back lies on the CPU."""
+        if self.usage is not None and self.steps is not None:
+            self.usage, self.steps = self.usage.to(trainer.device), self.steps.to(trainer.device)
+
+    @hookimpl
     def step_ended(self, trainer: Any, number: int) -> None:
         """Take in the step's firings, and resample when it is time."""
         share = trainer.fired / len(trainer.step.code)  # [d_sae]
@@ -72,8 +78,10 @@ class Resample:
         living[dead] = False
         norm = sae.W_enc[:, living].norm(dim=0).mean() if bool(living.any()) else sae.W_enc.new_ones(())
         sae.W_enc[:, dead] = self.encoder_scale * norm * normalize(sae.centred(step.x[rows]), dim=1).t()
-        sae.W_dec[dead] = normalize(step.target[rows] - sae.skipped(step.x[rows]) - sae.b_dec, dim=1)
-        sae.b_enc[dead] = 0.0
+        rebuilt = normalize(step.target[rows] - sae.skipped(step.x[rows]) - sae.b_dec, dim=1)
+        sae.W_dec[dead] = rebuilt * (sae.W_dec[living].norm(dim=1).mean() if bool(living.any()) else 1.0)
+        for bias in _biases(sae):
+            bias[dead] = 0.0
         self._reset_moments(trainer, dead)
         trainer.firing.revive(dead)
         for average in (self.usage, self.steps):  # their average begins anew
@@ -84,10 +92,11 @@ class Resample:
 
     @staticmethod
     def _reset_moments(trainer: Any, dead: Tensor) -> None:
-        for parameter, latents_last in ((trainer.sae.W_enc, True), (trainer.sae.W_dec, False), (trainer.sae.b_enc, False)):
-            for name in ("exp_avg", "exp_avg_sq"):
-                moment = trainer.optimizer.state[parameter][name]
-                (moment.T if latents_last else moment)[dead] = 0.0
+        biases = [(bias, False) for bias in _biases(trainer.sae)]
+        for parameter, latents_last in ((trainer.sae.W_enc, True), (trainer.sae.W_dec, False), *biases):
+            state = trainer.optimizer.state[parameter]
+            for name in state.keys() & {"exp_avg", "exp_avg_sq"}:  # none yet where no loss has reached the parameter
+                (state[name].T if latents_last else state[name])[dead] = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -98,3 +107,9 @@ class Resample:
         """Restore what `state_dict` gave."""
         self.resampled = state["resampled"]
         self.usage, self.steps = state.get("usage"), state.get("steps")
+
+
+def _biases(sae: Any) -> list[Tensor]:
+    """What each latent has of its own beside its two directions and begins at zero: b_enc, or a gated SAE's three."""
+    named = (getattr(sae, name, None) for name in ("b_enc", "b_gate", "b_mag", "r_mag"))
+    return [bias for bias in named if bias is not None]
