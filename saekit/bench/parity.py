@@ -2,8 +2,8 @@
 
 Each architecture is trained at a few sparsities, by saekit and by sae_lens, on activations of the run file's source
 that are harvested once and scaled to a mean norm of sqrt(d_in) for both. Both get one schedule (warm-up, constant, decay
-over the last fifth) and the same bound on the gradient's norm; each side has the learning rate that served it best in a
-small sweep with a seed that is not reported. Both are measured on held-out documents, in the form that they save for
+over the last fifth) and the same bound on the gradient's norm; each side has a learning rate of its own, from a
+small sweep with a seed that is not reported (docs/performance.md says what it covered). Both are measured on held-out documents, in the form that they save for
 inference. Explained variances are compared where both curves over L0 are known, interpolated in log L0.
 """
 
@@ -68,11 +68,11 @@ K, L1, L0 = (16, 32, 64), (0.8, 1.5, 2.5), (0.5, 1.0, 2.0)
 CASES = {
     "topk": Case(Side("k", K, 5e-3, (MSE, AUXK)), "topk", Side("k", K, 5e-3)),
     "batchtopk": Case(Side("k", K, 8e-3, (MSE, AUXK)), "batchtopk", Side("k", K, 5e-3)),
-    "jumprelu": Case(Side("loss.l0", L0, 2.5e-3, (MSE,)), "jumprelu", Side("l0_coefficient", L0, 2.5e-3)),
+    "jumprelu": Case(Side("loss.l0", L0, 2.5e-3, (MSE,)), "jumprelu", Side("l0_coefficient", (0.2, 0.35, 0.6), 5e-3)),
     "standard": Case(Side("loss.l1", L1, 5e-3, (MSE,)), "standard", Side("l1_coefficient", L1, 5e-3)),
     "clipped": Case(Side("loss.l1", L1, 5e-3, (MSE,)), "standard", Side("l1_coefficient", L1, 5e-3)),
     "gated": Case(
-        Side("loss.gate_l1", (2.0, 4.0, 7.0), 2.5e-3, GATED), "gated", Side("l1_coefficient", (1.5, 2.5, 5.0), 1e-3)
+        Side("loss.gate_l1", (2.0, 4.0, 7.0), 2.5e-3, GATED), "gated", Side("l1_coefficient", (0.7, 1.2, 2.5), 5e-3)
     ),
     "matryoshka": Case(Side("k", K, 5e-3, (("matryoshka", {}, 1.0), AUXK)), "matryoshka", Side("k", K, 5e-3)),
 }
