@@ -27,6 +27,18 @@ from saekit.component import HOOKS
 WEIGHTS = Path("sae") / "sae_weights.safetensors"
 STEPS, BATCH = 20, 64
 
+NARROW_MODULE = """
+import torch
+
+def narrow():
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 16)
+
+def batches():
+    return list(torch.randn(20, 32, 8, generator=torch.Generator().manual_seed(0)))
+"""
+"""A user's own module and its data, for the source `module`."""
+
 
 @dataclass
 class Outcome:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saekit.api import start
-from saekit.bench.parity import quality
+from saekit.bench.parity import Reconstruct, of_sae_lens, of_saekit, quality
 from saekit.bench.peers import sae_lens_config
 from saekit.errors import UsageError
 from saekit.plugins import Registry
@@ -34,16 +34,15 @@ def time_training(plan: RunPlan, registry: Registry, *, peers: bool) -> dict[str
     """Tokens a second of `plan` (one SAE on a source that reads tokens), and of sae_lens on the same."""
     training = plan.config.training
     with tempfile.TemporaryDirectory() as directory:
-        began = time.perf_counter()
         run = start(plan, registry, str(Path(directory) / "run"), None)
         seconds = run.summary["seconds"]
-        ours = {"seconds": seconds["train"] + seconds.get("harvest", 0.0), "whole": time.perf_counter() - began}
+        trained_in = seconds["train"] + seconds.get("harvest", 0.0)
         sae = load_sae(run.directory / "sae")
     source = plan.members[0].build_source()
     source.open(device=torch.device("cpu"), dtype=torch.float32)
     held_out = torch.cat([block.x for block in source.blocks("held_out", size=HELD_OUT, seed=0)])[:HELD_OUT]
     trained = plan.total_steps * training.batch_size
-    sides = {"saekit": {**_measured(_ours(sae), held_out), **_speed(trained, ours["seconds"])}}
+    sides = {"saekit": {**_measured(of_saekit(sae), held_out), **_speed(trained, trained_in)}}
     if peers:
         sides["sae_lens"] = _sae_lens(plan, source, held_out)
     return {
@@ -61,17 +60,9 @@ def _speed(tokens: int, seconds: float) -> dict[str, float]:
     return {"seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
-def _measured(reconstruct: Any, held_out: Tensor) -> dict[str, float]:
+def _measured(reconstruct: Reconstruct, held_out: Tensor) -> dict[str, float]:
     explained, l0 = quality(reconstruct, held_out)
     return {"explained_variance": explained, "l0": l0}
-
-
-def _ours(sae: Any) -> Any:
-    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        code = sae.encode(x)
-        return sae.reconstruct(x, code), code.count()
-
-    return reconstruct
 
 
 def _sae_lens(plan: RunPlan, source: Any, held_out: Tensor) -> dict[str, float]:
@@ -126,9 +117,4 @@ def _sae_lens(plan: RunPlan, source: Any, held_out: Tensor) -> dict[str, float]:
         seconds = time.perf_counter() - began
         trained.save_inference_model(directory)
         saved = SAE.load_from_disk(directory)
-
-    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        latents = saved.encode(x)
-        return saved.decode(latents), (latents > 0).sum(1)
-
-    return {**_measured(reconstruct, held_out), **_speed(config.training_tokens, seconds)}
+    return {**_measured(of_sae_lens(saved), held_out), **_speed(config.training_tokens, seconds)}

@@ -32,6 +32,7 @@ from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
 from saekit.plugins import Registry
 from saekit.runner.plan import Plan
+from saekit.sae.base import SparseAutoencoder
 from saekit.training.losses import Term
 from saekit.training.trainer import Trainer, seed_for
 
@@ -116,9 +117,33 @@ def _rows(blocks: Iterator[Activations], wanted: int) -> Tensor:
     return torch.cat(rows)[:wanted]
 
 
+Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x [batch, d_in] to (its reconstruction [batch, d_in], the number of active latents of each row [batch])."""
+
+
+def of_saekit(sae: SparseAutoencoder) -> Reconstruct:
+    """What an SAE of saekit makes of activations."""
+
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        code = sae.encode(x)
+        return sae.reconstruct(x, code), code.count()
+
+    return reconstruct
+
+
+def of_sae_lens(saved: Any) -> Reconstruct:
+    """What an SAE of sae_lens, as it saves it for inference, makes of activations."""
+
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        latents = saved.encode(x)
+        return saved.decode(latents), (latents > 0).sum(1)
+
+    return reconstruct
+
+
 @torch.no_grad()
-def quality(reconstruct: Callable[[Tensor], tuple[Tensor, Tensor]], held_out: Tensor) -> tuple[float, float]:
-    """(explained variance, L0) of what maps x to (reconstruction, active latents of each row)."""
+def quality(reconstruct: Reconstruct, held_out: Tensor) -> tuple[float, float]:
+    """(explained variance, mean L0) over held_out [n, d_in]."""
     error = active = 0.0
     for x in held_out.split(4096):
         rebuilt, count = reconstruct(x)
@@ -153,12 +178,7 @@ def train_ours(
     for x in data.train[: steps * batch].split(batch):
         trainer.train_on(Activations(x))
     sae.eval()
-
-    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        code = sae.encode(x)
-        return sae.decode(code), code.count()
-
-    return quality(reconstruct, data.held_out)
+    return quality(of_saekit(sae), data.held_out)
 
 
 def _term(registry: Registry, name: str, options: dict[str, Any], weight: float) -> Term:
@@ -187,12 +207,7 @@ def train_theirs(
     with tempfile.TemporaryDirectory() as directory:
         sae.save_inference_model(directory)
         saved = SAE.load_from_disk(directory)
-
-    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        latents = saved.encode(x)
-        return saved.decode(latents), (latents > 0).sum(1)
-
-    return quality(reconstruct, data.held_out)
+    return quality(of_sae_lens(saved), data.held_out)
 
 
 def compare(

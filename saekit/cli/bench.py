@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -125,7 +126,7 @@ def parity(
     config, registry = compose(Request(recipe, overrides=overrides))
     _set_threads(config.training.threads)
     chosen = architectures or tuple(CASES)
-    report = lambda line: click.echo(line, err=True)  # noqa: E731
+    report = functools.partial(click.echo, err=True)
     rows = compare(make_plan(config, registry), registry, architectures=chosen, report=report, **settings)
     table = [line for name in chosen for line in summarise(rows, name)]
     if as_json:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from helpers import logged
+from helpers import NARROW_MODULE, logged
 
 import saekit
 from saekit.component import Component
@@ -53,23 +53,12 @@ PAIRS = [
     if not lacks(set(SYNTHETIC.provides), architecture, loss)
 ]
 
-MODULE = """
-import torch
-
-def narrow():
-    torch.manual_seed(0)
-    return torch.nn.Linear(8, 16)
-
-def batches():
-    return list(torch.randn(20, 32, 8, generator=torch.Generator().manual_seed(0)))
-"""
-
 
 @pytest.fixture(scope="module")
 def reads(tiny_gpt2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """The options with which each source gives a few narrow activations."""
     place = tmp_path_factory.mktemp("crosses")
-    (place / "module.py").write_text(MODULE, encoding="utf-8")
+    (place / "module.py").write_text(NARROW_MODULE, encoding="utf-8")
     np.save(place / "x.npy", np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32))
     texts = text_file.read_text(encoding="utf-8").split("\n\n")
     lines = [json.dumps({"text": text, "odd": number % 2}) for number, text in enumerate(texts)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import NARROW_MODULE
 
 from saekit.component import KINDS, Component
 from saekit.plugins import Registry
@@ -21,16 +22,6 @@ from saekit.testing.running import outcome_of
 from saekit.testing.tiny import language_source
 
 REGISTRY = Registry()
-MODULE = """
-import torch
-
-def narrow():
-    torch.manual_seed(0)
-    return torch.nn.Linear(8, 16)
-
-def batches():
-    return list(torch.randn(20, 32, 8, generator=torch.Generator().manual_seed(0)))
-"""
 
 EXPECTED: dict[str, dict[str, str]] = {
     "builtin.dictionary_recovery": {
@@ -54,7 +45,7 @@ MAY_SKIP = {
 def options_of(place: Path) -> dict[str, dict[str, Any]]:
     """What components are given that cannot do without options, or take long without."""
     place.mkdir(exist_ok=True)
-    (place / "module.py").write_text(MODULE, encoding="utf-8")
+    (place / "module.py").write_text(NARROW_MODULE, encoding="utf-8")
     np.save(place / "x.npy", np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32))
     labelled = {key: value for key, value in language_source().items() if key != "use"}
     text = {key: value for key, value in labelled.items() if key != "labels"}
