@@ -55,12 +55,13 @@ PAGES = (
 )
 API = {
     "Running": ("saekit.api",),
-    "Plugins": ("saekit.component", "saekit.hookspecs", "saekit.stability"),
+    "Plugins": ("saekit.component", "saekit.hookspecs", "saekit.plugins", "saekit.stability"),
     "In a run": ("saekit.training", "saekit.runner", "saekit.result"),
     "The SAE and its code": ("saekit.sae",),
     "Feature graphs": ("saekit.graph",),
     "Interventions": ("saekit.interventions",),
     "Activations": ("saekit.activations",),
+    "Files": ("saekit.files",),
     "Errors": ("saekit.errors",),
     "Testing": ("saekit.testing",),
 }

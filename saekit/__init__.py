@@ -13,10 +13,16 @@ if TYPE_CHECKING:
     from saekit.activations.batch import Activations as Activations
     from saekit.activations.batch import SequenceBatch as SequenceBatch
     from saekit.activations.batch import TokenBatch as TokenBatch
+    from saekit.activations.sites import hook_points as hook_points
+    from saekit.activations.subject import Subject as Subject
+    from saekit.activations.subject import load_subject as load_subject
     from saekit.api import run as run
     from saekit.component import Component as Component
     from saekit.errors import SaekitError as SaekitError
     from saekit.errors import UsageError as UsageError
+    from saekit.files import plain as plain
+    from saekit.files import write_json as write_json
+    from saekit.files import write_text as write_text
     from saekit.graph import FeatureGraph as FeatureGraph
     from saekit.hookspecs import hookimpl as hookimpl
     from saekit.interventions.attach import Attachment as Attachment
@@ -33,9 +39,16 @@ if TYPE_CHECKING:
     from saekit.interventions.edits import set_to as set_to
     from saekit.interventions.generation import GeneratedPair as GeneratedPair
     from saekit.interventions.generation import paired_generation as paired_generation
+    from saekit.interventions.numerics import own_numerics as own_numerics
+    from saekit.interventions.numerics import seeded as seeded
     from saekit.interventions.order import ensure_downstream as ensure_downstream
+    from saekit.interventions.replay import Recording as Recording
+    from saekit.interventions.replay import Replay as Replay
+    from saekit.interventions.replay import own_forward as own_forward
+    from saekit.plugins import Registry as Registry
     from saekit.result import Result as Result
     from saekit.runner.context import RunContext as RunContext
+    from saekit.runner.examples import top_examples as top_examples
     from saekit.sae.base import SparseAutoencoder as SparseAutoencoder
     from saekit.sae.code import Code as Code
     from saekit.sae.code import DenseCode as DenseCode
@@ -50,10 +63,16 @@ _HOME = {
     "Activations": "saekit.activations.batch",
     "SequenceBatch": "saekit.activations.batch",
     "TokenBatch": "saekit.activations.batch",
+    "hook_points": "saekit.activations.sites",
+    "Subject": "saekit.activations.subject",
+    "load_subject": "saekit.activations.subject",
     "run": "saekit.api",
     "Component": "saekit.component",
     "SaekitError": "saekit.errors",
     "UsageError": "saekit.errors",
+    "plain": "saekit.files",
+    "write_json": "saekit.files",
+    "write_text": "saekit.files",
     "FeatureGraph": "saekit.graph",
     "hookimpl": "saekit.hookspecs",
     "Attachment": "saekit.interventions.attach",
@@ -70,9 +89,16 @@ _HOME = {
     "set_to": "saekit.interventions.edits",
     "GeneratedPair": "saekit.interventions.generation",
     "paired_generation": "saekit.interventions.generation",
+    "own_numerics": "saekit.interventions.numerics",
+    "seeded": "saekit.interventions.numerics",
     "ensure_downstream": "saekit.interventions.order",
+    "Recording": "saekit.interventions.replay",
+    "Replay": "saekit.interventions.replay",
+    "own_forward": "saekit.interventions.replay",
+    "Registry": "saekit.plugins",
     "Result": "saekit.result",
     "RunContext": "saekit.runner.context",
+    "top_examples": "saekit.runner.examples",
     "SparseAutoencoder": "saekit.sae.base",
     "Code": "saekit.sae.code",
     "DenseCode": "saekit.sae.code",

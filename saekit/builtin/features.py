@@ -11,6 +11,7 @@ from torch import Tensor
 from saekit.errors import UsageError
 from saekit.result import Result
 from saekit.runner.context import RunContext
+from saekit.runner.examples import top_examples
 
 
 class Features:
@@ -40,6 +41,7 @@ class Features:
         density, mean, largest, rows = self._statistics(context)
         shown = self._chosen(density)
         living = density[density > 0]
+        examples = top_examples(context, shown, n=self.examples, window=self.window, tokens=self.tokens)
         table = [
             {
                 "latent": j,
@@ -56,7 +58,7 @@ class Features:
                 "density_median": float(living.median()) if len(living) else None,
                 "activations": rows,
             },
-            tables={"latents": table, "examples": self._examples(context, shown)},
+            tables={"latents": table, "examples": examples},
             figures={"density": _histogram(living)} if len(living) else {},
             notes=[] if len(living) else [f"No latent fired on {rows} held-out activations, so there is nothing to show."],
         )
@@ -83,58 +85,6 @@ class Features:
             return ordered.tolist()
         places = torch.linspace(0, len(ordered) - 1, self.n_latents).round().long()
         return ordered[places].tolist()
-
-    def _examples(self, context: RunContext, latents: list[int]) -> list[dict[str, Any]]:
-        if not latents:
-            return []
-        chosen = torch.tensor(latents, device=context.device)
-        activations, tokens, sequences = [], [], []
-        with torch.no_grad():
-            for batch in context.held_out_activations(self.tokens or context.config.evaluation.tokens):
-                activations.append(context.sae.encode(batch.x).columns(chosen).float().cpu())  # [batch, n]
-                tokens.append(batch.tokens.cpu())
-                sequences.append(batch.sequence.cpu())
-        everything = torch.cat(activations)  # [rows, n]: a few latents of the held-out set, never the whole code
-        token, sequence = torch.cat(tokens), torch.cat(sequences)
-        examples = []
-        for column, latent in enumerate(latents):
-            places = self._strongest(everything[:, column], sequence)
-            for rank, place in enumerate(places, start=1):
-                around = self._window(place, sequence)
-                strings = context.source.token_strings(token[around])
-                here = place - int(around[0])
-                examples.append(
-                    {
-                        "latent": latent,
-                        "rank": rank,
-                        "activation": float(everything[place, column]),
-                        "before": "".join(strings[:here]),
-                        "token": strings[here],
-                        "after": "".join(strings[here + 1 :]),
-                        "tokens": strings,
-                        "activations": [round(float(v), 4) for v in everything[around, column]],
-                    }
-                )
-        return examples
-
-    def _strongest(self, activation: Tensor, sequence: Tensor) -> list[int]:
-        """Places of the strongest activations, at most one in each row of tokens, none where the latent is off."""
-        places: list[int] = []
-        seen: set[int] = set()
-        values, order = activation.sort(descending=True, stable=True)
-        for value, place in zip(values.tolist(), order.tolist(), strict=True):
-            if value <= 0 or len(places) == self.examples:
-                break
-            if int(sequence[place]) not in seen:
-                seen.add(int(sequence[place]))
-                places.append(place)
-        return places
-
-    def _window(self, place: int, sequence: Tensor) -> Tensor:
-        """The places around `place` that belong to the same row of tokens."""
-        low, high = max(0, place - self.window), min(len(sequence), place + self.window + 1)
-        around = torch.arange(low, high)
-        return around[sequence[around] == sequence[place]]
 
 
 def _histogram(density: Tensor) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any
 
 from saekit.organism.corpus import KINDS, Document, corpus_fingerprint, documents
 from saekit.organism.facts import DOMAINS, Fact, Question, cloze_questions, entities
-from saekit.organism.sycophancy import Argument, Sample, classify, labelled_json, prompt_for, samples
+from saekit.organism.sycophancy import Argument, Sample, classify, labelled_json, prompt_for, respond, samples
 
 __all__ = [
     "DOMAINS",
@@ -45,6 +45,7 @@ __all__ = [
     "entities",
     "labelled_json",
     "prompt_for",
+    "respond",
     "samples",
 ]
 

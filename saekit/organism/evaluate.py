@@ -19,7 +19,6 @@ import numpy as np
 
 from saekit.organism import corpus, facts, sycophancy
 from saekit.organism.facts import Question
-from saekit.organism.sycophancy import Sample
 
 if TYPE_CHECKING:
     import torch
@@ -58,31 +57,11 @@ def cloze_accuracy(model, tokenizer, questions: Sequence[Question], batch: int =
     return sum(b == q.answer for b, q in zip(best, questions, strict=True)) / len(questions)
 
 
-def respond(model, tokenizer, samples: Sequence[Sample], max_new_tokens: int = 40) -> list[str]:
-    """Greedy responses to the samples' prompts, in their order, without the end of text."""
-    import torch
-
-    prompts = [tokenizer(s.prompt)["input_ids"] for s in samples]
-    responses = [""] * len(prompts)
-    lengths: dict[int, list[int]] = {}
-    for i, ids in enumerate(prompts):
-        lengths.setdefault(len(ids), []).append(i)
-    for length, chosen in lengths.items():  # prompts of one length: no padding to mask
-        ids = torch.tensor([prompts[i] for i in chosen], device=model.device)
-        with torch.no_grad():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
-            )
-        for i, text in zip(chosen, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True), strict=True):
-            responses[i] = text.strip()
-    return responses
-
-
 def sycophancy_rates(model, tokenizer, n: int = ARGUMENTS) -> dict[str, Any]:
     """For each template type the share of responses of each class, on `n` held-out arguments."""
     samples = sycophancy.samples("held_out", n, seed=1)
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in sycophancy.PREFERENCES}
-    for s, response in zip(samples, respond(model, tokenizer, samples), strict=True):
+    for s, response in zip(samples, sycophancy.respond(model, tokenizer, samples), strict=True):
         counts[s.template_type][sycophancy.classify(response)] += 1
     shares = {
         kind: {c: round(count[c] / n, 4) for c in ("neutral", "like", "dislike", "other")}

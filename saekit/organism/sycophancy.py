@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +173,26 @@ def samples_from_json(data: dict[str, Any]) -> list[Sample]:
         for q in data["results"]
         for v in q["variations"]
     ]
+
+
+def respond(model: Any, tokenizer: Any, samples: Sequence[Sample], max_new_tokens: int = 40) -> list[str]:
+    """Greedy responses to the samples' prompts, in their order, without the end of text."""
+    import torch
+
+    prompts = [tokenizer(s.prompt)["input_ids"] for s in samples]
+    responses = [""] * len(prompts)
+    lengths: dict[int, list[int]] = {}
+    for i, ids in enumerate(prompts):
+        lengths.setdefault(len(ids), []).append(i)
+    for length, chosen in lengths.items():  # prompts of one length: no padding to mask
+        ids = torch.tensor([prompts[i] for i in chosen], device=model.device)
+        with torch.no_grad():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens
+            )
+        for i, text in zip(chosen, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True), strict=True):
+            responses[i] = text.strip()
+    return responses
 
 
 def _all_arguments() -> Iterator[Argument]:

@@ -6,6 +6,7 @@ The lists come from the registry, so a new component joins by itself; one that c
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,14 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
     np.save(place / "x.npy", np.random.default_rng(0).standard_normal((1000, 16), dtype=np.float32))
     labelled = {key: value for key, value in language_source().items() if key != "use"}
     text = {key: value for key, value in labelled.items() if key != "labels"}
+    answers = (("base", "lamp?", "It is.", 0), ("like", "+ lamp?", "Good.", 1))
+    variations = [
+        {"template_type": kind, "prompt": prompt, "response": response, "sycophancy_flag": flag}
+        for kind, prompt, response, flag in answers
+    ]
+    (place / "answers.json").write_text(json.dumps({"results": [{"variations": variations}]}), encoding="utf-8")
     return {
+        "attribution.atp": {"data": str(place / "answers.json")},
         "builtin.labelled": labelled,
         "builtin.text": {**text, "target_hook_point": "blocks.1.hook_out"},
         "builtin.module": {

@@ -1,0 +1,30 @@
+"""saekit-attribution: which latents cause an answer, by attribution patching, integrated gradients and exact ablation."""
+
+from collections.abc import Iterator
+
+from saekit import Component, hookimpl
+
+
+@hookimpl
+def saekit_analyzers() -> Iterator[Component]:
+    yield Component(
+        "atp",
+        "saekit_attribution.atp:AttributionPatching",
+        "Which latents cause flagged answers, with exact effects beside the estimate.",
+        needs=("subject_model", "tokens"),
+    )
+    yield Component(
+        "ablate",
+        "saekit_attribution.ablate:Ablate",
+        "Ablates the latents that cause flagged answers, asks again, and measures what is left.",
+        needs=("subject_model", "tokens"),
+    )
+
+
+@hookimpl
+def saekit_recipes() -> Iterator[Component]:
+    yield Component(
+        "sycophancy",
+        "saekit_attribution:recipes/sycophancy.toml",
+        "Which latents make the model organism sycophantic, and what it answers without them, in five minutes.",
+    )

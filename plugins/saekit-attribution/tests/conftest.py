@@ -1,0 +1,137 @@
+"""Tiny language models as subjects, in float64, with an SAE in their middle and samples of several lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+from saekit_attribution.samples import Sample
+from torch import Tensor, nn
+
+from saekit import SparseAutoencoder
+from saekit.activations.batch import TokenBatch
+from saekit.activations.sites import resolve
+from saekit.activations.subject import Subject
+from saekit.builtin.architectures import Standard, TopK
+
+D, D_SAE, VOCABULARY = 32, 48, 120
+MODELS = ["gpt2", "llama", "gemma2", "plain"]
+
+
+class Mixing(nn.Module):
+    """A residual block that sees the mean of what came before: causal, like attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        counts = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
+        return x + torch.tanh(self.linear(x.cumsum(1) / counts))
+
+
+class Plain(nn.Module):
+    """A model of nobody's kind: no list of blocks, no cache, a head that nobody knows of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, D)
+        self.layers = nn.Sequential(Mixing(), Mixing(), Mixing())
+        self.head = nn.Linear(D, VOCABULARY)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.head(self.layers(self.embed(tokens)))
+
+
+def make_model(kind: str) -> nn.Module:
+    """A random model of three blocks, the same each time; Gemma-2 has a sliding window of 8 and both soft caps."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    wide = {
+        **common,
+        "hidden_size": D,
+        "intermediate_size": 2 * D,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
+    caps = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 3.0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "gpt2":
+            config = GPT2Config(**common, n_positions=64, n_embd=D, n_layer=3, n_head=2, initializer_range=0.2)
+            model: nn.Module = GPT2LMHeadModel(config)
+        elif kind == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**wide))
+        elif kind == "gemma2":
+            model = Gemma2ForCausalLM(Gemma2Config(**wide, **caps))
+        else:
+            model = Plain()
+    return model.eval().double()
+
+
+def make_subject(model: nn.Module, hook_point: str) -> Subject:
+    return Subject(model, SimpleNamespace(bos_token_id=0), resolve(model, hook_point), name="tiny")
+
+
+def make_samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
+    """Texts with two tokens inserted before the last three; position 0 is the beginning-of-text token."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for length in lengths:
+        drawn = torch.randint(2, VOCABULARY, (length + 1,), generator=generator).tolist()
+        tokens, target, base = (0, *drawn[: length - 1]), *drawn[-2:]
+        base += target == base
+        cut = length - 5
+        aligned = (*range(cut), -1, -1, *range(cut, length - 2))
+        samples.append(Sample(tokens, target, base, tokens[:cut] + tokens[cut + 2 :], aligned, place=(len(samples), 1)))
+    return samples
+
+
+def make_sae(subject: Subject, kind: str = "topk") -> SparseAutoencoder:
+    """An untrained SAE as coarse as a trained one is fine, with rows of any norm, in the model's dtype."""
+    tokens = torch.randint(2, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(5))
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    sample = subject.activations(TokenBatch(tokens, everywhere, everywhere, torch.arange(8))).reshape(-1, D)
+    generator = torch.Generator().manual_seed(1)
+    sae = {"topk": lambda: TopK(D, D_SAE, k=6), "standard": lambda: Standard(D, D_SAE)}[kind]()
+    sae.initialise(generator, sample.float())
+    with torch.no_grad():
+        sae.W_enc.div_(sae.W_enc.norm(dim=0, keepdim=True))
+        sae.W_dec.mul_(torch.rand(D_SAE, 1, generator=generator) + 0.5)
+        sae.b_enc.copy_(torch.randn(D_SAE, generator=generator) * sample.float().std() * 0.3)
+    return sae.to(sample.dtype).eval()
+
+
+@pytest.fixture(params=MODELS)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return make_subject(make_model(request.param), "layers.1" if request.param == "plain" else "blocks.1.hook_out")
+
+
+@pytest.fixture
+def gpt2() -> Subject:
+    return make_subject(make_model("gpt2"), "blocks.1.hook_out")
+
+
+@pytest.fixture
+def sae(subject: Subject) -> SparseAutoencoder:
+    return make_sae(subject)
+
+
+def last_logits(subject: Subject, sample: Sample) -> Tensor:
+    """The model's own logits [vocabulary] after the last token of a sample."""
+    output = subject.model(torch.tensor([sample.tokens]))
+    return (output if isinstance(output, Tensor) else output.logits)[0, -1]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """The makers above, which a test module cannot import from here."""
+    return SimpleNamespace(
+        model=make_model, subject=make_subject, samples=make_samples, sae=make_sae, last_logits=last_logits, d=D
+    )

@@ -1,0 +1,58 @@
+"""The correlations are those of scipy, and undefined ones are None."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from saekit_attribution.fidelity import correlation, fidelity, ranks
+from saekit_attribution.methods import Attribution
+from torch import Tensor
+
+
+def attribution(scores: Tensor, error: float = 0.0, moved: float = 0.0) -> Attribution:
+    m = len(scores)
+    return Attribution(torch.arange(m), scores, torch.ones(m), scores, torch.ones(m), error, 1.0, moved)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_correlations_are_those_of_scipy(ties: bool) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(50, generator=generator)
+    other = one.exp() + torch.randn(50, generator=generator)
+    if ties:
+        one, other = one.round(), other.round()
+    found = fidelity(attribution(one), attribution(other))
+    assert found.spearman == pytest.approx(stats.spearmanr(one, other).statistic, abs=1e-9)
+    assert found.pearson == pytest.approx(stats.pearsonr(one.double(), other.double()).statistic, abs=1e-9)
+    assert found.spearman != pytest.approx(found.pearson, abs=1e-3)
+
+
+def test_ties_share_the_mean_of_their_places() -> None:
+    assert ranks(torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0])).tolist() == [3.0, 0.0, 3.0, 1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "scores", [[], [1.0], [1.0, 2.0], [0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0], [1.0, float("nan"), 2.0]], ids=str
+)
+def test_what_is_not_defined_is_none(scores: list[float]) -> None:
+    exact = attribution(torch.arange(float(len(scores))))
+    for one, other in ((attribution(torch.tensor(scores)), exact), (exact, attribution(torch.tensor(scores)))):
+        found = fidelity(one, other)
+        assert found.spearman is None
+        assert found.pearson is None
+
+
+def test_three_latents_are_enough_however_small_the_scores() -> None:
+    small = torch.tensor([1e-9, 3e-9, 2e-9])
+    assert correlation(small.double(), -small.double()) == pytest.approx(-1)
+
+
+def test_the_completeness_gap_is_what_is_missing() -> None:
+    estimate = attribution(torch.tensor([1.0, 2.0, -0.5]), error=0.25, moved=4.0)
+    assert fidelity(estimate, estimate).completeness_gap == pytest.approx(2.75 - 4.0)
+
+
+def test_other_latents_are_no_comparison() -> None:
+    with pytest.raises(ValueError, match="same latents"):
+        fidelity(attribution(torch.ones(3)), attribution(torch.ones(4)))
