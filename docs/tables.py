@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 import saekit
 import saekit.testing
+from saekit.choice import Choice
 from saekit.cli import COMMANDS
 from saekit.cli.new import KINDS_WITH_TEMPLATES, package_files
 from saekit.component import HOOKS, KINDS, Component
@@ -55,7 +56,7 @@ PAGES = (
 )
 API = {
     "Running": ("saekit.api",),
-    "Plugins": ("saekit.component", "saekit.hookspecs", "saekit.plugins", "saekit.stability"),
+    "Plugins": ("saekit.component", "saekit.choice", "saekit.hookspecs", "saekit.plugins", "saekit.stability"),
     "In a run": ("saekit.training", "saekit.runner", "saekit.result"),
     "The SAE and its code": ("saekit.sae",),
     "Feature graphs": ("saekit.graph",),
@@ -207,6 +208,8 @@ def _type(annotation: Any) -> str:
     plain = {bool: "true or false", int: "integer", float: "number", str: "text"}
     if annotation in plain:
         return plain[annotation]
+    if annotation is Choice:
+        return "name, or table with `use`"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return "table" if annotation not in SCHEDULES.values() else "schedule"
     origin, inside = typing.get_origin(annotation), typing.get_args(annotation)

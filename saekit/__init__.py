@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from saekit.activations.subject import Subject as Subject
     from saekit.activations.subject import load_subject as load_subject
     from saekit.api import run as run
+    from saekit.choice import Choice as Choice
+    from saekit.choice import Kind as Kind
     from saekit.component import Component as Component
     from saekit.errors import SaekitError as SaekitError
     from saekit.errors import UsageError as UsageError
@@ -67,6 +69,8 @@ _HOME = {
     "Subject": "saekit.activations.subject",
     "load_subject": "saekit.activations.subject",
     "run": "saekit.api",
+    "Choice": "saekit.choice",
+    "Kind": "saekit.choice",
     "Component": "saekit.component",
     "SaekitError": "saekit.errors",
     "UsageError": "saekit.errors",

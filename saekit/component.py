@@ -48,6 +48,7 @@ class Component:
     needs: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
     default: bool = False
+    registry: Any = field(default=None, kw_only=True, compare=False, repr=False)
     kind: str = field(default="", kw_only=True)
     plugin: str = field(default="", kw_only=True)
     distribution: str = field(default="", kw_only=True)
@@ -106,7 +107,18 @@ class Component:
             checked = model(**options)
         except ValidationError as error:
             raise UsageError("\n".join(validation_lines(error, where, options))) from None
-        return {name: getattr(checked, name) for name in model.model_fields}
+        return {name: self._looked_up(name, getattr(checked, name), where) for name in model.model_fields}
+
+    def _looked_up(self, name: str, value: Any, where: str) -> Any:
+        """The value of an option; one that names a component with that component found."""
+        from saekit.choice import Kind
+
+        kind = next((m.name for m in self.options_model().model_fields[name].metadata if isinstance(m, Kind)), None)
+        if kind is None or value is None:
+            return value
+        if self.registry is None:
+            raise PluginError(f"{self.origin}: option {name!r} names a component, which only a registry can find.")
+        return value.resolved(self.registry, kind, f"{where}.{name}")
 
     def build(self, options: Mapping[str, Any], *args: Any) -> Any:
         """The component at work: an instance where the target is a class, else the function with options bound."""

@@ -98,6 +98,7 @@ class TrainingConfig(_Section):
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16 runs on CUDA only.")
     threads: int | None = Field(default=None, gt=0, description="CPU threads; torch's own choice by default.")
+    sequences: int = Field(default=32, gt=0, description="Whole labelled sequences a step, where a loss needs them.")
     buffer: int = Field(default=65_536, gt=0, description="Activations in a shuffle block; each block is held in memory.")
     prefetch: int = Field(default=1, ge=0, description="Blocks harvested ahead in the background; 0 harvests in turn.")
     dead_after: int = Field(default=1_000_000, gt=0, description="A latent silent for so many activations is dead.")

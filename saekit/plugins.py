@@ -113,7 +113,7 @@ class Registry:
             with contextlib.redirect_stdout(sys.stderr):
                 module = load()
                 _check_contract(module, plugin)
-                plugin.components = _declared(module, plugin)
+                plugin.components = [dataclasses.replace(c, registry=self) for c in _declared(module, plugin)]
         except PluginError as error:
             plugin.error = str(error)
         except (Exception, SystemExit) as error:

@@ -51,7 +51,7 @@ LISTS = tuple(name for name in Variant.model_fields if name not in ("name", *TAB
 
 SHARED_SECTIONS = ("source", "evaluation")
 SHARED = (
-    "tokens", "batch_size", "normalize", "data_seed", "buffer", "prefetch",
+    "tokens", "batch_size", "sequences", "normalize", "data_seed", "buffer", "prefetch",
     "device", "threads", "checkpoint_every", "keep_checkpoints",
 )  # fmt: skip
 """Keys of [training] that belong to the data, to the one process, or to the one checkpoint of all variants."""

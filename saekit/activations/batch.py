@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from saekit.sae.code import Code
+
 
 @dataclass
 class Activations:
@@ -64,7 +66,8 @@ class SequenceBatch:
     x: [n, T, d_in]. mask: [n, T], True where a position belongs to the data (not padding, not a position that the
     source leaves out). labels: [n, n_concepts], NaN where a sequence has no label; every sequence has one at least.
     tokens: [n, T] ids, None where there are none. target: [n, T, d_out], what a transcoder is to rebuild of each position;
-    None where the SAE rebuilds x itself.
+    None where the SAE rebuilds x itself. code: what the SAE makes of x[mask], one row for each position of `mask.nonzero()`;
+    only in a training step, whose x is scaled as the SAE sees it.
     """
 
     x: Tensor
@@ -72,12 +75,13 @@ class SequenceBatch:
     labels: Tensor
     tokens: Tensor | None = None
     target: Tensor | None = None
+    code: Code | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
 
     def to(self, device: str | torch.device) -> SequenceBatch:
-        """The same sequences on another device."""
+        """The same sequences on another device, without a code."""
         tensors = (self.x, self.mask, self.labels, self.tokens, self.target)
         return SequenceBatch(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
 

@@ -15,12 +15,18 @@ def own_numerics(sae: nn.Module, device: torch.device) -> Iterator[None]:
 
     In training mode a gate may look at the whole batch and keep statistics of it (batchtopk does).
     """
+    with evaluating(sae), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def evaluating(sae: nn.Module) -> Iterator[None]:
+    """With every module that is in training mode in evaluation mode."""
     training = [module for module in sae.modules() if module.training]
     try:
         for module in training:
             module.training = False
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True

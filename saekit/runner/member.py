@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from saekit.activations.batch import Activations
+from saekit.activations.batch import Activations, SequenceBatch
 from saekit.errors import UsageError
 from saekit.files import disk_errors, plain
 from saekit.graph import FeatureGraph, dictionary_digest
@@ -168,6 +168,10 @@ class Member:
     def make_trainer(self) -> None:
         """Losses and optimiser for the SAE as it is."""
         context = self._context(self.directory.path, self.scale, self.target_scale)
+        prepare: Callable[[RunContext], None] | None = getattr(self.sae, "prepare", None)
+        if prepare is not None and self.config.architecture.from_ is None:
+            with blamed_on(self.plan.architecture):
+                prepare(context)
         terms = []
         for part in self.plan.losses:
             function = part.build()
@@ -200,10 +204,11 @@ class Member:
         self.scale = self.trainer.scale = values["scale"]
         self.target_scale = self.trainer.target_scale = values["target_scale"]
 
-    def train_on(self, batch: Activations, speed: Callable[[], float]) -> None:
-        """One step on a batch of activations; `speed` gives the tokens a second where the step is to be logged."""
+    def train_on(self, batch: Activations, sequences: SequenceBatch | None, speed: Callable[[], float]) -> None:
+        """One step on a batch of activations, with whole sequences where a loss of any member needs them; `speed` gives the
+        tokens a second where the step is to be logged."""
         trainer, training = self.trainer, self.config.training
-        trainer.train_on(batch)
+        trainer.train_on(batch, sequences)
         if trainer.number % training.log_every == 0 or trainer.number == trainer.total_steps:
             trainer.last_logged = {**trainer.measures(), "tokens_per_second": speed()}
             self.listeners.emit("logged", trainer=trainer, number=trainer.number - 1, values=trainer.last_logged)

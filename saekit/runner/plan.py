@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from saekit.choice import Choice
 from saekit.component import Component
 from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, SourceUse, Use
 from saekit.errors import UsageError
-from saekit.plugins import Registry, article
+from saekit.plugins import Registry
 from saekit.runner.blame import explained, of_variant
 from saekit.schedules import value_at
 from saekit.variants import Variant
 
 ALWAYS_PROVIDED = {"activations"}
 GRAPH = "graph"
-"""What `[graph]` provides, and to whom: it is built of the trained SAE, so nothing in training can have it."""
+"""What `[graph]` provides to those after training, and a callback that rebuilds one during training to the others."""
 AFTER_TRAINING = ("metric", "analyzer")
 
 
@@ -32,6 +33,16 @@ class Part:
     def build(self, *args: Any) -> Any:
         """The component at work."""
         return self.component.build(self.options, *args)
+
+    @property
+    def components(self) -> list[Component]:
+        """The component, and those that its options name."""
+        return [self.component, *_named_by(self.options)]
+
+
+def _named_by(options: dict[str, Any]) -> list[Component]:
+    named = [value for value in options.values() if isinstance(value, Choice)]
+    return [component for choice in named for component in (choice.component, *_named_by(choice.options))]
 
 
 @dataclass
@@ -225,12 +236,12 @@ def _provided(components: list[Component]) -> set[str]:
 
 def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> None:
     """withheld: what the source could provide but does not with these options, with the fix for each."""
-    others = _provided([part.component for part in plan.parts if part is not plan.source])
-    provided = others | (set(plan.source.component.provides) - set(withheld))
+    others = _provided([component for part in plan.parts if part is not plan.source for component in part.components])
+    provided = (others | (set(plan.source.component.provides) - set(withheld))) - {GRAPH}
     _check_skip(plan, withheld, "target" in provided)
     for part in plan.parts:
-        has_graph = plan.graph is not None and part.component.kind in AFTER_TRAINING
-        missing = [need for need in part.component.needs if need not in provided and not (need == GRAPH and has_graph)]
+        given = provided | ({GRAPH} if _has_graph(plan, part) else set())
+        missing = [need for component in part.components for need in component.needs if need not in given]
         if missing:
             need = missing[0]
             who = f"{part.key}: {part.component.title}"
@@ -242,16 +253,25 @@ def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> No
             raise UsageError(f"{who} needs {need!r}, which nothing in this run provides. {_provider(need, part, registry)}")
 
 
+def _has_graph(plan: Plan, part: Part) -> bool:
+    """After training there is the graph of `[graph]`; during training that of a callback that keeps one up to date."""
+    if part.component.kind in AFTER_TRAINING:
+        return plan.graph is not None
+    return any(GRAPH in component.provides for callback in plan.callbacks for component in callback.components)
+
+
 def _provider(need: str, part: Part, registry: Registry) -> str:
     """Where what `part` needs is to be had, in a sentence or two."""
     if need == GRAPH and part.component.kind in AFTER_TRAINING:
         builders = ", ".join(c.name for c in registry.components("graph_builder")) or "none"
         return f'Add a table [graph] with use = "..."; installed graph builders: {builders}.'
     providers = [c for c in registry.components() if need in c.provides]
-    if providers:
-        return f"It is provided by {', '.join(f'{c.kind} {c.name!r} ({c.distribution})' for c in providers)}."
+    named = ", ".join(f"{c.kind} {c.name!r} ({c.distribution})" for c in providers)
     if need == GRAPH:
-        return f"[graph] is built after training, so {article(part.component.kind)} cannot have it. Leave {part.label!r} out."
+        who = named or "no installed callback"
+        return f"[graph] is built after training; during training one is kept by {who}. Leave {part.label!r} out, or add that."
+    if providers:
+        return f"It is provided by {named}."
     return f"No installed plugin provides it. Install one that does, or leave {part.label!r} out of the run."
 
 

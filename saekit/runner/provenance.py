@@ -46,8 +46,7 @@ def with_resumption(path: Path, now: dict[str, Any]) -> dict[str, Any]:
 def plugins_used(plan: Plan | RunPlan) -> list[dict[str, str]]:
     """Each plugin that this run uses, with its distribution and version."""
     used = {}
-    for part in plan.parts:
-        component = part.component
+    for component in (component for part in plan.parts for component in part.components):
         used[component.plugin] = {
             "name": component.plugin,
             "distribution": component.distribution,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from saekit.activations.batch import SequenceBatch
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.errors import Interrupted, RunError
 from saekit.files import DiskFull, plain, write_json
@@ -248,6 +249,7 @@ class Run:
         """Train from step `number` on: each batch is harvested once and given to every member in turn."""
         training, last = self.config.training, self.plan.total_steps
         began, first = time.perf_counter(), number
+        pooled = any(member.trainer.needs_sequences for member in self.members)
 
         def speed() -> float:
             return (number - first) * training.batch_size / (time.perf_counter() - began)
@@ -262,10 +264,11 @@ class Run:
                 )
             batch = batch.to(self.device)
             self._add_seconds("harvest", time.perf_counter() - waited)
+            sequences = self._sequences(number) if pooled else None
             number += 1
             for member in self.members:
                 with member.turn():
-                    member.train_on(batch, speed)
+                    member.train_on(batch, sequences, speed)
             self._tell("phase_advanced", phase="train", done=number * training.batch_size)
             if number % training.checkpoint_every == 0 or number == last or self._stop_asked:
                 self._checkpoint(number, batches.position)
@@ -274,6 +277,13 @@ class Run:
                     f"interrupted after step {number} of {last}; a checkpoint is saved. "
                     f"Continue with: saekit run --resume {self.directory.path}"
                 )
+
+    def _sequences(self, number: int) -> SequenceBatch:
+        """The labelled sequences of step `number`, the same whether the run was interrupted or not."""
+        training, waited = self.config.training, time.perf_counter()
+        sequences = self.source.sequences("train", training.sequences, training.order_seed, number).to(self.device)
+        self._add_seconds("harvest", time.perf_counter() - waited)
+        return sequences
 
     def _checkpoint(self, number: int, position: tuple[int, int]) -> None:
         """Save every member after `number` steps, in one checkpoint: it is whole for all of them or for none."""

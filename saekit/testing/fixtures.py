@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from saekit.activations.batch import SequenceBatch
+    from saekit.graph import FeatureGraph
     from saekit.sae.base import SparseAutoencoder
     from saekit.sae.code import SparseCode
     from saekit.training.step import Step
@@ -37,6 +39,8 @@ def make_step(
     sparse: bool = True,
     labels: bool | Tensor = False,
     tokens: bool = False,
+    sequences: bool | Tensor = False,
+    graph: bool = False,
     dead: int = 0,
     number: int = 0,
     fraction: float = 0.0,
@@ -48,7 +52,9 @@ def make_step(
 
     sae: the SAE; by default a new one of `architecture` with `options`. sparse: False hands the same code over whole,
     as a `DenseCode` (a code that is whole by itself stays so). labels: True gives labels of two concepts, 0, 1 or NaN
-    (unknown); a tensor [batch, n] is taken as it is. tokens: random ids. dead: so many latents are marked dead.
+    (unknown); a tensor [batch, n] is taken as it is. tokens: random ids.
+    sequences: True gives 12 whole sequences of up to 5 positions with labels as above and their code; a tensor of labels [n, m]
+    gives n. graph: each latent with its next three as neighbours. dead: so many latents are marked dead.
     dtype: float32 by default; of activations and weights. The same arguments give the same step.
     """
     import torch
@@ -87,7 +93,47 @@ def make_step(
         fraction=fraction,
         dead=marked,
         n_dead=dead,
+        sequences=None if sequences is False else _sequences(sae, sequences, sparse, seed),
+        graph=_ring(sae) if graph else None,
     )
+
+
+def _sequences(sae: SparseAutoencoder, labels: bool | Tensor, sparse: bool, seed: int) -> SequenceBatch:
+    """Whole sequences of unequal lengths, their code with its gradient; drawn apart from all else."""
+    import torch
+
+    from saekit.activations.batch import SequenceBatch
+    from saekit.interventions.numerics import evaluating
+    from saekit.sae.code import DenseCode
+
+    draws = torch.Generator().manual_seed(seed + 1)
+    if isinstance(labels, bool):
+        labels = torch.randint(0, 3, (12, CONCEPTS), generator=draws).float()
+        labels = torch.where(labels == 2, torch.nan, labels)  # [n, CONCEPTS]
+        labels[:2] = torch.tensor([[0.0], [1.0]])  # both classes are there
+    n, length, like = len(labels), 5, sae.W_dec
+    x = torch.randn(n, length, sae.d_in, generator=draws).to(like)
+    target = torch.randn(n, length, sae.d_out, generator=draws).to(like) if sae.transcoder else None
+    mask = torch.arange(length) < torch.randint(1, length + 1, (n, 1), generator=draws)
+    tokens = torch.randint(0, 100, (n, length), generator=draws).to(like.device)
+    mask = mask.to(like.device)
+    with evaluating(sae):
+        code = sae.encode(x[mask])
+    if not sparse:
+        code = DenseCode(code.dense(), code.pre)
+    return SequenceBatch(x, mask, labels.to(like), tokens, target, code)
+
+
+def _ring(sae: SparseAutoencoder) -> FeatureGraph:
+    """A graph in which each latent has the next three as neighbours, of falling weight."""
+    import torch
+
+    from saekit.graph import FeatureGraph
+
+    centre = torch.arange(sae.d_sae).repeat_interleave(3)
+    neighbour = (centre + torch.arange(1, 4).repeat(sae.d_sae)) % sae.d_sae
+    weight = torch.tensor([0.75, 0.5, 0.25]).repeat(sae.d_sae)
+    return FeatureGraph.of(sae, torch.stack([neighbour, centre]), weight).to(sae.W_dec.device)
 
 
 def build_sae(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from saekit.activations.batch import SequenceBatch
+    from saekit.graph import FeatureGraph
     from saekit.sae.base import SparseAutoencoder
     from saekit.sae.code import Code
 
@@ -24,6 +26,8 @@ class Step:
     tokens: [batch] token ids; None where the source has no tokens.
     number, fraction: which step (0 for the first), and how far through the run (0 to 1).
     dead: [d_sae], True for latents that have been silent for `training.dead_after` activations; None outside training.
+    sequences: whole labelled sequences with their code, a second stream beside x; only where a loss of the run needs them.
+    graph: the feature graph that a callback keeps up to date; None before it has built one, and outside training.
     n_dead: how many of them there were when they were last counted, a plain number that costs no synchronisation.
     """
 
@@ -38,6 +42,8 @@ class Step:
     fraction: float = 0.0
     dead: Tensor | None = None
     n_dead: int = 0
+    sequences: SequenceBatch | None = None
+    graph: FeatureGraph | None = None
 
     @property
     def error(self) -> Tensor:

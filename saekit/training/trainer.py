@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saekit.activations.batch import Activations
+from saekit.activations.batch import Activations, SequenceBatch
 from saekit.config import TrainingConfig
 from saekit.errors import PluginError, RunError
+from saekit.graph import FeatureGraph
+from saekit.interventions.numerics import evaluating
 from saekit.listeners import Listeners
 from saekit.sae.base import SparseAutoencoder
 from saekit.schedules import value_at
@@ -38,6 +41,7 @@ class Trainer:
     state is in the checkpoint, so that a resumed run draws the same.
 
     sae: sees activations times `scale`, and makes a transcoder's targets times `target_scale`. step: the last `Step`.
+    graph: what a callback that provides one has set; losses see it. needs_sequences: whether a loss asks for them.
     losses: its unweighted values by name (detached). fired: [d_sae], in how many rows of the last batch each latent
     fired. number: steps done. tokens: activations seen. variant: its name where the run trains several, else empty.
     """
@@ -67,6 +71,8 @@ class Trainer:
         self.firing = FiringStatistics(sae.d_sae, config.dead_after, device)
         self.guard: GradientGuard | None = GradientGuard(self.named_parameters, terms)
         self.number = 0
+        self.graph: FeatureGraph | None = None
+        self.needs_sequences = any("sequences" in getattr(term.component, "needs", ()) for term in terms)
         self.step: Step | None = None
         self.fired: Tensor | None = None
         self.losses: dict[str, Tensor] = {}
@@ -85,15 +91,15 @@ class Trainer:
         """The learning rate of the next step."""
         return value_at(self.config.lr, self.number, self.total_steps)
 
-    def train_on(self, batch: Activations) -> None:
-        """One optimiser step on one batch of activations, unscaled."""
+    def train_on(self, batch: Activations, sequences: SequenceBatch | None = None) -> None:
+        """One optimiser step on one batch of activations, and of whole sequences where a loss needs them, unscaled."""
         number = self.number
         self.listeners.emit("step_started", trainer=self, number=number)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.zero_grad(set_to_none=True)  # before the pre-activations are made, so that only one is in memory
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            step = self.step = self._forward(batch)
+            step = self.step = self._forward(batch, sequences if self.needs_sequences else None)
             values = self._loss_values(step)
         self._move(step, values)
         self.fired = step.code.fired()
@@ -101,7 +107,7 @@ class Trainer:
         self.number += 1
         self.listeners.emit("step_ended", trainer=self, number=number)
 
-    def _forward(self, batch: Activations) -> Step:
+    def _forward(self, batch: Activations, sequences: SequenceBatch | None) -> Step:
         x = batch.x * self.scale  # [batch, d_in]
         target = x if batch.target is None else batch.target * self.target_scale
         code = self.sae.encode(x)
@@ -117,7 +123,20 @@ class Trainer:
             fraction=self.number / max(self.total_steps, 1),
             dead=self.firing.dead,
             n_dead=self.firing.n_dead,
+            sequences=None if sequences is None else self._encoded(sequences),
+            graph=self.graph,
         )
+
+    def _encoded(self, sequences: SequenceBatch) -> SequenceBatch:
+        """The sequences as the SAE sees them, with their code.
+
+        In evaluation mode: a gate that looks at the whole batch in training must neither mix the two streams nor keep
+        statistics of a second one."""
+        x = sequences.x * self.scale  # [n, T, d_in]
+        target = None if sequences.target is None else sequences.target * self.target_scale
+        with evaluating(self.sae):
+            code = self.sae.encode(x[sequences.mask])
+        return dataclasses.replace(sequences, x=x, target=target, code=code)
 
     def _loss_values(self, step: Step) -> dict[str, Tensor]:
         values = {}

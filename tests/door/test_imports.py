@@ -26,7 +26,7 @@ LEVELS = [
     {"training", "report", "terminal"},
     {"sae", "activations", "graph", "interventions", "organism"},
     {
-        "config", "variants", "schedules", "plugins", "component", "hookspecs", "contracts", "listeners", "result", "errors",
+        "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "contracts", "listeners", "result", "errors",
         "files", "stability",
     },
 ]
@@ -42,6 +42,8 @@ ORDINARY = {
     "density": "a figure's axis",
     "cosine": "a schedule's word",
     "ablate": "the name of a public function",
+    "graph": "a section of the run file, a module, a field of Step; also the name of a first-party plugin",
+    "sycophancy": "a kind of the organism's documents, and a module",
 }
 
 

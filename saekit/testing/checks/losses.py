@@ -37,7 +37,8 @@ class Bench:
     def step(self, **changes: Any) -> Step:
         """A step that holds all that a source can give, and dead latents; `changes` as for `make_step`."""
         settings = {"sae": self.sae, "dtype": self.dtype, "device": self.device, **changes}
-        return make_step(**{"labels": True, "tokens": True, "dead": _DEAD, **settings})
+        given = {name: self.subject.needs(name) for name in ("sequences", "graph")}
+        return make_step(**{"labels": True, "tokens": True, "dead": _DEAD, **given, **settings})
 
     def value(self, step: Step, seed: int = 0) -> Tensor:
         """The loss of a step, as one number. NotApplicable where it has nothing to say of it."""
@@ -209,14 +210,17 @@ def batch_of_one(subject: Subject) -> None:
 
 
 def without_positives(subject: Subject) -> None:
-    if not subject.needs("labels"):
+    if not subject.needs("labels") and not subject.needs("sequences"):
         raise NotApplicable("it needs no labels.")
     for what, fill in (("labels that are all 0", 0.0), ("labels that are all 1", 1.0), ("no label known", torch.nan)):
         at = bench(subject)
-        concepts = at.step().labels
-        assert concepts is not None  # the step was made with labels
+        step = at.step()
+        assert step.labels is not None  # the step was made with labels
+        changes = {"labels": torch.full_like(step.labels, fill)}
+        if step.sequences is not None:
+            changes["sequences"] = torch.full_like(step.sequences.labels, fill)
         try:
-            value = at.value(at.step(labels=torch.full_like(concepts, fill)))
+            value = at.value(at.step(**changes))
         except NotApplicable:
             continue  # it says that it has nothing to say
         is_finite(value, at.gradients(value), f"with {what}")

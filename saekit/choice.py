@@ -1,0 +1,74 @@
+"""`Choice`: an option that itself names a component, with options of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
+
+from saekit.errors import UsageError
+
+if TYPE_CHECKING:
+    from saekit.component import Component
+    from saekit.plugins import Registry
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Stands in the type of an option beside `Choice` and says of which kind the component is: `Kind("architecture")`."""
+
+    name: str
+
+
+class Choice(BaseModel):
+    """The type of an option that names a component: `base: Annotated[Choice, Kind("architecture")] = Choice(use="topk")`.
+
+    A run file says `base = "topk"`, or `base = {use = "topk", k = 32}`. The target is given it with the component found and
+    its options checked. `needs` of that component are checked with the others', and what it `provides` counts.
+    """
+
+    model_config = ConfigDict(
+        extra="allow",
+        frozen=True,
+        protected_namespaces=(),
+        json_schema_extra=lambda schema: schema.update(anyOf=[{"type": "string"}, {"type": "object"}], type=None),
+    )
+
+    use: str
+    _component: Component | None = PrivateAttr(default=None)
+    _options: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return {"use": given} if isinstance(given, str) else given
+
+    @property
+    def component(self) -> Component:
+        """The component that is named."""
+        if self._component is None:
+            raise UsageError(f"{self.use!r} has not been looked up yet: it is, where options are validated.")
+        return self._component
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its options, checked, with defaults filled in."""
+        return self._options
+
+    def build(self, *args: Any) -> Any:
+        """The component at work, as `Component.build` gives it."""
+        return self.component.build(self.options, *args)
+
+    def resolved(self, registry: Registry, kind: str, where: str) -> Choice:
+        """The same with the component found; UsageError or PluginError as for one that stands in the run file itself."""
+        component = registry.find(kind, self.use, where=where)
+        given = self.model_extra or {}
+        found = Choice(use=self.use, **given)
+        found._component, found._options = component, component.validate(given, where)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that say the same in a file: the qualified name and every option."""
+        plain = {name: value.to_dict() if isinstance(value, Choice) else value for name, value in self.options.items()}
+        return {"use": self.component.qualified_name, **plain}
