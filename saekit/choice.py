@@ -68,7 +68,20 @@ class Choice(BaseModel):
         found._component, found._options = component, component.validate(given, where)
         return found
 
+    def fits(self, made: Any) -> bool:
+        """Whether something built with `made`, as `to_dict` gives it, is what this names: the component, and every option
+        that is stated here."""
+        if not isinstance(made, dict) or made.get("use") != self.component.qualified_name:
+            return False
+        stated = {name: self.options[name] for name in self.model_extra or {}}
+        return all(fits(value, made[name]) for name, value in stated.items() if name in made)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values that say the same in a file: the qualified name and every option."""
         plain = {name: value.to_dict() if isinstance(value, Choice) else value for name, value in self.options.items()}
         return {"use": self.component.qualified_name, **plain}
+
+
+def fits(option: Any, made: Any) -> bool:
+    """Whether an option as it was given is what something was made with, which keeps a `Choice` in its plain form."""
+    return option.fits(made) if isinstance(option, Choice) else option == made

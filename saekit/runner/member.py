@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from saekit.activations.batch import Activations, SequenceBatch
+from saekit.choice import fits
 from saekit.errors import UsageError
 from saekit.files import disk_errors, plain
 from saekit.graph import FeatureGraph, dictionary_digest
@@ -156,7 +157,7 @@ class Member:
             )
         made_with = {"skip": False, **sae.options()}  # which names `skip` only where there is one
         for key in entry.options.keys() & made_with.keys():
-            if self.plan.architecture.options[key] != made_with[key]:
+            if not fits(self.plan.architecture.options[key], made_with[key]):
                 raise UsageError(
                     f"architecture.{key}: {entry.options[key]!r}, but the SAE in {entry.from_} was made with "
                     f"{made_with[key]!r}. Leave {key} out."

@@ -99,6 +99,20 @@ def test_a_mistake_is_named_with_its_whole_key(given: dict[str, Any], words: tup
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("stated", "is_it"),
+    [
+        ("topk", True),
+        ({"use": "topk", "k": 5}, True),
+        ({"use": "topk", "k": 6}, False),
+        ("standard", False),
+    ],
+)
+def test_whether_it_is_what_something_was_made_with(stated: Any, is_it: bool) -> None:
+    made = options({"base": {"use": "topk", "k": 5}})["base"].to_dict()
+    assert options({"base": stated})["base"].fits(made) is is_it
+
+
 def test_it_is_saved_and_loaded_and_its_plugin_is_recorded(tmp_path: Path) -> None:
     table = tiny_table() | {"architecture": {"use": "wrapped", "d_sae": 64, "base": {"use": "topk", "k": 4}}}
     run = carried_out(table, tmp_path / "run", REGISTRY)

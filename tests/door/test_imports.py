@@ -26,8 +26,8 @@ LEVELS = [
     {"training", "report", "terminal"},
     {"sae", "activations", "graph", "interventions", "organism"},
     {
-        "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "contracts", "listeners", "result", "errors",
-        "files", "stability",
+        "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "contracts", "listeners", "result",
+        "errors", "files", "stability",
     },
 ]
 LEVEL = {name: len(LEVELS) - number for number, names in enumerate(LEVELS) for name in names}

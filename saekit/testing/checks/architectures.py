@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit.choice import fits
 from saekit.errors import UsageError
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code, DenseCode
@@ -192,7 +193,7 @@ def options_rebuild(subject: Subject) -> None:
     if what:
         raise Failed(f"built again from options(), option {what!r} is another. Return each as the constructor takes it.")
     for name, value in subject.options.items():
-        if name in given and value is not None and name not in ("k",) and given[name] != value:
+        if name in given and value is not None and name not in ("k",) and not fits(value, given[name]):
             raise Failed(f"options() gives {name} = {given[name]!r}, but it was built with {value!r}.")
     again.load_state_dict(sae.state_dict())
     x = activations()
