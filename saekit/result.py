@@ -15,6 +15,7 @@ class Result:
     `token` (with `before` and `after`, or `tokens` and `activations`) are shown as text with the token highlighted.
     figures: named plotly figures, as the dictionary of `figure.to_plotly_json()`.
     files: paths relative to the analyzer's directory of what it wrote there itself.
+    headline: names of those scalars that `saekit compare` shows without being asked.
     notes: sentences that a reader of the figures must know (a null result and its reason, a low fidelity).
     """
 
@@ -23,6 +24,7 @@ class Result:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    headline: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `result.json`."""
@@ -32,4 +34,5 @@ class Result:
             "figures": self.figures,
             "files": self.files,
             "notes": self.notes,
+            "headline": self.headline,
         }

@@ -10,7 +10,7 @@ from typing import Any
 
 from saekit.config import LISTS, RunConfig, label_of
 from saekit.errors import UsageError, near_names
-from saekit.report.curves import POINTS, logged_names, overlaid
+from saekit.report.curves import POINTS, bars, logged_names, overlaid
 from saekit.report.page import Cell, Table, figures_of
 from saekit.report.rundir import RunFiles, is_number, name_of, read_run, variants_of
 from saekit.report.words import number
@@ -153,6 +153,7 @@ def comparison_page(comparison: Comparison, curves: Iterable[str] = ()) -> str:
             [False, *(all(in_numbers(s.values.get(name)) for s in sides) for name in comparison.columns)],
             [[Cell(side.name), *cells(side, comparison.columns)] for side in sides],
         ),
+        "bars": figures_of("bars", bars({side.name: side.values for side in sides}, comparison.columns)),
         "differences": Table(
             "Differences",
             ["key", *(side.name for side in sides)],
@@ -162,7 +163,7 @@ def comparison_page(comparison: Comparison, curves: Iterable[str] = ()) -> str:
         "large_figures": figures_of("large", overlaid(histories, large)),
         "small_figures": figures_of("small", overlaid(histories, small, legend=False)),
     }
-    return render_template("compare.html", content, has_figures=bool(wanted))
+    return render_template("compare.html", content, has_figures=bool(wanted or len(sides) > 1))
 
 
 def _side(directory: Path) -> Side:
@@ -171,6 +172,12 @@ def _side(directory: Path) -> Side:
     summary = files.summary
     values = _values(files)
     headline = [name for name in _list(summary.get("headline")) if name in values]
+    headline += [
+        column
+        for name, result in files.analyses.items()
+        for column in (f"analysis.{name}.{scalar}" for scalar in result["headline"])
+        if column in values
+    ]
     settings = {key: value for key, value in flat(config).items() if key not in NO_DIFFERENCE}
     identity = {key: settings.get(f"source.{key}") for key in SUBJECT}  # of a run that had hardly begun
     identity |= _dict(files.provenance.get("source"))

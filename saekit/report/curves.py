@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from saekit.report.rundir import is_number
@@ -79,6 +80,17 @@ def _overlaid(histories: dict[str, list[dict[str, Any]]], name: str, over: str, 
     layout["xaxis"] = {"title": {"text": "activations trained on" if over == "tokens" else over}}
     layout["yaxis"] = {"type": "log"} if log else {}
     return {"data": data, "layout": layout}
+
+
+def bars(values: dict[str, dict[str, Any]], columns: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A bar for each run, for every column in which two runs or more have a number; values: of each run, by its name."""
+    figures = {}
+    for column in columns:
+        found = {run: own[column] for run, own in values.items() if is_number(own.get(column))}
+        if len(found) > 1:
+            data = [{"type": "bar", "x": [_plain(run) for run in found], "y": list(found.values())}]
+            figures[column] = {"data": data, "layout": {"height": 210, "showlegend": False}}
+    return figures
 
 
 def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -130,7 +130,7 @@ def _read_object(path: Path, problems: list[str], without: str) -> dict[str, Any
 
 def _as_result(content: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
     """`content` with each part in the shape that `Result.to_json` promises; what has another shape is left out."""
-    shapes: dict[str, type] = {"scalars": dict, "tables": dict, "figures": dict, "files": list, "notes": list}
+    shapes: dict[str, type] = {"scalars": dict, "tables": dict, "figures": dict, "files": list, "notes": list, "headline": list}
     result: dict[str, Any] = {}
     for key, shape in shapes.items():
         value = content.get(key)

@@ -56,6 +56,11 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     return first, second
 
 
+def curves(page: Any) -> list[Any]:
+    """The figures of a page but for the bars."""
+    return [spec for name, spec in page.data.items() if not name.startswith("bars")]
+
+
 def write(run: Path, **changes: Any) -> None:
     (run / "run.toml").write_text(tomli_w.dumps(CONFIG | changes))
 
@@ -169,7 +174,7 @@ def test_runs_of_one_name_go_by_their_directories(runs) -> None:
 
 def test_curves_lie_over_one_another(runs) -> None:
     page = Page(comparison_page(compare(runs), ["loss/mse", "explained_variance"]))
-    specs = list(page.data.values())
+    specs = curves(page)
     assert len(specs) == 2
     history = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()[:-1]]
     for spec, name in zip(specs, ("loss/mse", "explained_variance"), strict=True):
@@ -186,7 +191,7 @@ def test_a_run_keeps_its_colour_where_another_has_no_such_curve(runs) -> None:
     rows = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()[:-1]]
     kept = [{k: v for k, v in row.items() if k != "loss/auxk"} for row in rows]
     (runs[0] / "metrics.jsonl").write_text("\n".join(map(json.dumps, kept)))
-    (spec,) = Page(comparison_page(compare(runs), ["loss/auxk"])).data.values()
+    (spec,) = curves(Page(comparison_page(compare(runs), ["loss/auxk"])))
     assert [trace["name"] for trace in spec["data"]] == ["first", "second"]
     assert [bool(trace["x"]) for trace in spec["data"]] == [False, True]
     assert [trace["showlegend"] for trace in spec["data"]] == [False, True]
@@ -195,7 +200,7 @@ def test_a_run_keeps_its_colour_where_another_has_no_such_curve(runs) -> None:
 def test_steps_where_the_activations_were_not_logged(runs) -> None:
     rows = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()[:-1]]
     (runs[0] / "metrics.jsonl").write_text("\n".join(json.dumps({k: v for k, v in r.items() if k != "tokens"}) for r in rows))
-    (spec,) = Page(comparison_page(compare(runs), ["loss"])).data.values()
+    (spec,) = curves(Page(comparison_page(compare(runs), ["loss"])))
     assert spec["data"][1]["x"] == [row["step"] for row in rows]
     assert spec["layout"]["xaxis"]["title"]["text"] == "step"
 
@@ -204,7 +209,7 @@ def test_all_curves_by_default(runs) -> None:
     page = Page(comparison_page(compare(runs)))
     for name in ("loss", "loss/hoyer", "grad_norm", "gate_temperature"):
         assert name in page.text
-    assert len(page.data) == 11  # all that was logged but step, tokens, seconds and weights
+    assert len(curves(page)) == 11  # all that was logged but step, tokens, seconds and weights
 
 
 def test_the_page_is_whole_and_fetches_nothing(runs, tmp_path: Path) -> None:
@@ -250,3 +255,21 @@ def test_damaged_files_are_no_crash(runs) -> None:
     assert comparison.sides[0].name == "7"
     assert say(*runs).returncode == 0
     comparison_page(comparison)
+
+
+def test_an_analysis_says_which_of_its_scalars_are_shown(runs) -> None:
+    first, second = runs
+    result = json.loads(next(first.glob("analysis/*/result.json")).read_text())
+    name = next(first.glob("analysis/*/result.json")).parent.name
+    result["scalars"], result["headline"] = {"effect": 2.5, "aside": 1}, ["effect", "gone"]
+    (first / "analysis" / name / "result.json").write_text(json.dumps(result))
+    edit(first / "summary.json", analysis={name: {"effect": 2.5, "aside": 1}})
+    found = compare([first, second])
+    assert f"analysis.{name}.effect" in found.columns
+    assert not {f"analysis.{name}.aside", f"analysis.{name}.gone"} & set(found.columns)
+
+
+def test_a_bar_for_each_run_where_two_or_more_have_a_number(runs) -> None:
+    page = comparison_page(compare(runs, ["explained_variance", "only_here"]))
+    assert '"type": "bar"' in page or '"type":"bar"' in page
+    assert page.count('id="bars-figure-') == 1, "only one of the two has only_here"
