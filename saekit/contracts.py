@@ -144,7 +144,11 @@ class ModelMetric(Protocol):
 
 
 class Analyzer(Protocol):
-    """A question asked of a finished SAE."""
+    """A question asked of a finished SAE.
+
+    It may have `prepare(context)`, called before training: for what can be seen to be wrong by then (a prompt that is
+    too long, a concept that the source does not have).
+    """
 
     def __call__(self, context: RunContext) -> Result:
         """The answer; files may be written under `context.directory`."""

@@ -73,6 +73,7 @@ class Member:
         self._prefix = f"variant.{self.variant}." if self.variant else ""
         self._draws: OwnRandomness | None = None
         self._metrics: list[tuple[Part, Any]] = []
+        self._prepared: dict[str, Any] = {}  # analyzers that have looked at the data before training, by their key
         with of_variant(self.variant):
             for part in (*plan.callbacks, *plan.trackers):
                 vital = part.component.kind == "callback"
@@ -163,6 +164,14 @@ class Member:
                     f"{made_with[key]!r}. Leave {key} out."
                 )
         return sae
+
+    def prepare_analyzers(self) -> None:
+        """Let analyzers that want it look at the source and the SAE before anything is trained for them."""
+        for part in self.plan.analyzers:
+            if hasattr(part.component.load(), "prepare"):
+                analyzer = self._prepared[part.key] = part.build()
+                with blamed_on(part):
+                    analyzer.prepare(self._context(self.directory.path, self.scale, self.target_scale))
 
     # --- train -------------------------------------------------------------------------------------------------
 
@@ -309,7 +318,7 @@ class Member:
         directory = self.directory.analysis(part.label)
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        analyzer = part.build()
+        analyzer = self._prepared.get(part.key) or part.build()
         with blamed_on(part):
             result = analyzer(self._context(directory))
             if not isinstance(result, Result):

@@ -152,6 +152,9 @@ class Run:
             for member in self.members:
                 with member.turn():
                     member.initialise(sample)
+        for member in self.members:
+            with member.turn():
+                member.prepare_analyzers()
 
     def _write_provenance(self) -> None:
         made_by = {self.directory.provenance: provenance(self.plan, self.identity)}

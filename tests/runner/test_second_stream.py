@@ -138,3 +138,27 @@ def test_a_callback_gives_no_graph_to_what_comes_after_training(runs: Callable[.
     done = runs("run", "--plugin", str(other), callback=[{"use": "ring"}], analyzer=[{"use": "after"}])
     assert done.code == 2
     done.says("analyzer.after", "needs 'graph'", "Add a table [graph]")
+
+
+def test_an_analyzer_that_prepares_stops_a_run_before_it_trains(
+    runs: Callable[..., Outcome], plugin_file: Any, tmp_path: Path
+) -> None:
+    file = plugin_file(
+        "early",
+        "from saekit import Component, Result, UsageError, hookimpl\n"
+        "class Early:\n"
+        "    'Looks first.'\n"
+        "    def __init__(self, *, refuse: bool = False):\n        self.refuse, self.seen = refuse, None\n"
+        "    def prepare(self, context):\n"
+        "        if self.refuse:\n            raise UsageError('prompts: too long. Shorten them.')\n"
+        "        self.seen = context.source.d_in\n"
+        "    def __call__(self, context):\n        return Result(scalars={'seen': self.seen})\n"
+        "@hookimpl\ndef saekit_analyzers():\n    yield Component('early', Early)\n",
+    )
+    done = runs("refused", "--plugin", str(file), analyzer=[{"use": "early", "refuse": True}])
+    assert done.code == 2
+    done.says("prompts: too long")
+    assert not (tmp_path / "refused" / "sae").exists()
+    done = runs("seen", "--plugin", str(file), analyzer=[{"use": "early"}])
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["analysis"]["early"] == {"seen": 16}

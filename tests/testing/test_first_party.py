@@ -32,6 +32,7 @@ EXPECTED: dict[str, dict[str, str]] = {
 """For each component, the checks that it fails and may fail, with the reason."""
 MAY_SKIP = {
     "on_cuda",  # without a device
+    "batch_of_one",  # a loss that compares rows
     "without_positives",  # a loss that needs no labels
     "sparse_and_dense_codes_agree",  # a loss of one architecture, whose code has one form
     "whole_or_in_pieces", "bounded_memory", "empty_stream",  # a metric that measures with the model
@@ -56,6 +57,8 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
         for kind, prompt, response, flag in answers
     ]
     (place / "answers.json").write_text(json.dumps({"results": [{"variations": variations}]}), encoding="utf-8")
+    prompts = {"neutral": ["It was a", "The lamp"], "unrelated": ["Salt and"]}
+    (place / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     return {
         "attribution.atp": {"data": str(place / "answers.json")},
         "builtin.labelled": labelled,
@@ -68,7 +71,18 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
         "builtin.organism": {"kinds": ["facts"], "context": 32},
         "builtin.synthetic": {"d_in": 16, "n_features": 32, "probability": 0.1, "held_out": 2000, "concepts": [0, 1]},
         "builtin.tensors": {"data": str(place / "x.npy"), "chunk": 100},
+        "graph.refresh_graph": {"every": 3, "start": 2, "batches": 2},
         "revival.resample": {"every": 3, "below": 0.2},
+        "steering.steer": {
+            "prompts": str(place / "prompts.json"),
+            "max_new_tokens": 4,
+            "continued": 1,
+            "controls": 2,
+            "min_count": 1,
+            "set_sequences": 16,
+            "held_out_tokens": 40,
+            "pages": False,
+        },
     }
 
 

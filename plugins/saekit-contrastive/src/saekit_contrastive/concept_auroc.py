@@ -1,0 +1,175 @@
+"""Metric `concept_auroc`: whether latents mean their concepts, on held-out sequences, beside what else could tell them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from saekit_contrastive.concept import Latents, resolve_latents
+from saekit_contrastive.gathered import Gathered, gather
+from saekit_contrastive.probes import difference_of_means, logistic
+from saekit_contrastive.ranks import auroc, auroc_of_latents
+
+if TYPE_CHECKING:
+    from saekit import RunContext, SparseAutoencoder
+
+LEAKS = 0.9
+"""Another latent whose AUROC over sequences is above this tells the concept too."""
+_MEANINGS = {
+    "auroc_tokens": "how often the latent is higher at a position of the concept than at another; 0.5 is chance",
+    "auroc_sequences": "the same for the latent's mean over a sequence",
+    "e_pos": "the latent's mean activation at positions of the concept",
+    "e_neg": "the latent's mean activation at the others",
+    "delta": "the first of these means less the second",
+    "ratio": "the first of these means over the second; undefined where the latent never fires for the others",
+    "firing_pos": "share of the concept's positions where the latent fires",
+    "firing_neg": "share of the other positions where the latent fires",
+    "std": "standard deviation of the latent's activation",
+    "mean_std": "standard deviation of a latent's activation, on average over all latents",
+    "max_std": "the greatest standard deviation of any latent",
+    "leakage": f"share of the other living latents that tell the concept with AUROC above {LEAKS} over sequences",
+    "rest_auroc_tokens": "AUROC over positions of a logistic probe of what all other latents rebuild",
+    "other_auroc_tokens": "AUROC over positions of the best other latent, chosen on training data",
+    "other_auroc_sequences": "AUROC over sequences of the best other latent, chosen on training data",
+    "means_auroc_tokens": "AUROC over positions of the difference of means of training activations",
+    "means_auroc_sequences": "AUROC over sequences of the difference of means of training activations",
+    "probe_auroc_tokens": "AUROC over positions of a logistic probe of training activations",
+    "probe_auroc_sequences": "AUROC over sequences of a logistic probe of training activations",
+}
+Values = dict[str, float | None]
+
+
+class ConceptAUROC:
+    """AUROC, means and firing rates of concepts' latents, on the gated code of held-out labelled sequences.
+
+    AUROCs are exact, by ranks with ties averaged. Positions have their sequence's label. Over sequences, scores are means
+    over positions. What is fitted or chosen (probes, the best other latent) is so on training sequences. Names begin with
+    `concept_`; where the source has several concepts, `_` and the concept's name are added at the end.
+    """
+
+    headline: ClassVar[tuple[str, ...]] = ("concept_auroc_tokens", "concept_auroc_sequences")
+
+    def __init__(
+        self,
+        *,
+        latents: Latents = None,
+        sequences: Annotated[
+            int, Field(ge=16, description="Sequences of each split that are looked at, at most.")
+        ] = 256,
+        tokens: Annotated[
+            int,
+            Field(gt=0, description="Positions of each split, about, at most: their activations are held in memory."),
+        ] = 33_000,
+    ) -> None:
+        self._latents, self._sequences, self._tokens = latents, sequences, tokens
+        self._chosen: dict[int, int] = {}
+        self._endings: dict[int, str] = {}
+        self.meanings: dict[str, str] = {}
+
+    def prepare(self, context: RunContext) -> None:
+        """Find the concepts and name the values. UsageError for a concept or a latent that is not there."""
+        concepts = list(context.source.concepts)
+        self._chosen = resolve_latents(self._latents, concepts, context.sae.d_sae, "metric.concept_auroc")
+        several = len(self._chosen) > 1
+        self._endings = {column: f"_{concepts[column]}".replace(" ", "_") * several for column in self._chosen}
+        self.meanings = {
+            f"concept_{name}{ending}": meaning
+            for ending in self._endings.values()
+            for name, meaning in _MEANINGS.items()
+        }
+        if several:
+            self.headline = tuple(f"concept_auroc_tokens{ending}" for ending in self._endings.values())  # type: ignore[misc]
+
+    @torch.no_grad()
+    def measure(self, context: RunContext) -> Values:
+        """All values for every concept; None where a class does not occur, with a warning."""
+        train, held_out = (
+            gather(context, split, self._chosen.values(), sequences=self._sequences, tokens=self._tokens)
+            for split in ("train", "held_out")
+        )
+        values: Values = {}
+        for column, latent in self._chosen.items():
+            own: Values = dict.fromkeys(_MEANINGS)
+            name = context.source.concepts[column]
+            if all(_both(part.of_tokens(column)) for part in (train, held_out)):
+                own |= _of_latent(held_out, column, latent)
+                own |= _others(train, held_out, column, latent)
+                own |= _yardsticks(train, held_out, column, train.x, held_out.x)
+                own |= _rest(train, held_out, column, latent, context.sae)
+                if own["firing_pos"] == own["firing_neg"] == 0.0:
+                    context.warn(
+                        f"Latent {latent}, of concept {name!r}, never fires on held-out sequences: its AUROC is a tie."
+                    )
+            else:
+                context.warn(f"Concept {name!r} does not occur as both 0 and 1 in each split: no AUROC is defined.")
+            values |= {f"concept_{key}{self._endings[column]}": value for key, value in own.items()}
+        return values
+
+
+def _both(labels: Tensor) -> bool:
+    return bool((labels > 0.5).any() and (labels <= 0.5).any())
+
+
+def _of_latent(data: Gathered, column: int, latent: int) -> Values:
+    """What the latent itself does on held-out data."""
+    labels, f = data.of_tokens(column), data.columns[latent]  # [n] each
+    positive, negative = f[labels > 0.5].double(), f[labels <= 0.5].double()
+    e_pos, e_neg = float(positive.mean()), float(negative.mean())
+    deviations = data.deviations()
+    return {
+        "auroc_tokens": auroc(f, labels),
+        "auroc_sequences": auroc(data.pooled(f), data.labels[:, column]),
+        "e_pos": e_pos,
+        "e_neg": e_neg,
+        "delta": e_pos - e_neg,
+        "ratio": e_pos / e_neg if e_neg > 0 else None,
+        "firing_pos": float((positive != 0).double().mean()),
+        "firing_neg": float((negative != 0).double().mean()),
+        "std": float(deviations[latent]),
+        "mean_std": float(deviations.mean()),
+        "max_std": float(deviations.max()),
+    }
+
+
+def _others(train: Gathered, held_out: Gathered, column: int, latent: int) -> Values:
+    """How well the other latents tell the concept."""
+    found: Values = {}
+    for unit in ("tokens", "sequences"):
+        chosen = _every(train, column, unit)
+        chosen[latent] = -1.0
+        measured = _every(held_out, column, unit)
+        found[f"other_auroc_{unit}"] = float(measured[chosen.argmax()])
+    living = held_out.sums[2] > 0
+    living[latent] = False
+    found["leakage"] = float((measured[living] > LEAKS).double().mean()) if living.any() else 0.0
+    return found
+
+
+def _every(data: Gathered, column: int, unit: str) -> Tensor:
+    """The AUROC of every latent over tokens or sequences: [d_sae]."""
+    d_sae = data.pooled_code.shape[1]
+    if unit == "tokens":
+        return auroc_of_latents(data.rows, data.latents, data.values, data.of_tokens(column)[data.some], d_sae)
+    sequences, latents = data.pooled_code.nonzero(as_tuple=True)
+    return auroc_of_latents(sequences, latents, data.pooled_code[sequences, latents], data.labels[:, column], d_sae)
+
+
+def _yardsticks(train: Gathered, held_out: Gathered, column: int, fitted_on: Tensor, measured_on: Tensor) -> Values:
+    """What directions in the activations can tell, fitted on training data."""
+    labels = train.of_tokens(column)
+    known = ~labels.isnan()
+    found: Values = {}
+    for name, fit in (("means", difference_of_means), ("probe", logistic)):
+        scores = measured_on @ fit(fitted_on[known], labels[known]).to(measured_on)
+        found[f"{name}_auroc_tokens"] = auroc(scores, held_out.of_tokens(column))
+        found[f"{name}_auroc_sequences"] = auroc(held_out.pooled(scores), held_out.labels[:, column])
+    return found
+
+
+def _rest(train: Gathered, held_out: Gathered, column: int, latent: int, sae: SparseAutoencoder) -> Values:
+    """What is left of the concept in the reconstruction once the latent's part is taken out."""
+    left = [part.rebuilt - part.columns[latent][:, None] * sae.W_dec[latent] for part in (train, held_out)]
+    return {"rest_auroc_tokens": _yardsticks(train, held_out, column, *left)["probe_auroc_tokens"]}

@@ -1,0 +1,187 @@
+"""Losses `infonce` and `infonce_cluster`: sequences of one kind have codes that are alike, those of other kinds have not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from saekit import Step, UsageError
+from saekit_contrastive.forms import has_both
+from saekit_contrastive.pooling import Pool, halves, pooled
+from saekit_contrastive.tiled import LEFT_OUT, contrastive_loss
+
+if TYPE_CHECKING:
+    from saekit import RunContext
+
+Focus = Annotated[list[int], Field(description="Latents that weigh more in the similarity than the others.")]
+Emphasis = Annotated[float, Field(gt=0, description="How much more: their activations count so many times.")]
+Positives = Annotated[
+    Literal["labels", "halves"],
+    Field(
+        description="labels: sequences with equal labels belong together; halves: two random halves of one sequence."
+    ),
+]
+Concepts = Annotated[
+    list[str] | None, Field(description="The concepts whose labels count; all of the source's by default.")
+]
+Temperature = Annotated[float, Field(gt=0, description="What cosines are divided by.")]
+Decoupled = Annotated[bool, Field(description="Leave the positives out of the denominator (Yeh et al. 2022).")]
+Queue = Annotated[int, Field(ge=0, description="How many codes of earlier steps are compared with as well.")]
+_NO_PARTNER = 1 << 40  # the group of queued codes where only halves of one sequence belong together
+
+
+class InfoNCE:
+    """The contrastive loss (`tiled.contrastive_loss`) of the sequences' pooled codes, by their cosines.
+
+    By labels it is supervised (SupCon, Khosla et al. 2020): each concept has its own columns of positives, and takes in
+    the sequences whose label is known; the mean over the concepts counts. By halves it is NT-Xent (Chen et al. 2020).
+    A sequence whose pooled code is zero has no direction and is left out. Codes of earlier steps in the queue (He et al.
+    2020) carry no gradient. It reaches the latents that are active, so it wakes no dead one: `concept` does.
+    """
+
+    def __init__(
+        self,
+        *,
+        positives: Positives = "labels",
+        concepts: Concepts = None,
+        pool: Pool = "mean",
+        temperature: Temperature = 0.1,
+        decoupled: Decoupled = False,
+        focus: Focus = [],  # noqa: B006
+        emphasis: Emphasis = 10.0,
+        queue: Queue = 0,
+    ) -> None:
+        self._by_halves, self._concepts, self._pool = positives == "halves", concepts, pool
+        self._temperature, self._decoupled = temperature, decoupled
+        self._focus, self._emphasis = list(focus), emphasis
+        self._columns: list[int] = []
+        self._length = queue
+        self._queue: dict[str, Tensor] = {}  # z [q, d_sae] and groups [q, c], the newest last
+
+    def prepare(self, context: RunContext) -> None:
+        """Find the concepts among the source's. UsageError for one, or a latent in `focus`, that is not there."""
+        names = list(context.source.concepts)
+        for name in self._concepts or []:
+            if name not in names:
+                raise UsageError(
+                    f"loss.infonce.concepts: there is no concept {name!r}. The source has: {', '.join(names)}."
+                )
+        self._columns = [names.index(name) for name in (names if self._concepts is None else self._concepts)]
+        for latent in self._focus:
+            if not 0 <= latent < context.sae.d_sae:
+                raise UsageError(
+                    f"loss.infonce.focus: there is no latent {latent}; there are 0 to {context.sae.d_sae - 1}."
+                )
+
+    def active(self, step: Step) -> bool:
+        """Only where there is something to compare: sequences of both labels of a concept, or two sequences."""
+        if step.sequences is None:
+            return False
+        if self._by_halves:
+            return int((step.sequences.mask.sum(1) > 1).sum()) > 1
+        return has_both(step.sequences.labels[:, self._columns])
+
+    def __call__(self, step: Step) -> Tensor:
+        """The loss of one step's sequences."""
+        batch: Any = step.sequences
+        n, sequence = len(batch), batch.mask.nonzero()[:, 0]  # [m], of each row of the code
+        if self._by_halves:
+            codes = pooled(batch.code, sequence + n * halves(sequence), 2 * n, self._pool)  # [2n, d_sae]
+            groups = torch.arange(n, device=sequence.device).repeat(2)[:, None]  # [2n, 1]
+        else:
+            codes = pooled(batch.code, sequence, n, self._pool)  # [n, d_sae]
+            groups = _label_groups(batch.labels[:, self._columns])  # [n, c]
+        z, silent = _directions(self._weighted(codes, step))
+        groups = groups.masked_fill(silent[:, None], LEFT_OUT)
+        loss = contrastive_loss(
+            z,
+            groups,
+            temperature=self._temperature,
+            decoupled=self._decoupled,
+            bank=self._queue["z"].to(z) if self._queue else None,
+            bank_groups=self._queue["groups"].to(groups) if self._queue else None,
+        )
+        self._enqueue(z.detach(), groups)
+        return loss
+
+    def _chosen(self, step: Step) -> list[int]:
+        """The latents that weigh more."""
+        return self._focus
+
+    def _weighted(self, codes: Tensor, step: Step) -> Tensor:
+        chosen = self._chosen(step)
+        if not chosen:
+            return codes
+        weights = codes.new_ones(codes.shape[1])
+        weights[chosen] = self._emphasis
+        return codes * weights
+
+    # --- the queue --------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, z: Tensor, groups: Tensor) -> None:
+        if not self._length:
+            return
+        if self._by_halves:  # a half's partner is in its own step
+            groups = torch.where(groups == LEFT_OUT, groups, torch.full_like(groups, _NO_PARTNER))
+        for name, new in (("z", z), ("groups", groups)):
+            old = self._queue.get(name)
+            whole = new if old is None else torch.cat([old.to(new), new])
+            self._queue[name] = whole[-self._length :].clone()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The queue."""
+        return dict(self._queue)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back the queue."""
+        self._queue = dict(state)
+
+
+class InfoNCECluster(InfoNCE):
+    """The same with the neighbours of the `focus` latents in the feature graph weighing as much as they do."""
+
+    def __init__(
+        self,
+        *,
+        focus: Focus = [0],  # noqa: B006
+        emphasis: Emphasis = 10.0,
+        positives: Positives = "labels",
+        concepts: Concepts = None,
+        pool: Pool = "mean",
+        temperature: Temperature = 0.1,
+        decoupled: Decoupled = False,
+        queue: Queue = 0,
+    ) -> None:
+        super().__init__(
+            positives=positives,
+            concepts=concepts,
+            pool=pool,
+            temperature=temperature,
+            decoupled=decoupled,
+            focus=focus,
+            emphasis=emphasis,
+            queue=queue,
+        )
+
+    def active(self, step: Step) -> bool:
+        """Not before there is a graph."""
+        return step.graph is not None and super().active(step)
+
+    def _chosen(self, step: Step) -> list[int]:
+        assert step.graph is not None  # see `active`
+        near = torch.cat([step.graph.neighbours(latent)[0] for latent in self._focus])
+        return sorted({*self._focus, *near.tolist()})
+
+
+def _label_groups(labels: Tensor) -> Tensor:
+    """Labels [n, c] as groups, those that are NaN left out: [n, c]."""
+    return torch.where(labels.isnan(), torch.full_like(labels, LEFT_OUT), (labels > 0.5).to(labels)).long()
+
+
+def _directions(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [n, d_sae] at norm 1, and which are zero [n] and stay so."""
+    return functional.normalize(codes, dim=1), ~codes.detach().any(1)

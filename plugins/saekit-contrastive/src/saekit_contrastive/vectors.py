@@ -1,0 +1,154 @@
+"""Concept vectors: directions in activation space that stand for a concept, from a file or from labelled sequences."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from saekit import UsageError
+from saekit_contrastive.probes import difference_of_means, logistic
+
+if TYPE_CHECKING:
+    from saekit import SequenceBatch
+
+BATCH = 32
+"""Sequences that are asked of a source at once."""
+POSITIONS = 100_000
+"""Positions that vectors are computed from at most: 0.9 GB at a width of 2304."""
+METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "difference_of_means": difference_of_means,
+    "logistic_probe": logistic,
+}
+"""How to compute a vector [width] from activations x [n, width] and labels [n]. The second tells the classes apart best,
+which need not be the direction that the concept adds (Haufe et al. 2014): as a decoder row it writes what it reads."""
+
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, Tensor]] = weakref.WeakKeyDictionary()
+# by source: several variants of one run ask for the same vectors
+
+
+def read_vectors(path: str | Path, width: int) -> Tensor:
+    """The concept vectors in a file, one a row: [n, width], in float32 and as long as they are there.
+
+    path: .npy with [width] or [n, width]; .safetensors with one or several such tensors, taken in the order of their names.
+    UsageError where the file is missing, cannot be read, or holds what `checked` refuses.
+    """
+    path = Path(path)
+    where = f"architecture.fixed_vectors: {path}"
+    if not path.is_file():
+        raise UsageError(
+            f"{where}: there is no such file. Name one that ends in .npy or .safetensors, or {' or '.join(METHODS)}."
+        )
+    rows = []
+    for name, tensor in _tensors(path, where):
+        if tensor.dim() not in (1, 2) or not tensor.is_floating_point():
+            shape = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise UsageError(
+                f"{where}{name}: is {shape}, but numbers of shape (n, {width}) are wanted, one vector a row."
+            )
+        rows.append(checked(tensor.float().reshape(-1, tensor.shape[-1]), width, f"{where}{name}"))
+    if not any(map(len, rows)):
+        raise UsageError(f"{where}: holds no vector.")
+    return torch.cat(rows)
+
+
+def _tensors(path: Path, where: str) -> Iterator[tuple[str, Tensor]]:
+    """(how to call it in a message, tensor) of everything in the file. Nothing is unpickled."""
+    try:
+        if path.suffix == ".npy":
+            import numpy as np
+
+            loaded = {"": torch.from_numpy(np.load(path, allow_pickle=False))}
+        elif path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded = {f": tensor {name!r}": tensor for name, tensor in load_file(path).items()}
+        else:
+            raise UsageError(f"{where}: ends in {path.suffix!r}. Save the vectors as .npy or .safetensors.")
+    except UsageError:
+        raise
+    except Exception as error:  # each format has its own ways to be damaged
+        raise UsageError(f"{where}: cannot be read: {type(error).__name__}: {error}.") from None
+    yield from sorted(loaded.items())
+
+
+def checked(vectors: Tensor, width: int, where: str) -> Tensor:
+    """`vectors` [n, width] as they are; UsageError, which begins with `where`, if they cannot be decoder rows."""
+    if vectors.shape[1] != width:
+        raise UsageError(
+            f"{where}: the vectors have width {vectors.shape[1]}, but decoder rows have width {width} here. Take vectors of "
+            "the model and hook point of this run."
+        )
+    for number, vector in enumerate(vectors):
+        if not bool(torch.isfinite(vector).all()):
+            raise UsageError(f"{where}: vector {number} holds NaN or infinity. Make it anew.")
+        if not bool(vector.any()):
+            raise UsageError(
+                f"{where}: vector {number} is zero, so it has no direction. Leave it out, or make it anew."
+            )
+    return vectors
+
+
+def concept_columns(names: list[str], wanted: list[str] | None) -> list[int]:
+    """Which columns of a source's labels `wanted` names; all of them by default. UsageError for one that is missing."""
+    if not names:
+        raise UsageError(
+            "architecture.fixed_vectors: are to be computed from labelled sequences, but the source has none. Take a source "
+            "with labels (see: saekit plugins, sources that provide 'sequences'), or give a file."
+        )
+    for name in wanted or []:
+        if name not in names:
+            raise UsageError(f"architecture.concepts: the source has no label {name!r}. It has: {', '.join(names)}.")
+    return [names.index(name) for name in (names if wanted is None else wanted)]
+
+
+def vectors_of(
+    source: Any, method: str, columns: list[int], *, sequences: int, seed: int, output: bool = False
+) -> Tensor:
+    """A unit vector for each of the label columns, computed from training data: [n, width], on the CPU.
+
+    method: a name in `METHODS`. sequences: how many labelled sequences are read, as far as there is room for `POSITIONS`.
+    output: of what a transcoder is to rebuild rather than of what is read. UsageError where a column has one class only.
+    The second call with the same arguments reads nothing.
+    """
+    known = _KNOWN.setdefault(source, {})
+    key = (method, tuple(columns), sequences, seed, output)
+    if key not in known:
+        x, labels = _labelled(source, columns, sequences, seed, output)
+        vectors = torch.stack(
+            [_vector(METHODS[method], x, labels[:, i], source.concepts[c]) for i, c in enumerate(columns)]
+        )
+        known[key] = functional.normalize(checked(vectors, x.shape[1], "architecture.fixed_vectors"), dim=1)
+    return known[key]
+
+
+def _labelled(source: Any, columns: list[int], sequences: int, seed: int, output: bool) -> tuple[Tensor, Tensor]:
+    """Activations [N, width] at the positions of training sequences, and the labels [N, n] of each."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    for number in range(-(-sequences // BATCH)):
+        batch: SequenceBatch = source.sequences("train", min(BATCH, sequences), seed, number)
+        x = batch.target if output else batch.x  # [n, T, width]
+        assert x is not None  # a transcoder's source has a target
+        labels = batch.labels[:, None, columns].expand(*batch.mask.shape, len(columns))
+        parts.append((x[batch.mask].float().cpu(), labels[batch.mask].cpu()))
+        if sum(len(part) for part, _ in parts) >= POSITIONS:
+            break
+    x, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    return x, labels
+
+
+def _vector(method: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels: Tensor, name: str) -> Tensor:
+    """The vector [width] of one concept; positions whose label is unknown take no part."""
+    for value in (0, 1):
+        if not bool((labels == value).any()):
+            raise UsageError(
+                f"architecture.fixed_vectors: no labelled sequence that was read has {name} = {value}, so there is nothing to "
+                "tell apart. Raise architecture.sequences, or give data of both classes."
+            )
+    known = ~labels.isnan()
+    return method(x[known], labels[known])

@@ -1,0 +1,54 @@
+"""What the tests of the losses share: a source with two concepts, and steps of an SAE."""
+
+from __future__ import annotations
+
+import copy
+import types
+from typing import Any
+
+import pytest
+import torch
+
+from saekit import Activations, SequenceBatch, SparseAutoencoder, Step
+from saekit.testing import make_step
+
+CONCEPTS = ["code", "prose"]
+
+
+def prepared(part: Any, sae: SparseAutoencoder, labels: torch.Tensor | None = None) -> Any:
+    """A loss after `prepare`, with a source whose sequences and rows have these labels."""
+    if labels is None:
+        labels = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    x = torch.zeros(len(labels), 3, sae.d_in)
+    batch = SequenceBatch(x, torch.ones(len(labels), 3, dtype=torch.bool), labels)
+    source = types.SimpleNamespace(
+        concepts=CONCEPTS,
+        sequences=lambda split, n, seed, number: batch,
+        blocks=lambda split, size, seed: iter([Activations(x[:, 0], labels=labels)]),
+    )
+    config = types.SimpleNamespace(training=types.SimpleNamespace(batch_size=8, order_seed=0))
+    part.prepare(types.SimpleNamespace(source=source, sae=sae, seed=0, config=config))
+    return part
+
+
+def step_of(sae: SparseAutoencoder | None = None, **changes: Any) -> Step:
+    """A step with labelled rows and labelled sequences."""
+    if sae is None:
+        changes = {"options": {"k": 8, "decoder_norm": "free"}, **changes}
+    return make_step(**{"sae": sae, "labels": True, "sequences": True, "dtype": torch.float64, **changes})
+
+
+def scaled(sae: SparseAutoencoder, factor: float) -> SparseAutoencoder:
+    """A copy whose activations are `factor` times as large, and which rebuilds the same."""
+    other = copy.deepcopy(sae)
+    with torch.no_grad():
+        other.W_enc.mul_(factor)
+        other.b_enc.mul_(factor)
+        other.W_dec.div_(factor)
+    return other
+
+
+@pytest.fixture
+def kit() -> types.SimpleNamespace:
+    """The functions above: test files import nothing from one another."""
+    return types.SimpleNamespace(prepared=prepared, step_of=step_of, scaled=scaled)

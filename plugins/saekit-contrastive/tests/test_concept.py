@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from saekit_contrastive.concept import Concept, ConceptRows, bar, resolve_latents
+from saekit_contrastive.forms import FORMS, contrast
+
+from saekit import UsageError
+
+CONCEPTS = ["code", "prose"]
+
+
+def killed(sae, latent: int = 0):
+    """The SAE with a latent that never fires."""
+    with torch.no_grad():
+        (sae.b_gate if sae.b_enc is None else sae.b_enc)[latent] = -50.0
+    return sae
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("architecture", ["topk", "standard", "batchtopk", "jumprelu", "gated"])
+def test_a_dead_latent_is_moved(kit, form, architecture: str) -> None:
+    """The seed's `-(mu_pos - mu_neg)` through the ReLU has no gradient where the latent is silent, its very start."""
+    sae = killed(kit.step_of(architecture=architecture, options={}).sae)
+    step = kit.step_of(sae)
+    code, labels = step.sequences.code, step.sequences.labels[step.sequences.mask.nonzero()[:, 0], 0]
+    assert not code.column(0).any()
+    seed = contrast(code.column(0), labels, form="raw")
+    gradient = torch.autograd.grad(seed, sae.W_enc, allow_unused=True)[0] if seed.requires_grad else None
+    assert gradient is None or not gradient[:, 0].any()
+
+    for on in ("tokens", "sequences"):
+        value = kit.prepared(Concept(latents={"code": 0}, form=form, on=on), sae)(step)
+        moved = torch.autograd.grad(value, sae.W_enc)[0]
+        assert moved[:, 0].abs().max() > 1e-4
+        assert not moved[:, 1:].any()
+
+
+@pytest.mark.parametrize("loss", [Concept, ConceptRows])
+@pytest.mark.parametrize("form", FORMS)
+def test_scaling_the_encoder_and_the_decoder_changes_nothing_but_raw(kit, loss, form) -> None:
+    step = kit.step_of()
+    other = kit.step_of(kit.scaled(step.sae, 7.0))
+    torch.testing.assert_close(other.reconstruction, step.reconstruction)
+    value, after = (kit.prepared(loss(form=form), s.sae)(s) for s in (step, other))
+    if form == "raw":
+        torch.testing.assert_close(after, 7 * value)
+    else:
+        torch.testing.assert_close(after, value)
+
+
+def test_values_against_the_definition(kit) -> None:
+    step = kit.step_of()
+    batch = step.sequences
+    sequence = batch.mask.nonzero()[:, 0]
+    scores = batch.code.pre(torch.tensor([5]))[:, 0] - bar(batch.code)
+    tokens = kit.prepared(Concept(latents={"prose": 5}), step.sae)(step)
+    torch.testing.assert_close(tokens, contrast(scores, batch.labels[sequence, 1]))
+    means = torch.stack([scores[sequence == i].mean() for i in range(len(batch))])
+    pooled = kit.prepared(Concept(latents={"1": 5}, on="sequences"), step.sae)(step)
+    torch.testing.assert_close(pooled, contrast(means, batch.labels[:, 1]))
+    rows = kit.prepared(ConceptRows(latents={"prose": 5}), step.sae)(step)
+    torch.testing.assert_close(
+        rows, contrast(step.code.pre(torch.tensor([5]))[:, 0] - bar(step.code), step.labels[:, 1])
+    )
+    both = kit.prepared(Concept(), step.sae)(step)
+    each = [kit.prepared(Concept(latents={name: n}), step.sae)(step) for n, name in enumerate(CONCEPTS)]
+    torch.testing.assert_close(both, torch.stack(each).mean())
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_the_bar_is_the_smallest_active_value_of_each_row(kit, sparse: bool) -> None:
+    step = kit.step_of(sparse=sparse)
+    dense = step.code.dense().detach()
+    torch.testing.assert_close(bar(step.code), torch.where(dense > 0, dense, torch.inf).amin(1))
+    silent = kit.step_of(architecture="standard", options={}, sparse=sparse)
+    with torch.no_grad():
+        silent.sae.b_enc.fill_(-100)
+    assert not bar(kit.step_of(silent.sae, sparse=sparse).code).any()
+
+
+def test_above_the_bar_a_latent_passes_the_gate(kit) -> None:
+    """So that a positive score means that the latent fires, of topk as of a plain ReLU."""
+    for architecture in ("topk", "standard"):
+        code = kit.step_of(architecture=architecture, options={}).code
+        scores = code.pre(torch.arange(64)) - bar(code)[:, None]
+        fired = code.dense() > 0
+        assert fired[scores > 1e-9].all() and not fired[scores < -1e-9].any()
+        assert (scores > 1e-9).any() and (scores < -1e-9).any()
+
+
+@pytest.mark.parametrize(
+    ("latents", "part"),
+    [
+        ({"poetry": 0}, "poetry"),
+        ({"code": 64}, "64"),
+        ({"code": -1}, "-1"),
+        ({"2": 0}, "'2'"),
+        ({}, "empty"),
+        ({"code": 0, "prose": 0}, "twice"),
+        ({"code": 0, "0": 1}, "twice"),
+    ],
+)
+def test_wrong_latents_are_refused_with_the_key(kit, latents, part: str) -> None:
+    with pytest.raises(UsageError, match=r"loss\.concept\.latents") as error:
+        kit.prepared(Concept(latents=latents), kit.step_of().sae)
+    assert part in str(error.value)
+
+
+def test_more_concepts_than_latents_are_refused() -> None:
+    with pytest.raises(UsageError, match="latent 1"):
+        resolve_latents(None, CONCEPTS, 1, "loss.concept")
+    with pytest.raises(UsageError, match="no concepts"):
+        resolve_latents(None, [], 8, "loss.concept")
+
+
+@pytest.mark.parametrize("loss", [Concept, ConceptRows])
+@pytest.mark.parametrize("fill", [0.0, 1.0, torch.nan])
+def test_one_class_alone_is_refused_before_training_and_says_nothing_in_a_step(kit, loss, fill: float) -> None:
+    sae = kit.step_of().sae
+    with pytest.raises(UsageError, match="code"):
+        kit.prepared(loss(latents={"code": 0}), sae, torch.full((4, 2), fill))
+    part = kit.prepared(loss(latents={"code": 0}), sae)
+    one = torch.full((12, 2), fill)
+    assert not part.active(kit.step_of(sae, sequences=one, labels=one, batch=12))
+    assert part.active(kit.step_of(sae))

@@ -1,0 +1,55 @@
+"""saekit-graph: graphs over the latents of a sparse autoencoder, and what spreads along them, with torch_geometric."""
+
+from collections.abc import Iterator
+
+from saekit import Component, hookimpl
+
+
+@hookimpl
+def saekit_graph_builders() -> Iterator[Component]:
+    yield Component("cosine", "saekit_graph.cosine:Cosine", "Latents whose decoder rows point the same way.")
+    yield Component("correlation", "saekit_graph.joint:Correlation", "Latents whose activations rise and fall together.")
+    yield Component("coactivation", "saekit_graph.joint:Coactivation", "Latents that fire on the same activations (Jaccard).")
+    yield Component("pmi", "saekit_graph.joint:PMI", "Latents that fire together more often than chance has it.")
+
+
+@hookimpl
+def saekit_losses() -> Iterator[Component]:
+    yield Component(
+        "cluster",
+        "saekit_graph.cluster:Cluster",
+        "Aligns a latent and its neighbours in the feature graph with a labelled concept.",
+        needs=("sequences", "graph"),
+    )
+
+
+@hookimpl
+def saekit_callbacks() -> Iterator[Component]:
+    yield Component(
+        "refresh_graph",
+        "saekit_graph.refresh:RefreshGraph",
+        "Builds the feature graph anew every few steps of training.",
+        provides=("graph",),
+    )
+
+
+@hookimpl
+def saekit_analyzers() -> Iterator[Component]:
+    yield Component(
+        "communities",
+        "saekit_graph.communities:Communities",
+        "Groups of latents that belong together, beside those of a rewired graph.",
+        needs=("graph",),
+    )
+    yield Component(
+        "explain_neighbours",
+        "saekit_graph.explain:ExplainNeighbours",
+        "Which neighbours drive a latent's propagated activation g: GNNExplainer beside the exact shares.",
+        needs=("graph",),
+    )
+    yield Component(
+        "propagation",
+        "saekit_graph.foretell:Foretell",
+        "How much of what latents do their neighbours tell: by mean or learned (GCN, GAT) propagation, beside strangers.",
+        needs=("graph",),
+    )

@@ -1,0 +1,86 @@
+"""Propagation of a code over the feature graph: `g = ReLU(f A^T)`, with A row-normalised over each latent's neighbours.
+
+    g_i = ReLU( sum over neighbours j of i of  w_ij / (sum of i's w) * f_j )
+
+It is torch_geometric's `LGConv(normalize=False)` over the graph's own edges, which run from neighbour to centre, with the
+weights of each centre's edges divided by their sum. (`LGConv` by itself normalises symmetrically, which is another map.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from saekit import Code, FeatureGraph, UsageError
+
+if TYPE_CHECKING:
+    from saekit import SparseAutoencoder
+
+
+def normalised_weight(graph: FeatureGraph) -> Tensor:
+    """The weight of each edge as a share of all edges into its centre: [E]. ValueError for a negative weight."""
+    if bool((graph.weight < 0).any()):
+        raise ValueError("an edge has a negative weight, so the weights are no shares of a whole.")
+    totals = graph.weight.new_zeros(graph.nodes).index_add_(0, graph.edge_index[1], graph.weight)
+    return graph.weight / totals[graph.edge_index[1]].clamp_min(torch.finfo(graph.weight.dtype).tiny)
+
+
+class Propagation(nn.Module):
+    """`g = ReLU(f A^T)` of the codes of one dictionary. It has no parameters.
+
+    graph: the feature graph. UsageError where it has no edges: g would be zero everywhere and say nothing.
+    sae: if given, the SAE that the codes are of; UsageError unless the graph was built from its dictionary.
+    """
+
+    def __init__(self, graph: FeatureGraph, sae: SparseAutoencoder | None = None) -> None:
+        from torch_geometric.nn import LGConv
+
+        super().__init__()
+        if sae is not None:
+            graph.require(sae)
+        if not graph.edge_index.shape[1]:
+            raise UsageError("the feature graph has no edges, so nothing propagates. Build it with a smaller `above`.")
+        self.nodes = graph.nodes
+        self.conv = LGConv(normalize=False)
+        self.register_buffer("edge_index", graph.edge_index)
+        self.register_buffer("weight", normalised_weight(graph))
+
+    edge_index: Tensor
+    weight: Tensor
+
+    def forward(self, f: Tensor) -> Tensor:
+        """g of the dense codes f [batch, nodes], with gradients to f: [batch, nodes]."""
+        weight = self.weight.to(f.dtype)
+        return self._spread(f.t(), self.edge_index, weight, self.nodes).t()
+
+    def at(self, code: Code, latents: Tensor) -> Tensor:
+        """g of some latents [n] of a code, with gradients to it: [batch, n]. Only their neighbours' columns are read."""
+        mine = torch.isin(self.edge_index[1], latents)
+        sources, centres = self.edge_index[:, mine]
+        needed, edge_sources = sources.unique(return_inverse=True)  # [m]
+        wanted, where = latents.unique(return_inverse=True)
+        f = code.columns(needed)  # [batch, m]
+        # The centres come after the sources, as nodes that send nothing.
+        nodes = torch.cat([f.t(), f.new_zeros(len(wanted), len(f))])
+        edges = torch.stack([edge_sources, len(needed) + torch.searchsorted(wanted, centres)])
+        g = self._spread(nodes, edges, self.weight[mine].to(f.dtype), len(nodes))
+        return g[len(needed) + where].t()
+
+    def _spread(self, x: Tensor, edges: Tensor, weight: Tensor, nodes: int) -> Tensor:
+        """ReLU of the sum of what comes in over the edges, for node features x [nodes, batch]."""
+        return self.conv(x, incoming(edges, weight, nodes)).relu()
+
+
+def incoming(edges: Tensor, weight: Tensor, nodes: int) -> Tensor:
+    """The matrix A [nodes, nodes], sparse, with `weight` [E] of the edge j -> i at A[i, j].
+
+    Given to a torch_geometric layer in place of edge_index, it is multiplied with, and no message of [E, batch] is made."""
+    order = torch.argsort(edges[1], stable=True)
+    offsets = torch.zeros(nodes + 1, dtype=torch.long, device=edges.device)
+    torch.cumsum(torch.bincount(edges[1], minlength=nodes), 0, out=offsets[1:])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(offsets, edges[0, order], weight[order], (nodes, nodes), check_invariants=False)

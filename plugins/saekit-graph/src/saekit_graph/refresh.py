@@ -1,0 +1,104 @@
+"""The callback `refresh_graph`: the feature graph of a dictionary that is still being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from saekit import Choice, Code, FeatureGraph, Kind, Pattern, SparseCode, hookimpl
+
+Kept = tuple[Tensor, Tensor, Tensor, int]
+"""A code's entries that are not zero, (rows, latents, values), and how many rows it has."""
+
+
+class RefreshGraph:
+    """Builds the graph anew every `every` steps, from the dictionary as it is and the codes of the last batches.
+
+    Until `start` steps are done there is none, and losses that need it are silent: the graph of a random decoder says
+    nothing. Between two refreshes the graph is of the dictionary as it was, by at most `every` steps; losses take it so.
+    """
+
+    def __init__(
+        self,
+        *,
+        builder: Annotated[
+            Choice,
+            Kind("graph_builder"),
+            Field(description='What builds it: a graph builder by name, or {use = "cosine", k = 10}.'),
+        ] = Choice(use="cosine"),
+        every: Annotated[int, Field(gt=0, description="Steps between refreshes.")] = 500,
+        start: Annotated[int, Field(gt=0, description="Steps of training before the first graph.")] = 100,
+        batches: Annotated[int, Field(gt=0, description="Of how many of the last steps the builder is given the codes.")] = 8,
+    ) -> None:
+        self.builder, self.every, self.start, self.batches = builder, every, start, batches
+        self.graph: FeatureGraph | None = None
+        self.refreshed = 0  # after how many steps the graph was built; 0 for never
+        self.codes: list[Kept] = []
+
+    @hookimpl
+    def training_started(self, trainer: Any) -> None:
+        """A resumed run goes on with the graph, and the codes, of its checkpoint."""
+        at = trainer.device
+        self.codes = [(rows.to(at), latents.to(at), values.to(at), n) for rows, latents, values, n in self.codes]
+        if self.graph is not None:
+            self.graph = self.graph.to(trainer.device)
+        trainer.graph = self.graph
+
+    @hookimpl
+    def step_ended(self, trainer: Any, number: int) -> None:
+        """Keep the step's code if the next graph is to see it, and build that graph when it is time."""
+        left = self._steps_left(number + 1)
+        if left < self.batches:
+            code = trainer.step.code
+            rows, latents, values = (t.detach().clone() for t in code.nonzero())
+            self.codes.append((rows, latents, values, len(code)))
+        if left == 0:
+            self.refresh(trainer, number + 1)
+
+    def _steps_left(self, done: int) -> int:
+        """How many more steps it is to the next refresh; 0 if it is now, with `done` steps done."""
+        return self.start - done if done < self.start else -(done - self.start) % self.every
+
+    @torch.no_grad()
+    def refresh(self, trainer: Any, done: int) -> FeatureGraph:
+        """Build the graph now, after `done` steps, and give it to the trainer."""
+        graph = self.builder.build()(trainer.sae, self._stream(trainer.sae.d_sae))
+        graph.builder = self.builder.component.qualified_name
+        if not graph.edge_index.shape[1]:
+            trainer.listeners.warn(
+                f"refresh_graph: the graph that {graph.builder} built after {done} steps has no edges: every cluster is "
+                "one latent alone. Give it more `batches` or a later `start`, or a builder that asks for less."
+            )
+        self.graph = trainer.graph = graph.to(trainer.device)
+        self.refreshed, self.codes = done, []
+        return self.graph
+
+    def _stream(self, d_sae: int) -> Iterator[Code]:
+        for rows, latents, values, batch in self.codes:
+            yield SparseCode(Pattern.of_rows(rows, latents, batch, d_sae), values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the graph, when it was built, and the codes that wait for the next."""
+        state: dict[str, Any] = {"refreshed": self.refreshed, "rows": [kept[3] for kept in self.codes]}
+        for i, kept in enumerate(self.codes):
+            state |= {f"code{i}.{name}": tensor for name, tensor in zip(("rows", "latents", "values"), kept, strict=False)}
+        if self.graph is not None:
+            state |= {"edge_index": self.graph.edge_index, "weight": self.graph.weight, "nodes": self.graph.nodes}
+            state |= {"dictionary": self.graph.dictionary, "builder": self.graph.builder}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.refreshed = state["refreshed"]
+        self.codes = [
+            (state[f"code{i}.rows"], state[f"code{i}.latents"], state[f"code{i}.values"], batch)
+            for i, batch in enumerate(state["rows"])
+        ]
+        self.graph = None
+        if "edge_index" in state:
+            names = ("nodes", "edge_index", "weight", "dictionary", "builder")
+            self.graph = FeatureGraph(*(state[name] for name in names))

@@ -1,0 +1,42 @@
+"""What building a graph holds in memory, in a process of its own, at a reduced size; the whole size is in docs/graphs.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MB = 1 << 20
+
+
+def measured(place: Path, *arguments: str) -> dict[str, Any]:
+    out = place / "card.json"
+    command = [sys.executable, "-m", "saekit_graph.benchmark", *arguments, "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_cosine_holds_one_block_and_no_copy_of_the_dictionary(tmp_path: Path) -> None:
+    """40,000 latents x 64: all cosines would be 6.4 GB. Beyond an almost empty build: a block of 256 MB and its top 8."""
+    small = measured(tmp_path, "cosine", "--latents", "64", "--width", "64", "--k", "8", "--rounds", "1")
+    card = measured(
+        tmp_path, "cosine", "--latents", "40000", "--width", "64", "--k", "8", "--rows", "1", "--rounds", "1", "--whole"
+    )
+    assert card["peak_bytes"] - small["peak_bytes"] < 400 * MB
+    assert card["whole_seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("builder", ["coactivation", "correlation"])
+def test_joint_builders_hold_the_firings_and_one_block(tmp_path: Path, builder: str) -> None:
+    """20,000 latents: all pairs would be 3.2 GB in float64. Beyond an almost empty build: 640,000 firings and a block."""
+    few = measured(tmp_path, builder, "--latents", "64", "--tokens", "100", "--k", "8")
+    card = measured(tmp_path, builder, "--latents", "20000", "--tokens", "20000", "--k", "8")
+    assert card["peak_bytes"] - few["peak_bytes"] < 450 * MB
+    assert card["edges"] > 100_000

@@ -1,0 +1,105 @@
+"""The prompts, by kind: read from JSON, tokenised, and checked against the model's context before anything runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from saekit import Subject, TokenBatch, UsageError
+
+DEFAULT = Path(__file__).parent / "prompts" / "default.json"
+NEUTRAL, UNRELATED = "neutral", "unrelated"
+"""The kinds on which the effect and the damage are compared with those of other directions."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text with its tokens, BOS first where the tokenizer has one; `kind` is its key in the file."""
+
+    kind: str
+    text: str
+    tokens: tuple[int, ...]
+
+
+def load_prompts(path: str | None) -> dict[str, list[str]]:
+    """{kind: texts} of a JSON file, or the plugin's own. UsageError, naming file and kind, for what is no such thing.
+
+    The kinds "neutral" and "unrelated" must be there: effect and damage are compared on them."""
+    file = DEFAULT if path is None else Path(path).expanduser()
+    where = f"analyzer.steer.prompts: {file}"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{where}: cannot be read: {error.strerror}. Name a JSON file {{kind: [texts]}}.") from None
+    except ValueError as error:
+        raise UsageError(f"{where}: is not valid JSON: {error}. Write {{kind: [texts]}}.") from None
+    if not isinstance(content, dict) or not content:
+        raise UsageError(f"{where}: holds no kinds of prompts. Write {{kind: [texts]}}.")
+    for kind, texts in content.items():
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise UsageError(
+                f"{where}: {kind!r} is no list of texts. Give each kind at least one prompt that says something."
+            )
+    for kind in (NEUTRAL, UNRELATED):
+        if kind not in content:
+            raise UsageError(
+                f"{where}: has no kind {kind!r}, on which directions are compared. Add some prompts of it."
+            )
+    return content
+
+
+def tokenised(texts: dict[str, list[str]], subject: Subject, new_tokens: int) -> list[Prompt]:
+    """The prompts in their order. UsageError where one does not fit the model's context with what is to follow it."""
+    first = [] if subject.bos_token_id is None else [subject.bos_token_id]
+    prompts = []
+    for kind, some in texts.items():
+        for text in some:
+            ids = (*first, *subject.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            prompts.append(Prompt(kind, text, ids))
+            if subject.context is not None and len(ids) + new_tokens > subject.context:
+                raise UsageError(
+                    f"analyzer.steer.prompts: {text[:60]!r} ({kind}) has {len(ids)} tokens, and {new_tokens} are to follow "
+                    f"(max_new_tokens), but the model takes {subject.context}. Shorten the prompt or max_new_tokens."
+                )
+            if len(ids) < 2:
+                raise UsageError(
+                    f"analyzer.steer.prompts: {text[:60]!r} ({kind}) is a single token, and the first position is left "
+                    "alone. Write a longer prompt."
+                )
+    return prompts
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Rows of tokens, padded on the right. numbers, kinds: of each row's prompt; no numbers for text that is no prompt.
+    `tokens.keep` leaves out padding and the first position, which is not steered."""
+
+    numbers: list[int]
+    kinds: list[str]
+    tokens: TokenBatch
+
+
+def batches(prompts: Sequence[Prompt], batch_tokens: int) -> Iterator[PromptBatch]:
+    """All prompts, those of like length together, at most about `batch_tokens` tokens at a time, padding included."""
+    some: list[int] = []
+    for number in [*sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens)), None]:
+        full = number is not None and (len(some) + 1) * len(prompts[number].tokens) > batch_tokens
+        if some and (number is None or full):
+            yield PromptBatch(some, [prompts[i].kind for i in some], batch_of([prompts[i].tokens for i in some]))
+            some = []
+        if number is not None:
+            some.append(number)
+
+
+def batch_of(rows: Sequence[Sequence[int]]) -> TokenBatch:
+    """Rows of tokens as a batch whose first position is not kept."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]  # [n, T]
+    keep = mask.clone()
+    keep[:, 0] = False
+    return TokenBatch(tokens, mask, keep, torch.arange(len(tokens)))
