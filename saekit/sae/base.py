@@ -83,6 +83,11 @@ class SparseAutoencoder(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(self.d_out))
         self.W_skip = nn.Parameter(torch.zeros(self.d_out, d_in)) if skip else None
 
+    @property
+    def fixed_latents(self) -> Tensor:
+        """Latents [n] whose decoder rows nothing may move, be it a callback; none unless an architecture says so."""
+        return torch.empty(0, dtype=torch.long, device=self.W_dec.device)
+
     def path_state(self) -> dict[str, Any]:
         """Plain values that decide how, not what, is computed; a checkpoint keeps them, so that a resumed run rounds
         alike. Empty unless the architecture chooses between ways of computing."""

@@ -18,8 +18,9 @@ from saekit.sae.base import SparseAutoencoder
 from saekit.sae.formats import CONFIG, WEIGHTS, SavedSAE, open_sae
 
 D_IN, D_SAE = 16, 64
-NAMES = [c.name for c in Registry().components("architecture")]
-CLASSES = {c.name: c.load() for c in Registry().components("architecture")}
+OWN = [c for c in Registry().components("architecture") if c.distribution == "saekit"]
+NAMES = [c.name for c in OWN]
+CLASSES = {c.name: c.load() for c in OWN}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 # (sae_lens's architecture, its own options, whether it takes b_dec from the input, ours)

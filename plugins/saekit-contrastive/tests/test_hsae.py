@@ -212,11 +212,14 @@ def _remove(path: Path) -> None:
 
 
 def test_an_sae_to_start_from_keeps_its_rows(tmp_path: Path) -> None:
-    first = tiny_run(tmp_path / "first", architecture={"use": "hsae", "d_sae": F, **table("topk", latents=[3, 5])})
-    second = tiny_run(tmp_path / "second", architecture={"use": "hsae", "from": str(first.directory / "sae")})
+    first = tiny_run(tmp_path / "first", architecture={"use": "hsae", "d_sae": F, **table("batchtopk", latents=[3, 5])})
+    start = {"use": "hsae", "from": str(first.directory / "sae")}
+    second = tiny_run(tmp_path / "second", architecture={**start, **table("batchtopk")})
     before, after = (load_sae(run.directory / "sae") for run in (first, second))
     assert torch.equal(after.W_dec[[3, 5]], before.W_dec[[3, 5]])
     assert not torch.equal(after.W_dec[0], before.W_dec[0])
+    with pytest.raises(UsageError, match="architecture.base"):
+        tiny_run(tmp_path / "third", architecture={**start, **table("topk")})
 
 
 # --- from a dead start -----------------------------------------------------------------------------------------

@@ -156,3 +156,17 @@ def test_it_stops_after_its_share_of_the_run(until: float) -> None:
     for batch in batches(20):
         trainer.train_on(batch)
     assert (callback.resampled > 0) == (until >= 0.1)
+
+
+def test_a_latent_whose_row_is_fixed_is_left_alone() -> None:
+    class Held(TopK):
+        fixed_latents = torch.tensor([DEAD[1]])
+
+    sae = Held(D, F, k=4)
+    callback = Resample(every=1000, below=1e-4)
+    trainer = trainer_with(callback, sae)
+    for batch in batches(10):
+        trainer.train_on(batch)
+    before = sae.W_dec.detach().clone()
+    assert sorted(callback.resample(trainer).tolist()) == [DEAD[0], DEAD[2]]
+    assert torch.equal(sae.W_dec[DEAD[1]], before[DEAD[1]])

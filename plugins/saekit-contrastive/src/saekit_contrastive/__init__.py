@@ -54,3 +54,12 @@ def saekit_metrics() -> Iterator[Component]:
         "How well latents tell their concepts on held-out sequences, beside probes and other latents.",
         needs=("sequences",),
     )
+
+
+@hookimpl
+def saekit_recipes() -> Iterator[Component]:
+    yield Component(
+        "concept",
+        "saekit_contrastive:recipes/concept.toml",
+        "Makes latent 0 mean Python code on the model organism, and compares seven ways to try, in ten minutes.",
+    )

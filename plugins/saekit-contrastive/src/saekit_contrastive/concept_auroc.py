@@ -50,7 +50,9 @@ class ConceptAUROC:
     `concept_`; where the source has several concepts, `_` and the concept's name are added at the end.
     """
 
-    headline: ClassVar[tuple[str, ...]] = ("concept_auroc_tokens", "concept_auroc_sequences")
+    headline: ClassVar[tuple[str, ...]] = (
+        "concept_auroc_tokens", "concept_auroc_sequences", "concept_e_pos", "concept_e_neg", "concept_std", "concept_leakage",
+    )  # fmt: skip
 
     def __init__(
         self,

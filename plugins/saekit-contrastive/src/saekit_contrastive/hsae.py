@@ -29,7 +29,7 @@ class HSAE(SparseAutoencoder):
     """
 
     fixed: Tensor
-    fixed_latents: Tensor
+    _latents: Tensor
 
     def __new__(cls, *args: Any, base: Choice | None = None, **options: Any) -> HSAE:
         """`cls` is already made of both where torch or `copy` makes an instance without calling the constructor."""
@@ -77,11 +77,16 @@ class HSAE(SparseAutoencoder):
         self.fixed_vectors, self.concepts, self.sequences, self.wanted = fixed_vectors, concepts, sequences, latents
         # Not in the state dict, whose W_dec has the rows: what other libraries open has no place for more.
         self.register_buffer("fixed", self.W_dec.new_empty(0, self.d_out), persistent=False)  # [n, d_out]
-        self.register_buffer("fixed_latents", torch.empty(0, dtype=torch.long), persistent=False)  # [n]
+        self.register_buffer("_latents", torch.empty(0, dtype=torch.long), persistent=False)  # [n]
         if latents is not None:
             _check_latents(latents, d_sae)
             self._hold(latents)
         self.register_load_state_dict_post_hook(_hold_what_was_loaded)
+
+    @property
+    def fixed_latents(self) -> Tensor:
+        """The latents whose rows are the vectors, in their order: [n]."""
+        return self._latents
 
     def options(self) -> dict[str, Any]:
         return {
@@ -126,7 +131,7 @@ class HSAE(SparseAutoencoder):
     @torch.no_grad()
     def _hold(self, latents: Iterable[int]) -> None:
         """Keep the decoder rows of `latents` as they are."""
-        self.fixed_latents = torch.tensor(list(latents), dtype=torch.long, device=self.W_dec.device)
+        self._latents = torch.tensor(list(latents), dtype=torch.long, device=self.W_dec.device)
         self.fixed = self.W_dec[self.fixed_latents].clone()
 
     @torch.no_grad()

@@ -66,7 +66,9 @@ class Resample:
     def resample(self, trainer: Any) -> Tensor:
         """Give the dead latents new weights now; returns their indices."""
         sae, step = trainer.sae, trainer.step
-        dead = (self.running_usage() < self.below).nonzero().squeeze(1)  # [n]
+        silent = self.running_usage() < self.below
+        silent[sae.fixed_latents] = False  # a row that is not to move has a meaning, also where it is not read yet
+        dead = silent.nonzero().squeeze(1)  # [n]
         error = step.error.square().sum(1).cpu()  # [batch]
         drawable = int((error > 0).sum())
         dead = dead[: min(len(dead), drawable)]

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 KINDS = ("latent", "random", "other latent")
 EXAMPLES = 40
+HEADLINE = [
+    "gain", "monotone", "random_gain_max", "kl_matched", "random_kl_matched",
+    "delta_f_latent", "delta_f_neighbours", "delta_f_right", "delta_g_right",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def summarised(found: Found) -> Result:
         "texts": averaged(found.written, found.pushes),
         "examples_of_texts": _examples(found),
     }
+    result.headline = [name for name in HEADLINE if name in result.scalars]
     result.figures = {"effect": effect_figure(curves, NEUTRAL), "damage": damage_figure(curves, UNRELATED)}
     return result
 
