@@ -68,7 +68,7 @@ class Analysed:
 def atp_analysis(analysed: Analysed, strings: Sequence[str], top_k: int) -> dict[str, Any]:
     """The entry of a variation in the file of results. strings: the target and the base token as text.
 
-    The seed's keys are of the first method; those of the others stand under `methods`, by name."""
+    The keys at the top are of the first method; those of the others stand under `methods`, by name."""
     first, *others = analysed.attributions
     attribution = analysed.attributions[first]
     return {

@@ -4,7 +4,7 @@ Scores are those of one latent; class 1 is to score high, class 0 low. All forms
 their root mean square over the labelled rows, and that unit is not held fixed: a gradient along the scores themselves
 is zero (the forms are homogeneous of degree 0), so a step towards greater activations gains nothing.
 
-- raw: `-(mean of class 1 - mean of class 0)`, the seed's. Unbounded below: twice the scores are twice as good.
+- raw: `-(mean of class 1 - mean of class 0)`. Unbounded below: twice the scores are twice as good.
 - hinge: how far class 1 falls short of `+margin`, and class 0 of `-margin`.
 - bce: cross-entropy of the logistic of score / margin, each class weighing one half.
 - pairwise: log(1 + exp(-difference / margin)), averaged over all pairs of one row of each class: a smooth AUROC

@@ -1,6 +1,6 @@
 """The loss `cluster`: a latent and its neighbours in the feature graph lean towards a labelled concept together.
 
-The seed's `L_cluster = -(mu_pos - mu_neg)` of the mean over cluster_k = {k} and N(k) is `form = "raw"`; the other forms
+`L_cluster = -(mu_pos - mu_neg)` of the mean over cluster_k = {k} and N(k) is `form = "raw"`; the other forms
 cannot be satisfied by scale alone. All act on pre-activations, so that members which never fire move too.
 """
 

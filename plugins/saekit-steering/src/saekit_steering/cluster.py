@@ -31,7 +31,7 @@ class Cluster:
     def read(self, code: Code) -> tuple[Tensor, Tensor | None]:
         """f and g of the cluster's latents, [batch, m] each; g is None without a graph.
 
-        g = ReLU(f A^T) where A's rows are a latent's edges divided by the sum of their absolute weights: the seed's
+        g = ReLU(f A^T) where A's rows are a latent's edges divided by the sum of their absolute weights, as
         propagation over a row-normalised neighbourhood. A latent without neighbours has g = 0."""
         place = code.sum().device
         f = code.columns(torch.tensor(self.latents, device=place)).float()

@@ -1,4 +1,4 @@
-"""The seed's JSON of one strength: every field that it had, under its name, and all prompts beside it."""
+"""The JSON of one strength: the fields of a feature-steering log, and all prompts beside them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def record(
     number: int,
     written: Sequence[Continuation],
 ) -> dict[str, Any]:
-    """What goes into `L{layer}_S{strength}.json`: the seed's fields, of the first prompt, and under `saekit` everything else:
+    """What goes into `L{layer}_S{strength}.json`: the log's fields, of the first prompt, and under `saekit` everything else:
     the strength in other units, and for every prompt f and g by position and what was written."""
     subject = context.source.subject
     cases = [_case(context, prompts, measured, number, i, written) for i in range(len(prompts))]
