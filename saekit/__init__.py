@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from saekit.interventions.replay import Replay as Replay
     from saekit.interventions.replay import own_forward as own_forward
     from saekit.plugins import Registry as Registry
+    from saekit.plugins import named_function as named_function
     from saekit.result import Result as Result
     from saekit.runner.context import RunContext as RunContext
     from saekit.runner.examples import top_examples as top_examples
@@ -100,6 +101,7 @@ _HOME = {
     "Replay": "saekit.interventions.replay",
     "own_forward": "saekit.interventions.replay",
     "Registry": "saekit.plugins",
+    "named_function": "saekit.plugins",
     "Result": "saekit.result",
     "RunContext": "saekit.runner.context",
     "top_examples": "saekit.runner.examples",

@@ -218,6 +218,22 @@ def _module_from_file(path: Path) -> ModuleType:
     return module
 
 
+def named_function(name: str, where: str, takes: str) -> Callable[..., Any]:
+    """The function that `name` ("module:function") stands for, imported from the Python path.
+
+    where: the key it came from; takes: its arguments, for messages. UsageError where there is no such function."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise UsageError(f"{where}: {name!r}: write module:function, for example my_judge:score.")
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{where}: {name!r} cannot be imported: {error}. Put its module on PYTHONPATH.") from None
+    if not callable(found):
+        raise UsageError(f"{where}: {name!r} is no function of {takes}.")
+    return found
+
+
 def article(kind: str) -> str:
     """`a loss`, `an analyzer`, `a graph builder`."""
     word = kind.replace("_", " ")

@@ -211,3 +211,21 @@ def save_tiny_model(directory: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     ).save_pretrained(directory)
+
+
+def save_tiny_gemma2(place: Path) -> Path:
+    """A random Gemma-2 of three 32-wide blocks whose tokens are bytes, in Hugging Face format; gives `place`."""
+    import torch
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    save_tiny_model(place)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), max_position_embeddings=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Gemma2ForCausalLM(config).save_pretrained(place)
+    return place

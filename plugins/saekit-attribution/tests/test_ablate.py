@@ -22,7 +22,7 @@ from saekit import Result, RunContext, UsageError
 from saekit.activations.subject import Subject, load_subject
 from saekit.plugins import Registry
 from saekit.testing import check
-from saekit.testing.tiny import finished_run, save_tiny_model
+from saekit.testing.tiny import finished_run, save_tiny_gemma2
 
 ROOT = Path(__file__).parents[3]
 GEMMA = ROOT / "docs" / "examples" / "attribution" / "gemma-2-9b-it.toml"
@@ -120,7 +120,7 @@ def test_a_judge_is_named_by_module_and_function(monkeypatch: pytest.MonkeyPatch
     assert found == ["short", "long", "short"]
     assert (commonest(found), share_of(found, "long")) == ("short", pytest.approx(1 / 3))
     for name in ("judges_of_the_test", "judges_of_the_test:absent", "absent_module:f", "judges_of_the_test:number"):
-        with pytest.raises(UsageError, match="judge = "):
+        with pytest.raises(UsageError, match=r"analyzer\.ablate\.judge: "):
             load_judge(name)
     with pytest.raises(UsageError, match="name of a class"):
         judged(lambda *_: 1, ["a"], ["b"], "like")  # type: ignore[arg-type, return-value]
@@ -259,23 +259,6 @@ def test_conformance(data: str) -> None:
 # --- the seed's setting ------------------------------------------------------------------------------------------
 
 
-def small_gemma(place: Path) -> Path:
-    """A random Gemma-2 of three blocks whose tokens are bytes."""
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
-
-    save_tiny_model(place)
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), max_position_embeddings=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Gemma2ForCausalLM(config).save_pretrained(place)
-    return place
-
-
 def small_jumprelu(place: Path) -> Path:
     """A random SAE in the layout of sae_lens, as a release's files are."""
     sae_lens = pytest.importorskip("sae_lens")
@@ -297,7 +280,7 @@ def small_jumprelu(place: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_run_file_for_gemma_on_a_small_one(tmp_path: Path) -> None:
-    model, sae = small_gemma(tmp_path / "model"), small_jumprelu(tmp_path / "sae")
+    model, sae = save_tiny_gemma2(tmp_path / "model"), small_jumprelu(tmp_path / "sae")
     (tmp_path / "unrelated.txt").write_text("\n\n".join(f"Line {n} of a harbour." for n in range(60)), encoding="utf-8")
     subject = load_subject(str(model), "blocks.1.hook_out")
     (tmp_path / "labelled.json").write_text(json.dumps(labelled(subject)), encoding="utf-8")

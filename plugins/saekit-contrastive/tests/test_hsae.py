@@ -17,6 +17,7 @@ import saekit
 from saekit import Component, Registry, UsageError, hookimpl, load_sae, save_sae
 from saekit.api import resume
 from saekit.testing import registry_of, tiny_run
+from saekit.testing.tiny import save_tiny_gemma2
 
 D, F = 16, 64
 BASES = ["standard", "clipped", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"]
@@ -272,7 +273,7 @@ def test_three_planted_concepts_are_learnt_at_once_from_silence(base: str, tmp_p
 
 @pytest.mark.slow
 def test_the_run_file_for_gemma_on_a_small_one(tmp_path: Path) -> None:
-    model = small_gemma(tmp_path / "model")
+    model = save_tiny_gemma2(tmp_path / "model")
     lines = [{"text": f"def f{n}(x): return x" if n % 2 else f"A lamp, number {n}.", "code": n % 2} for n in range(96)]
     (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     kinds = ("code", "prose", "question", "neutral", "unrelated")
@@ -293,25 +294,6 @@ def test_the_run_file_for_gemma_on_a_small_one(tmp_path: Path) -> None:
     assert done.summary["metrics"]["concept_firing_pos"] is not None
     names = {path.name for path in (done.directory / "analysis" / "steer").iterdir()}
     assert "L1_S15.0.json" in names, names
-
-
-def small_gemma(place: Path) -> Path:
-    """A random Gemma-2 of three blocks whose tokens are bytes."""
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
-
-    from saekit.testing.tiny import save_tiny_model
-
-    save_tiny_model(place)
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), max_position_embeddings=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Gemma2ForCausalLM(config).save_pretrained(place)
-    return place
 
 
 # --- bad input -------------------------------------------------------------------------------------------------

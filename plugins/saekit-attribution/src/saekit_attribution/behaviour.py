@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from saekit import Subject, UsageError, hook_points, seeded
+from saekit import Subject, UsageError, hook_points, named_function, seeded
 from saekit_attribution.controls import batch_of
 from saekit_attribution.samples import Sample
 
@@ -28,16 +27,7 @@ def organism_judge(prompt: str, response: str, template_type: str) -> str:
 
 def load_judge(name: str) -> Judge:
     """The function that "module:function" names. UsageError where there is none."""
-    module, colon, function = name.partition(":")
-    if not colon or not module or not function:
-        raise UsageError(f"judge = {name!r}: write module:function, for example my_judge:classify.")
-    try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"judge = {name!r}: cannot be imported: {error}. Put its module on PYTHONPATH.") from None
-    if not callable(found):
-        raise UsageError(f"judge = {name!r}: is no function of (prompt, response, template_type).")
-    return found
+    return named_function(name, "analyzer.ablate.judge", "(prompt, response, template_type)")
 
 
 def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], template_type: str) -> list[str]:

@@ -26,6 +26,11 @@ Latents = Annotated[
     ),
 ]
 """The type of the option that gives each concept its latent."""
+On = Annotated[
+    Literal["tokens", "sequences"],
+    Field(description="tokens: every position is to be told apart; sequences: only the mean over positions."),
+]
+"""The type of the option `on`."""
 _LOOK, _LOOKS = 32, 16  # how far `prepare` looks for both classes: sequences a batch, and batches
 
 
@@ -118,10 +123,7 @@ class Concept(_Concept):
         latents: Latents = None,
         form: Form = "hinge",
         margin: Margin = 0.5,
-        on: Annotated[
-            Literal["tokens", "sequences"],
-            Field(description="tokens: every position is to be told apart; sequences: only the mean over positions."),
-        ] = "tokens",
+        on: On = "tokens",
     ) -> None:
         super().__init__(latents, form, margin)
         self._on = on

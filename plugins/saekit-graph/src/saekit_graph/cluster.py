@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from saekit_contrastive.concept import Concept, Latents, bar
+from saekit_contrastive.concept import Concept, Latents, On, bar
 from saekit_contrastive.forms import Form, Margin
 from torch import Tensor
 
@@ -32,10 +32,7 @@ class Cluster(Concept):
         latents: Latents = None,
         form: Form = "hinge",
         margin: Margin = 0.5,
-        on: Annotated[
-            Literal["tokens", "sequences"],
-            Field(description="tokens: every position is to be told apart; sequences: only the mean over positions."),
-        ] = "tokens",
+        on: On = "tokens",
         zero: Annotated[
             Literal["middle", "bar"],
             Field(

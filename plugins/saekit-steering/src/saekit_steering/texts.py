@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from saekit import GeneratedPair, Subject, UsageError, paired_generation
+from saekit import GeneratedPair, Subject, UsageError, named_function, paired_generation
 from saekit_steering.matched import mean
 from saekit_steering.prompts import Prompt, batch_of
 from saekit_steering.push import Push
@@ -120,18 +119,7 @@ def averaged(found: Sequence[Continuation], pushes: Sequence[Push]) -> list[dict
 
 def load_judge(name: str) -> Judge:
     """The function that "module:function" names. UsageError where there is none."""
-    module, colon, function = name.partition(":")
-    if not colon or not module or not function:
-        raise UsageError(f"analyzer.steer.judge: {name!r}: write module:function, for example my_judge:score.")
-    try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"analyzer.steer.judge: {name!r} cannot be imported: {error}. Put its module on PYTHONPATH."
-        ) from None
-    if not callable(found):
-        raise UsageError(f"analyzer.steer.judge: {name!r} is no function of (prompt, before, after).")
-    return found
+    return named_function(name, "analyzer.steer.judge", "(prompt, before, after)")
 
 
 def judged(judge: Judge, prompt: str, before: str, after: str) -> dict[str, float | None]:
