@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from saekit.component import no_true_for_a_number, validation_lines
 from saekit.errors import UsageError, near_names
+from saekit.options import no_true_for_a_number, validation_lines
 from saekit.schedules import SCHEDULES, Scheduled
 from saekit.variants import Variant, changed, check_variant
 

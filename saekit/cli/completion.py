@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from click.shell_completion import CompletionItem
 
-from saekit.component import Component, option_parameters
+from saekit.component import Component
 from saekit.errors import SaekitError
+from saekit.options import option_parameters
 from saekit.plugins import Registry
 
 if TYPE_CHECKING:

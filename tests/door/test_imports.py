@@ -27,7 +27,7 @@ LEVELS = [
     {"sae", "activations", "graph", "interventions", "organism"},
     {
         "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "contracts", "listeners", "result",
-        "errors", "files", "stability",
+        "errors", "files", "stability", "options",
     },
 ]
 LEVEL = {name: len(LEVELS) - number for number, names in enumerate(LEVELS) for name in names}
