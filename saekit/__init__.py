@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from saekit.interventions.edits import set_to as set_to
     from saekit.interventions.generation import GeneratedPair as GeneratedPair
     from saekit.interventions.generation import paired_generation as paired_generation
-    from saekit.interventions.numerics import own_numerics as own_numerics
-    from saekit.interventions.numerics import seeded as seeded
     from saekit.interventions.order import ensure_downstream as ensure_downstream
     from saekit.interventions.replay import Recording as Recording
     from saekit.interventions.replay import Replay as Replay
     from saekit.interventions.replay import own_forward as own_forward
+    from saekit.numerics import own_numerics as own_numerics
+    from saekit.numerics import seeded as seeded
     from saekit.plugins import Registry as Registry
     from saekit.plugins import named_function as named_function
     from saekit.result import Result as Result
@@ -94,8 +94,8 @@ _HOME = {
     "set_to": "saekit.interventions.edits",
     "GeneratedPair": "saekit.interventions.generation",
     "paired_generation": "saekit.interventions.generation",
-    "own_numerics": "saekit.interventions.numerics",
-    "seeded": "saekit.interventions.numerics",
+    "own_numerics": "saekit.numerics",
+    "seeded": "saekit.numerics",
     "ensure_downstream": "saekit.interventions.order",
     "Recording": "saekit.interventions.replay",
     "Replay": "saekit.interventions.replay",

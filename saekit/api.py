@@ -10,8 +10,8 @@ from typing import Any
 
 from saekit.errors import UsageError
 from saekit.plugins import Registry
+from saekit.run_directory import RunDirectory
 from saekit.runner.compose import Request, compose
-from saekit.runner.directory import RunDirectory
 from saekit.runner.plan import RunPlan, plan_run
 
 

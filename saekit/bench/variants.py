@@ -16,7 +16,7 @@ from saekit.bench.timing import alternate
 from saekit.config import RunConfig
 from saekit.errors import UsageError
 from saekit.plugins import Registry
-from saekit.runner.directory import RunDirectory
+from saekit.run_directory import RunDirectory
 from saekit.runner.member import Member
 from saekit.runner.plan import plan_run
 from saekit.runner.run import Run

@@ -64,7 +64,7 @@ def _print(comparison: Comparison, console: Console) -> None:
     from rich.text import Text
 
     from saekit.report.compare import cells, in_numbers, setting
-    from saekit.report.words import clean
+    from saekit.wording import clean
 
     sides = comparison.sides
     for side in sides:
@@ -93,7 +93,7 @@ def _tables(names: list[str], columns: dict[str, list[str]], numeric: set[str], 
     from rich.table import Table
     from rich.text import Text
 
-    from saekit.report.words import clean
+    from saekit.wording import clean
 
     def short(text: str) -> Text:
         text = clean(text)

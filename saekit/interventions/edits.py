@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import UsageError
-from saekit.interventions.numerics import own_numerics
+from saekit.numerics import own_numerics
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code, DenseCode, SparseCode
 from saekit.sae.kernels import Pattern

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saekit.activations.sites import hook_points
 from saekit.errors import UsageError
 from saekit.interventions.attach import Attachment, attach_all
-from saekit.interventions.numerics import seeded
+from saekit.numerics import seeded
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saekit.activations.sites import Site, resolve
 from saekit.errors import UsageError
-from saekit.interventions.numerics import seeded
+from saekit.numerics import seeded
 
 if TYPE_CHECKING:
     from saekit.interventions.attach import Attachment

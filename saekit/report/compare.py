@@ -13,8 +13,8 @@ from saekit.errors import UsageError, near_names
 from saekit.report.curves import POINTS, bars, logged_names, overlaid
 from saekit.report.page import Cell, Table, figures_of
 from saekit.report.rundir import RunFiles, is_number, name_of, read_run, variants_of
-from saekit.report.words import number
 from saekit.report.write import render_template
+from saekit.wording import number
 
 MISSING = "-"
 FIGURES = ("tokens", "steps", "tokens_per_second", "peak_memory_bytes")

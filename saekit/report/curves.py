@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from saekit.report.rundir import is_number
-from saekit.report.words import label
+from saekit.wording import label
 
 POINTS = 2000
 """More points than a chart has pixels only make the file heavy."""

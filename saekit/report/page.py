@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from saekit.report.curves import POINTS, logged_names, loss_figures, measure_figures, overlaid
 from saekit.report.rundir import RunFiles, is_number, name_of
-from saekit.report.words import NOT_DEFINED, clean, count, duration, label, memory, number
+from saekit.wording import NOT_DEFINED, clean, count, duration, label, memory, number
 
 TABLE_ROWS = 2000
 LATENTS = 200

@@ -18,9 +18,9 @@ from saekit.graph import FeatureGraph, dictionary_digest
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
 from saekit.result import Result
+from saekit.run_directory import RunDirectory
 from saekit.runner.blame import blamed_on, explained, of_variant
 from saekit.runner.context import RunContext
-from saekit.runner.directory import RunDirectory
 from saekit.runner.plan import Part, Plan
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code

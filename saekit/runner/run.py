@@ -20,8 +20,8 @@ from saekit.files import DiskFull, plain, write_json
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
 from saekit.report import write_report
+from saekit.run_directory import RunDirectory
 from saekit.runner.blame import explained
-from saekit.runner.directory import RunDirectory
 from saekit.runner.hardware import choose_device, peak_memory
 from saekit.runner.member import Member, Sample
 from saekit.runner.plan import RunPlan

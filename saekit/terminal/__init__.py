@@ -22,7 +22,7 @@ def choose_view(json: bool = False) -> Any:
         or not encoding.startswith("utf")  # the live view draws with characters that others lack
     )
     if plain:
-        from saekit.terminal.plain import PlainView
+        from saekit.terminal.lines import PlainView
 
         return PlainView()
     from saekit.terminal.view import LiveView

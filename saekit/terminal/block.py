@@ -9,8 +9,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Group
 from rich.text import Text
 
-from saekit.report.words import clean, count, duration, label, number, percent
 from saekit.terminal.state import LossRow, Phase, RunState, Training
+from saekit.wording import clean, count, duration, label, number, percent
 
 WIDEST = 108  # beyond this the eye loses the line
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"

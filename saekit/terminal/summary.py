@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from saekit.report.words import clean, count, duration, label, memory, number
+from saekit.wording import clean, count, duration, label, memory, number
 
 WIDEST = 108
 GAP = 4  # columns between two headline metrics

@@ -103,7 +103,7 @@ def _sequences(sae: SparseAutoencoder, labels: bool | Tensor, sparse: bool, seed
     import torch
 
     from saekit.activations.batch import SequenceBatch
-    from saekit.interventions.numerics import evaluating
+    from saekit.numerics import evaluating
     from saekit.sae.code import DenseCode
 
     draws = torch.Generator().manual_seed(seed + 1)

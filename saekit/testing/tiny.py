@@ -18,8 +18,8 @@ from typing import Any
 
 from saekit.component import Component
 from saekit.plugins import Registry
+from saekit.run_directory import RunDirectory
 from saekit.runner.context import RunContext
-from saekit.runner.directory import RunDirectory
 from saekit.runner.plan import GRAPH, RunPlan
 from saekit.testing.fixtures import CONCEPTS, D_IN, D_SAE
 from saekit.testing.kit import NotApplicable

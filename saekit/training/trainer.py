@@ -13,8 +13,8 @@ from saekit.activations.batch import Activations, SequenceBatch
 from saekit.config import TrainingConfig
 from saekit.errors import PluginError, RunError
 from saekit.graph import FeatureGraph
-from saekit.interventions.numerics import evaluating
 from saekit.listeners import Listeners
+from saekit.numerics import evaluating
 from saekit.sae.base import SparseAutoencoder
 from saekit.schedules import value_at
 from saekit.training.firing import FiringStatistics

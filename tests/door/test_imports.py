@@ -27,7 +27,7 @@ LEVELS = [
     {"sae", "activations", "graph", "interventions", "organism"},
     {
         "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "contracts", "listeners", "result",
-        "errors", "files", "stability", "options",
+        "errors", "files", "stability", "options", "numerics", "run_directory", "seeds", "wording", "memory",
     },
 ]
 LEVEL = {name: len(LEVELS) - number for number, names in enumerate(LEVELS) for name in names}
@@ -121,7 +121,7 @@ def test_the_core_names_no_component_and_no_plugin() -> None:
     names = (names | {plugin.name for plugin in registry.plugins}) - set(ORDINARY)
     assert {"mse", "topk", "quickstart"} <= names
     # How measured values are written in words is decided in one place, by their keys; a metric often has its value's name.
-    values = {ROOT / "report" / "words.py": {c.name for c in registry.components("metric") + registry.components("loss")}}
+    values = {ROOT / "wording.py": {c.name for c in registry.components("metric") + registry.components("loss")}}
     found = []
     for _part, path in sources("builtin", "bench", "testing"):
         tree = ast.parse(path.read_text(encoding="utf-8"))

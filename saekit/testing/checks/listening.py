@@ -7,7 +7,7 @@ from typing import Any
 
 from saekit.errors import Interrupted
 from saekit.hookspecs import PROJECT, Lifecycle, hookimpl
-from saekit.runner.directory import RunDirectory
+from saekit.run_directory import RunDirectory
 from saekit.runner.plan import plan_run
 from saekit.testing.checks.shared import changed, copied, through_a_checkpoint
 from saekit.testing.kit import Failed, NotApplicable, Subject

@@ -9,7 +9,7 @@ from typing import Any
 from saekit.errors import SaekitError
 from saekit.listeners import Listener, Listeners
 from saekit.result import Result
-from saekit.runner.directory import RunDirectory
+from saekit.run_directory import RunDirectory
 from saekit.testing.checks import any_kind, listening
 from saekit.testing.kit import Check, Failed, Subject
 from saekit.testing.tiny import carried_out, table_for

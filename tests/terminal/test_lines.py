@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from saekit.terminal.plain import PlainView
+from saekit.terminal.lines import PlainView
 
 
 @pytest.fixture

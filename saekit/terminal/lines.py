@@ -10,9 +10,9 @@ from typing import Any, TextIO
 from rich.console import Console
 
 from saekit.hookspecs import hookimpl
-from saekit.report.words import clean, count, duration, label, number, percent
 from saekit.terminal.state import Phase, RunState
 from saekit.terminal.summary import render_summary
+from saekit.wording import clean, count, duration, label, number, percent
 
 INTERVAL = 5.0  # seconds between lines at first
 SHARE = 0.05  # a long phase speaks less often: after this share of the time it has taken

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from saekit.report.words import clean, count, duration, label, number, percent
+from saekit.wording import clean, count, duration, label, number, percent
 
 
 @pytest.mark.parametrize(
