@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from saekit.component import Component as Component
     from saekit.errors import SaekitError as SaekitError
     from saekit.errors import UsageError as UsageError
-    from saekit.files import plain as plain
+    from saekit.files import to_jsonable as to_jsonable
     from saekit.files import write_json as write_json
     from saekit.files import write_text as write_text
     from saekit.graph import FeatureGraph as FeatureGraph
@@ -75,7 +75,7 @@ _HOME = {
     "Component": "saekit.component",
     "SaekitError": "saekit.errors",
     "UsageError": "saekit.errors",
-    "plain": "saekit.files",
+    "to_jsonable": "saekit.files",
     "write_json": "saekit.files",
     "write_text": "saekit.files",
     "FeatureGraph": "saekit.graph",

@@ -75,21 +75,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a whole JSON file, indented, keys in their order; NaN and infinities become null."""
-    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def plain(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """The value with everything that JSON lacks replaced: tuples by lists, paths and dates by text, tensors and numpy's
     arrays and numbers by lists and numbers, non-finite floats by None."""
     if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [to_jsonable(v) for v in value]
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, Path | datetime.date | datetime.time):
         return str(value)
-    return plain(value.tolist()) if hasattr(value, "tolist") else value
+    return to_jsonable(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def sha256_of(path: Path) -> str:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
-from saekit.activations.packing import derived_seed
 from saekit.activations.shuffle import stop_point
 from saekit.activations.stored import Chunks, StoredTensor, read_blocks, rows_of, stored_tensors
 from saekit.errors import RunError, UsageError
-from saekit.files import TEMPORARY, disk_errors, plain, whole_file, write_json
+from saekit.files import TEMPORARY, disk_errors, to_jsonable, whole_file, write_json
+from saekit.seeds import derived_seed
 
 CacheDtype = Literal["float32", "float16", "bfloat16"]
 FORMAT = 1
@@ -143,7 +143,7 @@ class CachedSource:
 
     def identity(self) -> dict[str, Any]:
         """The source's own identity, and how much of it is kept in which dtype; see `contracts.Source.identity`."""
-        identity = self._made_of.get("identity") or plain(self._source().identity())
+        identity = self._made_of.get("identity") or to_jsonable(self._source().identity())
         return {**identity, "cache": {"dtype": self.dtype, "tokens": self.tokens}}
 
     # --- what needs the source ---------------------------------------------------------------------------------
@@ -186,13 +186,13 @@ class CachedSource:
 
     def _fingerprint(self) -> dict[str, Any] | None:
         found = self.wrapped.fingerprint() if hasattr(self.wrapped, "fingerprint") else None
-        return None if found is None else plain(found)
+        return None if found is None else to_jsonable(found)
 
     def _facts(self) -> dict[str, Any]:
         """What is known of the source once it is open, for those who come without opening it."""
         source = self._source()
         names = ("d_in", "d_out", "hook_point", "target_hook_point", "concepts", "special_tokens", "warnings")
-        return plain({name: getattr(source, name) for name in names if hasattr(source, name)})
+        return to_jsonable({name: getattr(source, name) for name in names if hasattr(source, name)})
 
     def _refuse_other(self) -> None:
         """Read source.json, if it is there; UsageError where it speaks of other activations than the source's."""
@@ -224,7 +224,7 @@ class CachedSource:
                 )
         fingerprint = self._fingerprint()
         if fingerprint is None or fingerprint != made_of.get("fingerprint"):
-            was, now = made_of["identity"], plain(self._source().identity())
+            was, now = made_of["identity"], to_jsonable(self._source().identity())
             differs = [key for key in {**was, **now} if was.get(key) != now.get(key) and not _by_digest(key, was, now)]
             if differs:
                 changes = "; ".join(
@@ -254,7 +254,7 @@ class CachedSource:
                 "cache_dtype": self.dtype,
                 "cache_tokens": self.tokens,
                 "facts": self._facts(),
-                "identity": plain(self._source().identity()),
+                "identity": to_jsonable(self._source().identity()),
                 "fingerprint": self._fingerprint(),
             }
             write_json(self.directory / "source.json", self._made_of)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
-from saekit.activations.packing import Rows, derived_seed
+from saekit.activations.packing import Rows
 from saekit.activations.shuffle import stop_point
 from saekit.activations.subject import Subject
 from saekit.errors import UsageError
+from saekit.seeds import derived_seed
 
 ModelDtype = Literal["float32", "bfloat16"]
 NO_TARGET = {"target": "For a transcoder, set source.target_hook_point."}

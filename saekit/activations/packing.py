@@ -16,6 +16,7 @@ import numpy as np
 
 from saekit.activations.documents import text_hash
 from saekit.errors import UsageError
+from saekit.seeds import derived_seed
 
 _BATCH_CHARACTERS = 2_000_000  # of text handed to the tokenizer at once
 
@@ -327,12 +328,6 @@ def _room(context: int, bos: int | None) -> int:
     if room < 1:
         raise UsageError(f"context = {context}: leaves no room for text. Set context to 2 or more.")
     return room
-
-
-def derived_seed(word: str, *numbers: int) -> int:
-    """63 bits of the sha256 of a word and some numbers, so that draws for different purposes are unrelated."""
-    text = " ".join(["saekit", word, *map(str, numbers)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _scattered(tokens: np.ndarray, inside: np.ndarray, pad: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from saekit.activations.batch import Activations
-from saekit.activations.packing import derived_seed
+from saekit.seeds import derived_seed
 
 if TYPE_CHECKING:
     from saekit.contracts import Source

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saekit.activations.packing import derived_seed
 from saekit.builtin.metrics import Summed
 from saekit.runner.context import RunContext
+from saekit.seeds import derived_seed
 from saekit.training.step import Step
 
 _SAME = 0.9  # a cosine from which a direction counts as found

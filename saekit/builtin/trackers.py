@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TextIO
 from pydantic import Field
 
 from saekit.errors import UsageError
-from saekit.files import plain, write_text
+from saekit.files import to_jsonable, write_text
 from saekit.hookspecs import hookimpl
 
 
@@ -43,7 +43,7 @@ class JsonLines:
     @hookimpl
     def logged(self, number: int, values: dict[str, float]) -> None:
         assert self._file is not None
-        line = {"step": number, "seconds": round(time.perf_counter() - self._started, 3), **plain(values)}
+        line = {"step": number, "seconds": round(time.perf_counter() - self._started, 3), **to_jsonable(values)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -98,7 +98,7 @@ class TensorBoard:
 
     @hookimpl
     def analysed(self, name: str, result: Any) -> None:
-        self._write({f"analysis/{name}/{key}": value for key, value in plain(dict(result.scalars)).items()})
+        self._write({f"analysis/{name}/{key}": value for key, value in to_jsonable(dict(result.scalars)).items()})
 
     @hookimpl
     def run_finished(self) -> None:
@@ -177,7 +177,7 @@ class WeightsAndBiases:
 
     @hookimpl
     def analysed(self, name: str, result: Any) -> None:
-        scalars = _numbers(plain(dict(result.scalars)))
+        scalars = _numbers(to_jsonable(dict(result.scalars)))
         self._open().summary.update({f"analysis/{name}/{key}": value for key, value in scalars.items()})
 
     @hookimpl
@@ -204,7 +204,7 @@ class WeightsAndBiases:
                 id=self._id,
                 name=self._run.directory.name,
                 dir=directory,
-                config=plain(self._run.config.model_dump(by_alias=True)),
+                config=to_jsonable(self._run.config.model_dump(by_alias=True)),
                 resume="allow" if self._settings["mode"] == "online" else None,
                 reinit="create_new",  # several runs may live in one process
                 settings=wandb.Settings(console="off", silent=True),  # the terminal belongs to the view

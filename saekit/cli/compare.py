@@ -41,7 +41,7 @@ def command(
     no value.
     """
     from saekit.errors import UsageError
-    from saekit.files import plain
+    from saekit.files import to_jsonable
     from saekit.report.compare import compare, comparison_page
     from saekit.report.write import write_html
 
@@ -51,7 +51,7 @@ def command(
     if html is not None:
         write_html(comparison_page(comparison, curves), Path(html))
     if as_json:
-        click.echo(json.dumps(plain(comparison.to_json()), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(to_jsonable(comparison.to_json()), indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from saekit.files import plain
+from saekit.files import to_jsonable
 from saekit.runner.plan import Part, Plan, RunPlan
 
 
@@ -24,7 +24,7 @@ def plan_as_json(plan: RunPlan) -> dict[str, Any]:
             if member.variant
         },
         "steps": plan.total_steps,
-        "source": plain(plan.facts),
+        "source": to_jsonable(plan.facts),
         "warnings": plan.warnings,
     }
 
@@ -35,7 +35,7 @@ def _part(part: Part) -> dict[str, Any]:
         "component": part.component.qualified_name,
         "distribution": part.component.distribution,
         "version": part.component.version,
-        "options": plain(part.options),
+        "options": to_jsonable(part.options),
     }
 
 

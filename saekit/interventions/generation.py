@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from saekit.activations.sites import hook_points
 from saekit.errors import UsageError
 from saekit.interventions.attach import Attachment, attach_all
 from saekit.numerics import seeded
+from saekit.seeds import seed_from
 
 
 @dataclass(frozen=True)
@@ -157,5 +157,4 @@ def _tokens(tokenizer: Any, prompt: str | Sequence[int] | Tensor, number: int) -
 
 def _seed(seed: int, tokens: list[int]) -> int:
     """A prompt's own seed, the same wherever it stands among others."""
-    digest = hashlib.sha256(f"{seed}:{tokens}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
+    return seed_from(f"{seed}:{tokens}") >> 7

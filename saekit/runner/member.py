@@ -13,7 +13,7 @@ import torch
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.choice import fits
 from saekit.errors import UsageError
-from saekit.files import disk_errors, plain
+from saekit.files import disk_errors, to_jsonable
 from saekit.graph import FeatureGraph, dictionary_digest
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
@@ -25,9 +25,10 @@ from saekit.runner.plan import Part, Plan
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.formats import SavedSAE, load_sae, open_sae, save_sae
+from saekit.seeds import seed_for
 from saekit.training.losses import Term
 from saekit.training.randomness import OwnRandomness
-from saekit.training.trainer import Trainer, below, seed_for
+from saekit.training.trainer import Trainer, below
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ class Member:
             if not isinstance(result, Result):
                 raise TypeError(f"it returned {type(result).__name__}, not a saekit.Result")
             self.directory.write_analysis(part.label, result)
-            self.analysis[part.label] = plain(dict(result.scalars))
+            self.analysis[part.label] = to_jsonable(dict(result.scalars))
         self.listeners.emit("analysed", name=part.label, result=result, variant=self.variant)
 
 

@@ -16,7 +16,7 @@ import torch
 from saekit.activations.batch import SequenceBatch
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.errors import Interrupted, RunError
-from saekit.files import DiskFull, plain, write_json
+from saekit.files import DiskFull, to_jsonable, write_json
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
 from saekit.report import write_report
@@ -27,8 +27,8 @@ from saekit.runner.member import Member, Sample
 from saekit.runner.plan import RunPlan
 from saekit.runner.provenance import plugins_used, provenance, with_resumption
 from saekit.runner.summary import summarise
+from saekit.seeds import seed_for
 from saekit.training import checkpoint
-from saekit.training.trainer import seed_for
 
 SCALE_SAMPLE = 16_384  # activations that decide the scale and the initial bias: enough for three digits
 
@@ -91,7 +91,7 @@ class Run:
         with self._phase("analyse", sum(len(member.plan.analyzers) for member in self.members)):
             self._analyse()
         with self._phase("report", None):
-            summary = plain(summarise(self))
+            summary = to_jsonable(summarise(self))
             for member in self.members:
                 if member.variant:
                     write_json(member.directory.summary, summary["variants"][member.variant])
@@ -141,7 +141,7 @@ class Run:
                 self.source.fill(lambda done: self._tell("phase_advanced", phase="harvest", done=done))
         for warning in getattr(self.source, "warnings", ()):
             self._warn(warning)
-        self.identity = plain(self.source.identity())
+        self.identity = to_jsonable(self.source.identity())
         self._write_provenance()
         for member in self.members:
             with member.turn():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saekit.config import RunConfig
 from saekit.errors import UsageError
-from saekit.files import disk_errors, flush_to_disk, plain, sha256_of, write_text
+from saekit.files import disk_errors, flush_to_disk, sha256_of, to_jsonable, write_text
 from saekit.variants import SHARED
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -121,7 +121,7 @@ def decisive(config: RunConfig, source: dict[str, Any]) -> dict[str, Any]:
             flat[f"variant.{variant}.{key}" if variant and not key.startswith(_OF_ALL) else key] = value
     if config.variant:
         flat["variant"] = ", ".join(variant.name for variant in config.variant)
-    _flatten("identity of the source", plain(source), flat)
+    _flatten("identity of the source", to_jsonable(source), flat)
     return flat
 
 

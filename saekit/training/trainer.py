@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from saekit.listeners import Listeners
 from saekit.numerics import evaluating
 from saekit.sae.base import SparseAutoencoder
 from saekit.schedules import value_at
+from saekit.seeds import seed_for
 from saekit.training.firing import FiringStatistics
 from saekit.training.losses import (
     GradientGuard,
@@ -27,11 +27,6 @@ from saekit.training.losses import (
 )
 from saekit.training.optimiser import Adam
 from saekit.training.step import Step
-
-
-def seed_for(seed: int, purpose: str) -> int:
-    """A seed of its own for each purpose, so that drawing more for one does not shift another."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
 
 
 class Trainer:

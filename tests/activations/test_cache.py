@@ -19,10 +19,10 @@ import saekit
 from saekit.activations import cache
 from saekit.activations.batch import Activations
 from saekit.activations.cache import CachedSource
-from saekit.activations.packing import derived_seed
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.builtin.sources import LabelledSource, SyntheticSource, TextSource
 from saekit.errors import RunError, UsageError
+from saekit.seeds import derived_seed
 
 CPU = torch.device("cpu")
 COLUMNS = ("x", "tokens", "sequence", "position")

@@ -44,4 +44,4 @@ def test_a_plugin_imports_public_names_alone(path: Path) -> None:
 
 def test_what_is_public_and_what_is_not() -> None:
     assert all(map(is_public, ["saekit.Result", "saekit.contracts.Loss", "saekit.organism", "torch.nn"]))
-    assert not any(map(is_public, ["saekit.files.plain", "saekit.sae.base.SparseAutoencoder", "saekit.organism.train"]))
+    assert not any(map(is_public, ["saekit.files.to_jsonable", "saekit.sae.base.SparseAutoencoder", "saekit.organism.train"]))

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from saekit.activations.batch import Activations, SequenceBatch
-from saekit.activations.packing import derived_seed
 from saekit.activations.shuffle import stop_point
 from saekit.errors import UsageError
 from saekit.sae.code import SparseCode
 from saekit.sae.kernels import Pattern
+from saekit.seeds import derived_seed
 
 _UNIT = 1024  # rows that are drawn together, from one seed
 

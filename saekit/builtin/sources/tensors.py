@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.activations.documents import find_files
-from saekit.activations.packing import Passes, derived_seed
+from saekit.activations.packing import Passes
 from saekit.activations.stored import (
     SUFFIXES,
     Chunks,
@@ -25,6 +25,7 @@ from saekit.activations.stored import (
     stored_tensor,
 )
 from saekit.errors import UsageError
+from saekit.seeds import derived_seed
 
 _SCAN = 1 << 16  # labels that are looked at together
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from saekit import UsageError, plain, write_text
+from saekit import UsageError, to_jsonable, write_text
 from saekit_attribution.strict_json import kind_of, read_json
 
 BASE = "base"
@@ -141,7 +141,7 @@ class Labelled:
         results = []
         for r, result in enumerate(self.document["results"]):
             variations = [
-                {**v, ANALYSIS: plain(analyses[r, i])} if (r, i) in analyses else v
+                {**v, ANALYSIS: to_jsonable(analyses[r, i])} if (r, i) in analyses else v
                 for i, v in enumerate(result["variations"])
             ]
             results.append({**result, "variations": variations})

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saekit import plain, write_json
+from saekit import to_jsonable, write_json
 
 BEGUN = "atp_analysis.json"
 CHUNKS = "atp_progress"
@@ -28,7 +28,7 @@ class Progress:
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], model: str) -> None:
-        self.directory, self.identity = directory, plain(dict(identity))
+        self.directory, self.identity = directory, to_jsonable(dict(identity))
         self._digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         self._chunks = directory / CHUNKS
         begun = _read(directory / BEGUN)

@@ -8,7 +8,7 @@ import html
 import json
 from typing import Any
 
-from saekit import plain
+from saekit import to_jsonable
 
 SCRIPT = """
 const spec = JSON.parse(document.getElementById("figures").textContent);
@@ -43,7 +43,7 @@ def page(document: dict[str, Any]) -> str:
     )
     scripts = [get_plotlyjs(), SCRIPT]
     # A "<" inside the JSON could end its element; text of a model is not to be trusted.
-    data = json.dumps(plain(figures), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(to_jsonable(figures), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{html.escape(_policy(scripts))}">\n'
