@@ -1,4 +1,4 @@
-"""The run directory: where each thing lies, and how a new one is made."""
+"""The run directory: where each file is, how a new directory is made, and how a finished or broken one is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,36 @@ from saekit.config import RunConfig, parse_config, read_toml
 from saekit.errors import UsageError
 from saekit.files import TEMPORARY, disk_errors, write_json, write_text
 
-VARIANTS = "variants"
+_VARIANTS = "variants"
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths of one run, or of one of its variants; see `docs/files.md` for what each holds."""
+    """The paths of one run, or of one of its variants; `docs/files.md` says what each file holds."""
 
     path: Path
     variant: str = ""
 
+    @classmethod
+    def at(cls, path: Path | str) -> RunDirectory:
+        """The run directory at `path`, which may be that of a variant."""
+        place = Path(path).resolve()
+        return cls(Path(path), place.name if place.parent.name == _VARIANTS else "")
+
     @property
     def name(self) -> str:
-        """What the run is called, or `RUN/VARIANT`."""
-        return f"{self.path.parents[1].name}/{self.variant}" if self.variant else self.path.name
+        """The name of the run, or `RUN/VARIANT`."""
+        place = self.path.resolve()
+        return f"{place.parents[1].name}/{self.variant}" if self.variant else place.name
 
     def of_variant(self, name: str) -> RunDirectory:
-        """The directory of one SAE: of a variant, or the run's own where `name` is empty."""
-        return RunDirectory(self.path / VARIANTS / name, name) if name else self
+        """The directory of a variant, or this one where `name` is empty."""
+        return RunDirectory(self.variants / name, name) if name else self
+
+    @property
+    def variants(self) -> Path:
+        """Holds a directory for each variant."""
+        return self.path / _VARIANTS
 
     @property
     def run_toml(self) -> Path:
@@ -45,23 +57,28 @@ class RunDirectory:
         return self.path / "provenance.json"
 
     @property
+    def history(self) -> Path:
+        """The logged values, one line a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
     def sae(self) -> Path:
         """The trained SAE in SAELens's layout."""
         return self.path / "sae"
 
     @property
     def graph(self) -> Path:
-        """The feature graph of that SAE, where the run file asks for one."""
+        """The feature graph of the SAE, if the run file asks for one."""
         return self.path / "graph.safetensors"
 
     @property
     def checkpoints(self) -> Path:
-        """Everything a resume needs."""
+        """Everything that a resume needs."""
         return self.path / "checkpoints"
 
     @property
     def summary(self) -> Path:
-        """What the terminal shows at the end; written last, so it marks a finished run."""
+        """What the terminal shows at the end. Its presence marks a finished run."""
         return self.path / "summary.json"
 
     @property
@@ -73,9 +90,13 @@ class RunDirectory:
         """The directory of one analyzer."""
         return self.path / "analysis" / name
 
+    def result(self, name: str) -> Path:
+        """The `Result` of one analyzer."""
+        return self.analysis(name) / "result.json"
+
     @classmethod
     def create(cls, config: RunConfig, where: str | None) -> RunDirectory:
-        """A new directory: `where` if given (it must be absent or empty), else dated and named after the recipe."""
+        """A new directory: `where` if given (it must be absent or empty), otherwise one named by date and recipe."""
         if where is not None:
             path = Path(where)
             with disk_errors(path):
@@ -91,7 +112,7 @@ class RunDirectory:
         return directory
 
     def begin(self, config: RunConfig) -> None:
-        """Make the directory of a variant; that of a run is there already."""
+        """Make the directory of a variant; a run's own was made by `create`."""
         if self.variant:
             with disk_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -105,34 +126,33 @@ class RunDirectory:
         return Path(config.directory) / f"{now:%Y-%m-%d}-{word}-{digest}"
 
     def withdraw(self) -> None:
-        """Undo `create` for a run that turned out to be impossible before it began, so that the same command works once
-        its mistake is mended."""
+        """Undo `create` for a run that failed before it began, so that the corrected command can use the same directory."""
         begun = {self.run_toml.name, self.provenance.name}
         if {path.name for path in self.path.rglob("*") if not path.is_dir()} <= begun:
             shutil.rmtree(self.path)
 
     @classmethod
     def resume(cls, where: str) -> tuple[RunDirectory, RunConfig]:
-        """The directory of an earlier run with its configuration."""
+        """The directory of an earlier run, and its configuration."""
         directory = cls(Path(where))
         if not directory.path.is_dir():
             raise UsageError(f"--resume {where}: there is no such directory. Name one that an earlier run printed.")
-        run = directory.path.absolute().parents[1:2]
-        if directory.path.absolute().parent.name == VARIANTS and run and cls(run[0]).run_toml.is_file():
-            raise UsageError(f"--resume {where}: is a variant of the run {run[0]}, and goes on with it: --resume {run[0]}.")
+        place = directory.path.absolute()
+        if place.parent.name == _VARIANTS and cls(run := place.parent.parent).run_toml.is_file():
+            raise UsageError(f"--resume {where}: is a variant of the run {run}. Resume the whole run: --resume {run}.")
         if not directory.run_toml.is_file():
             raise UsageError(
-                f"--resume {where}: has no run.toml, so it is not a run directory, or nothing was begun in it. Start the "
-                "run without --resume."
+                f"--resume {where}: has no run.toml: it is not a run directory, or its run never began. Start the run "
+                "without --resume."
             )
         config = parse_config(read_toml(directory.run_toml), str(directory.run_toml))
-        for leftover in directory.path.rglob(TEMPORARY):  # of a run that was killed while it wrote
+        for leftover in directory.path.rglob(TEMPORARY):  # from a run that was killed while it wrote
             if leftover.is_file():
                 leftover.unlink(missing_ok=True)
         return directory, config
 
     def finished_summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run, or None."""
+        """The summary, or None if the run has not finished."""
         try:
             return json.loads(self.summary.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -142,4 +162,126 @@ class RunDirectory:
         """Write one analyzer's `Result`."""
         with disk_errors(self.analysis(name)):
             self.analysis(name).mkdir(parents=True, exist_ok=True)
-        write_json(self.analysis(name) / "result.json", result.to_json())
+        write_json(self.result(name), result.to_json())
+
+    def variant_directories(self) -> list[RunDirectory]:
+        """Those that were begun: in the order of the summary, or by name if there is no summary."""
+        found = sorted(path.parent.name for path in self.variants.glob(f"*/{self.run_toml.name}"))
+        order = list(_dict(_read_object(self.summary, [], "").get("variants")))
+        found.sort(key=lambda name: order.index(name) if name in order else len(order))
+        return [self.of_variant(name) for name in found]
+
+
+@dataclass
+class RunFiles:
+    """The readable content of a run directory.
+
+    summary: summary.json, or {} for a run that has not finished.
+    history: one dictionary for each logged step.
+    config: run.toml as text.
+    provenance: provenance.json.
+    analyses: the result.json of each analyzer by its name, in the form of `Result.to_json`.
+    variants: the files of each variant by its name.
+    problems: a sentence for each thing that is missing or damaged.
+    """
+
+    directory: RunDirectory
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    config: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, RunFiles] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_run(path: Path) -> RunFiles:
+    """Read a run directory for showing; what is damaged is noted and skipped. UsageError if it is no run directory at all."""
+    directory = RunDirectory.at(path)
+    if not directory.path.is_dir():
+        raise UsageError(f"{path}: there is no such directory. Give a run directory, such as runs/NAME.")
+    if not any(file.is_file() for file in (directory.run_toml, directory.summary, directory.history)):
+        raise UsageError(
+            f"{path}: is not a run directory: it has none of run.toml, summary.json and metrics.jsonl. "
+            "Give a directory that `saekit run` made."
+        )
+    run = RunFiles(directory)
+    run.summary = _read_object(directory.summary, run.problems, "the run has not finished")
+    run.provenance = _read_object(directory.provenance, run.problems, "what made this run is not known")
+    run.variants = {one.variant: read_run(one.path) for one in directory.variant_directories()}
+    if not run.variants:
+        run.history = read_history(directory.history, run.problems)
+    if directory.run_toml.is_file():
+        run.config = directory.run_toml.read_bytes().decode("utf-8", errors="replace")
+    else:
+        run.problems.append("run.toml is missing: the configuration is not known.")
+    for file in sorted(directory.path.glob(str(directory.result("*").relative_to(directory.path)))):
+        content = _read_object(file, run.problems, "it is left out")
+        if content:
+            run.analyses[file.parent.name] = _as_result(content, "/".join(file.parts[-3:]), run.problems)
+    return run
+
+
+def read_history(path: Path, problems: list[str] | None = None) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl. Half a line at the end is what a killed run leaves, and is not a problem."""
+    problems = [] if problems is None else problems
+    if not path.is_file():
+        problems.append(f"{path.name} is missing: there are no curves to draw.")
+        return []
+    history: list[dict[str, Any]] = []
+    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    damaged = 0
+    for position, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            history.append(row)
+        elif position < len(lines) - 1:
+            damaged += 1
+    if damaged:
+        problems.append(f"{path.name}: {damaged} of {len(lines)} lines cannot be read and are left out.")
+    return history
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _read_object(path: Path, problems: list[str], without: str) -> dict[str, Any]:
+    name = "/".join(path.parts[-3:]) if path.name == "result.json" else path.name
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8", errors="replace"))
+    except FileNotFoundError:
+        problems.append(f"{name} is missing: {without}.")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{name} cannot be read ({error}): {without}.")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{name} does not hold a JSON object: {without}.")
+        return {}
+    return value
+
+
+def _as_result(content: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:
+    """`content` with each part in the shape that `Result.to_json` promises; anything else is left out."""
+    shapes: dict[str, type] = {"scalars": dict, "tables": dict, "figures": dict, "files": list, "notes": list, "headline": list}
+    result: dict[str, Any] = {}
+    for key, shape in shapes.items():
+        value = content.get(key)
+        if value is not None and not isinstance(value, shape):
+            problems.append(f"{name}: {key} is not a JSON {'object' if shape is dict else 'array'} and is left out.")
+        result[key] = value if isinstance(value, shape) else shape()
+    for key, table in list(result["tables"].items()):
+        if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
+            problems.append(f"{name}: table {key!r} is not a list of rows and is left out.")
+            del result["tables"][key]
+    for key, figure in list(result["figures"].items()):
+        if not isinstance(figure, dict) or not isinstance(figure.get("data"), list):
+            problems.append(f"{name}: figure {key!r} is not a plotly figure and is left out.")
+            del result["figures"][key]
+    return result

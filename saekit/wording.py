@@ -21,6 +21,12 @@ LABELS = {
     "tokens_per_second": "tokens per second",
 }
 
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number, which can be drawn and sorted by."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def label(name: str) -> str:
     """A key such as `ce_recovered` as the field writes it."""
     head, slash, rest = name.partition("/")

@@ -29,7 +29,7 @@ class JsonLines:
 
     @hookimpl
     def run_started(self, run: Any) -> None:
-        self._path = run.directory.path / "metrics.jsonl"
+        self._path = run.directory.history
 
     @hookimpl
     def training_started(self, trainer: Any) -> None:

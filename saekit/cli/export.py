@@ -8,6 +8,7 @@ import click
 
 from saekit.cli.import_ import LIBRARIES, empty_directory
 from saekit.errors import UsageError
+from saekit.run_directory import RunDirectory
 
 
 @click.command("export")
@@ -29,9 +30,9 @@ def command(source: str, directory: str, library: str) -> None:
 
 def sae_of(source: str) -> str:
     """The directory of the SAE that `source`, a run or itself such a directory, means."""
-    place = Path(source)
-    if (place / "sae").is_dir():
-        return str(place / "sae")
-    if (place / "run.toml").is_file():
+    run = RunDirectory(Path(source))
+    if run.sae.is_dir():
+        return str(run.sae)
+    if run.run_toml.is_file():
         raise UsageError(f"{source}: the run has no sae/ yet. Finish it with: saekit run --resume {source}")
     return source

@@ -12,9 +12,9 @@ from saekit.config import LISTS, RunConfig, label_of
 from saekit.errors import UsageError, near_names
 from saekit.report.curves import POINTS, bars, logged_names, overlaid
 from saekit.report.page import Cell, Table, figures_of
-from saekit.report.rundir import RunFiles, is_number, name_of, read_run, variants_of
 from saekit.report.write import render_template
-from saekit.wording import number
+from saekit.run_directory import RunDirectory, RunFiles, read_run
+from saekit.wording import is_number, number
 
 MISSING = "-"
 FIGURES = ("tokens", "steps", "tokens_per_second", "peak_memory_bytes")
@@ -75,7 +75,8 @@ def compare(directories: Iterable[Path], metrics: Iterable[str] = (), *, everyth
     metrics: names of columns, such as `explained_variance`, `losses.mse`, `analysis.features.dead`; by default every
     run's headline. everything: all that any of them has. Raises UsageError for a name that no run has.
     """
-    members = [member for directory in map(Path, directories) for member in variants_of(directory) or [directory]]
+    runs = map(RunDirectory.at, directories)
+    members = [one.path for run in runs for one in run.variant_directories() or [run]]
     sides = [_side(directory) for directory in dict.fromkeys(members)]
     names = [side.name for side in sides]
     for side in sides:
@@ -183,7 +184,7 @@ def _side(directory: Path) -> Side:
     identity |= _dict(files.provenance.get("source"))
     identity |= {key: summary[key] for key in SUBJECT if summary.get(key) is not None}
     return Side(
-        name=str(summary.get("run") or name_of(directory)),
+        name=str(summary.get("run") or files.directory.name),
         directory=directory,
         values=values,
         config=settings,

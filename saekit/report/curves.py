@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from saekit.report.rundir import is_number
-from saekit.wording import label
+from saekit.wording import is_number, label
 
 POINTS = 2000
 """More points than a chart has pixels only make the file heavy."""

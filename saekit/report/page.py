@@ -6,12 +6,13 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from saekit.report.curves import POINTS, logged_names, loss_figures, measure_figures, overlaid
-from saekit.report.rundir import RunFiles, is_number, name_of
-from saekit.wording import NOT_DEFINED, clean, count, duration, label, memory, number
+from saekit.run_directory import RunFiles
+from saekit.wording import NOT_DEFINED, clean, count, duration, is_number, label, memory, number
 
 TABLE_ROWS = 2000
 LATENTS = 200
@@ -106,13 +107,13 @@ def page(run: RunFiles) -> dict[str, Any]:
     if run.variants:
         losses, measures = _curves_of_variants(run)
     return {
-        "title": str(summary.get("run") or name_of(run.directory)),
+        "title": str(summary.get("run") or run.directory.name),
         "identity": _identity(summary, sae),
         "cards": [(label(n), *_shown(metrics[n]), meanings.get(n, "")) for n in headline],
         "metrics": [(n, *_shown(v), meanings.get(n, "")) for n, v in metrics.items()],
         "losses": [(n, *_shown(v)) for n, v in _dict(summary.get("losses")).items()],
         "variants": _variants(run),
-        "variant_reports": [(name, f"variants/{quote(name)}/report.html") for name in run.variants],
+        "variant_reports": [(name, _link(run, files.directory.report)) for name, files in run.variants.items()],
         "loss_figures": figures_of("loss", losses),
         "measure_figures": figures_of("measure", measures),
         "curve_notes": notes,
@@ -294,12 +295,17 @@ def _visible(text: Any) -> str:
 
 def _file(path: str, analyzer: str, run: RunFiles) -> tuple[str, str | None]:
     """A file that the analyzer wrote, and a link where it lies in the analyzer's directory."""
-    home = (run.directory / "analysis" / analyzer).resolve()
+    home = run.directory.analysis(analyzer)
     try:
-        inside = (home / path).resolve().is_relative_to(home) and (home / path).is_file()
+        inside = (home / path).resolve().is_relative_to(home.resolve()) and (home / path).is_file()
     except (OSError, ValueError):
         inside = False
-    return path, "analysis/" + quote(f"{analyzer}/{path}") if inside else None
+    return path, _link(run, home / path) if inside else None
+
+
+def _link(run: RunFiles, path: Path) -> str:
+    """A link to a file of the run, as its report has it."""
+    return quote(path.relative_to(run.directory.path).as_posix())
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from saekit.files import whole_file
 from saekit.report.page import page
-from saekit.report.rundir import read_run
+from saekit.run_directory import RunDirectory, read_run
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -19,8 +19,7 @@ def write_report(directory: Path) -> Path:
 
     Missing or damaged files are named in the report. Raises UsageError where `directory` is no run directory.
     """
-    directory = Path(directory)
-    path = directory / "report.html"
+    path = RunDirectory(Path(directory)).report
     write_html(render(directory), path)
     return path
 

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from saekit.errors import SaekitError, UsageError
 from saekit.files import write_text
-from saekit.report.rundir import is_number, read_run
+from saekit.run_directory import read_run
 from saekit.terminal.block import draw
 from saekit.terminal.state import RunState
 from saekit.terminal.summary import render_summary
+from saekit.wording import is_number
 
 WIDTH = 96
 

@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from saekit.run_directory import RunDirectory
 from saekit.wording import clean, count, duration, label, memory, number
 
 WIDEST = 108
@@ -170,12 +171,12 @@ def _value(value: Any, style: str) -> Text:
 def _where(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Where everything lies, and what one may want to do next."""
     directory = str(summary.get("directory") or summary.get("run") or ".")
-    quoted = shlex.quote(directory)
+    place, quoted = RunDirectory(Path(directory)), shlex.quote(directory)
     variants = bool(summary.get("variants"))
     return [
         ("run", directory),
-        ("report", str(Path(directory) / "report.html")),
-        ("SAEs", str(Path(directory) / "variants")) if variants else ("SAE", str(Path(directory) / "sae")),
+        ("report", str(place.report)),
+        ("SAEs", str(place.variants)) if variants else ("SAE", str(place.sae)),
         ("next", f"saekit compare {quoted}" + ("" if variants else " OTHER_RUN")),
         ("", f"saekit report {quoted}"),
     ]

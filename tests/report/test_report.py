@@ -17,7 +17,7 @@ import pytest
 from saekit.errors import RunError, UsageError
 from saekit.report import write_report
 from saekit.report.curves import POINTS, loss_figures, thinned
-from saekit.report.rundir import read_history, read_run
+from saekit.run_directory import read_history, read_run
 
 ATTACK = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\"'&{{7*7}}"
 VOID = {"meta", "link", "img", "br", "hr", "input", "base"}

@@ -74,7 +74,7 @@ def _lifecycle(place: RunDirectory, subject: Subject) -> list[tuple[str, dict[st
         ("gradients_ready", {"trainer": trainer, "number": 0}),
         ("step_ended", {"trainer": trainer, "number": 0}),
         ("logged", {"trainer": trainer, "number": 0, "values": values}),
-        ("checkpoint_saved", {"trainer": trainer, "number": 1, "path": place.path / "checkpoints"}),
+        ("checkpoint_saved", {"trainer": trainer, "number": 1, "path": place.checkpoints}),
         ("phase_advanced", {"phase": "train", "done": 64}),
         ("phase_ended", {"phase": "train", "seconds": 0.5}),
         ("evaluated", {"metrics": {"l0": 3.0, "recovery": None}, "variant": ""}),
