@@ -60,10 +60,10 @@ API = {
     "In a run": ("saekit.training", "saekit.runner", "saekit.result"),
     "The SAE and its code": ("saekit.sae",),
     "Feature graphs": ("saekit.graph",),
-    "Interventions": ("saekit.interventions",),
+    "Interventions": ("saekit.interventions", "saekit.numerics"),
     "Activations": ("saekit.activations",),
-    "Files": ("saekit.files",),
-    "Errors": ("saekit.errors",),
+    "Files": ("saekit.files", "saekit.report"),
+    "Errors": ("saekit.errors", "saekit.memory"),
     "Testing": ("saekit.testing",),
 }
 """The sections of the API page, with the modules whose public names stand in each."""

@@ -45,10 +45,12 @@ if TYPE_CHECKING:
     from saekit.interventions.replay import Recording as Recording
     from saekit.interventions.replay import Replay as Replay
     from saekit.interventions.replay import own_forward as own_forward
+    from saekit.memory import is_out_of_memory as is_out_of_memory
     from saekit.numerics import own_numerics as own_numerics
     from saekit.numerics import seeded as seeded
     from saekit.plugins import Registry as Registry
     from saekit.plugins import named_function as named_function
+    from saekit.report.write import content_policy as content_policy
     from saekit.result import Result as Result
     from saekit.runner.context import RunContext as RunContext
     from saekit.runner.examples import top_examples as top_examples
@@ -94,14 +96,16 @@ _HOME = {
     "set_to": "saekit.interventions.edits",
     "GeneratedPair": "saekit.interventions.generation",
     "paired_generation": "saekit.interventions.generation",
-    "own_numerics": "saekit.numerics",
-    "seeded": "saekit.numerics",
     "ensure_downstream": "saekit.interventions.order",
     "Recording": "saekit.interventions.replay",
     "Replay": "saekit.interventions.replay",
     "own_forward": "saekit.interventions.replay",
+    "is_out_of_memory": "saekit.memory",
+    "own_numerics": "saekit.numerics",
+    "seeded": "saekit.numerics",
     "Registry": "saekit.plugins",
     "named_function": "saekit.plugins",
+    "content_policy": "saekit.report.write",
     "Result": "saekit.result",
     "RunContext": "saekit.runner.context",
     "top_examples": "saekit.runner.examples",

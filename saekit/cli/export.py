@@ -8,7 +8,6 @@ import click
 
 from saekit.cli.import_ import LIBRARIES, empty_directory
 from saekit.errors import UsageError
-from saekit.run_directory import RunDirectory
 
 
 @click.command("export")
@@ -16,7 +15,7 @@ from saekit.run_directory import RunDirectory
 @click.argument("directory", metavar="NEW_DIRECTORY")
 @click.option("--to", "library", type=click.Choice(LIBRARIES), required=True, help="The library that is to open it.")
 def command(source: str, directory: str, library: str) -> None:
-    """Write the SAE of a run, or in a directory, as another library opens it, and print the new directory.
+    """Write the SAE of a run, or in a directory, in the format of another library, and print the new directory.
 
     An architecture that the library lacks is refused. The SAE computes the same there.
     """
@@ -29,7 +28,9 @@ def command(source: str, directory: str, library: str) -> None:
 
 
 def sae_of(source: str) -> str:
-    """The directory of the SAE that `source`, a run or itself such a directory, means."""
+    """The directory of an SAE: `source` itself, or the `sae/` of the run `source`."""
+    from saekit.run_directory import RunDirectory
+
     run = RunDirectory(Path(source))
     if run.sae.is_dir():
         return str(run.sae)

@@ -58,7 +58,7 @@ def render_template(template: str, content: dict[str, Any], *, has_figures: bool
         **content,
         style=Markup(_part("report.css")),
         scripts=[Markup(script) for script in scripts],
-        policy=_policy(scripts),
+        policy=content_policy(scripts),
     )
 
 
@@ -66,10 +66,10 @@ def _part(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8").replace("\r\n", "\n")
 
 
-def _policy(scripts: list[str]) -> str:
-    """A content security policy: nothing is fetched, and no script runs but ours, whatever a data set smuggles in.
+def content_policy(scripts: list[str]) -> str:
+    """The content security policy of a page with these scripts: it fetches nothing, and nothing else in it can run.
 
-    Plotly's WebGL traces compile their drawing code, hence 'unsafe-eval'; its picture download is a data URL.
+    Plotly compiles drawing code, hence 'unsafe-eval'; the pictures it offers for download are data URLs.
     """
     hashes = (base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)

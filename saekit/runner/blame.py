@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from saekit.errors import PluginError, RunError, SaekitError
+from saekit.memory import is_out_of_memory
 from saekit.plugins import OWN_DISTRIBUTION
 
 if TYPE_CHECKING:
@@ -48,13 +49,13 @@ def blamed_on(part: Part) -> Iterator[None]:
     except SaekitError:
         raise
     except Exception as error:
-        if _is_lack_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise _failure(part, error) from error
 
 
 def _explanation(error: Exception, parts: list[Part]) -> SaekitError | None:
-    if _is_lack_of_memory(error) or _is_lack_of_memory(error.__cause__):
+    if is_out_of_memory(error) or is_out_of_memory(error.__cause__):
         return RunError(
             f"there is not enough memory ({_first_line(error.__cause__ or error)}). Lower training.batch_size, "
             "training.buffer, evaluation.batch_size or architecture.d_sae."
@@ -81,12 +82,6 @@ def _modules(part: Part) -> set[str]:
     target = part.component.target
     named = target.partition(":")[0] if isinstance(target, str) else ""
     return {named, getattr(part.component.load(), "__module__", "")} - {""}
-
-
-def _is_lack_of_memory(error: BaseException | None) -> bool:
-    # torch has a class for it on CUDA only; on the CPU it raises a RuntimeError with the allocator's words.
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,20 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saekit import Recording, Replay, Subject, own_forward
+from saekit import Recording, Replay, Subject, is_out_of_memory, own_forward
 from saekit_attribution.samples import Sample
 
 PAST_ROWS = 8  # rows against recorded keys and values take about an eighth of the memory of whole rows
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory is short, on a GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        sign in text for sign in ("out of memory", "not enough memory", "defaultcpuallocator")
-    )
 
 
 @contextmanager
@@ -94,7 +84,7 @@ class Above:
             try:
                 done.append(run(some))
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or len(some) == 1:
+                if not is_out_of_memory(error) or len(some) == 1:
                     raise
                 self._chunk = len(some) // 2
                 continue

@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit import SparseAutoencoder, Subject, UsageError
-from saekit_attribution.forward import Above, frozen, out_of_memory
+from saekit import SparseAutoencoder, Subject, UsageError, is_out_of_memory
+from saekit_attribution.forward import Above, frozen
 from saekit_attribution.nodes import Nodes, Positions, Reference, nodes_of
 from saekit_attribution.samples import Sample
 
@@ -235,7 +235,7 @@ def _resilient(
     except UsageError:
         raise
     except Exception as error:
-        short = out_of_memory(error)
+        short = is_out_of_memory(error)
         if not keep and not (short and len(chosen) > 1):
             raise
         problem = Failed("OOM" if short else type(error).__name__, str(error))

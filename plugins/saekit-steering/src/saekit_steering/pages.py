@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 import json
 from typing import Any
 
-from saekit import to_jsonable
+from saekit import content_policy, to_jsonable
 
 SCRIPT = """
 const spec = JSON.parse(document.getElementById("figures").textContent);
@@ -46,7 +44,7 @@ def page(document: dict[str, Any]) -> str:
     data = json.dumps(to_jsonable(figures), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(_policy(scripts))}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(content_policy(scripts))}">\n'
         f"<style>{STYLE}</style></head><body>\n<h1>{html.escape(title)}</h1>\n"
         f"<p>{html.escape(str(document['model']))}, {html.escape(document['saekit']['hook_point'])}. f: activations of the "
         "steered latent and its graph neighbours. g: f propagated over the graph. Read at the steered site, after the "
@@ -111,13 +109,3 @@ def _no_links(text: str) -> str:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= 80 else text[:79] + "…"
-
-
-def _policy(scripts: list[str]) -> str:
-    """Nothing is fetched, and no script runs but ours. Plotly compiles drawing code, hence 'unsafe-eval'."""
-    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
-    return (
-        f"default-src 'none'; script-src {allowed} 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
