@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from saekit.activations.batch import Activations as Activations
     from saekit.activations.batch import SequenceBatch as SequenceBatch
     from saekit.activations.batch import TokenBatch as TokenBatch
+    from saekit.activations.huggingface import load_subject as load_subject
     from saekit.activations.sites import hook_points as hook_points
     from saekit.activations.subject import Subject as Subject
-    from saekit.activations.subject import load_subject as load_subject
     from saekit.api import run as run
     from saekit.choice import Choice as Choice
     from saekit.choice import Kind as Kind
@@ -68,9 +68,9 @@ _HOME = {
     "Activations": "saekit.activations.batch",
     "SequenceBatch": "saekit.activations.batch",
     "TokenBatch": "saekit.activations.batch",
+    "load_subject": "saekit.activations.huggingface",
     "hook_points": "saekit.activations.sites",
     "Subject": "saekit.activations.subject",
-    "load_subject": "saekit.activations.subject",
     "run": "saekit.api",
     "Choice": "saekit.choice",
     "Kind": "saekit.choice",

@@ -19,7 +19,8 @@ from saekit_attribution.labelled import Labelled
 
 import saekit
 from saekit import Result, RunContext, UsageError
-from saekit.activations.subject import Subject, load_subject
+from saekit.activations.huggingface import load_subject
+from saekit.activations.subject import Subject
 from saekit.plugins import Registry
 from saekit.testing import check
 from saekit.testing.tiny import finished_run, save_tiny_gemma2

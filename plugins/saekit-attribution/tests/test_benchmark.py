@@ -8,7 +8,7 @@ from saekit_attribution.benchmark import KINDS, main, measure, random_samples, s
 from saekit_attribution.methods import attribute
 
 from saekit import organism
-from saekit.activations.subject import load_subject
+from saekit.activations.huggingface import load_subject
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])

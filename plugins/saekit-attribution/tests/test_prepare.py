@@ -157,7 +157,7 @@ def test_positions_are_aligned_from_both_ends(start: str, more: str, less: str, 
 
 
 def test_the_organisms_own_answers_give_samples_of_each_direction() -> None:
-    from saekit.activations.subject import load_subject
+    from saekit.activations.huggingface import load_subject
 
     subject = load_subject(str(organism.directory()), "blocks.2.hook_out")
     data = organism_data(subject, n=6)

@@ -9,9 +9,10 @@ import numpy as np
 from pydantic import Field
 
 from saekit.activations.harvest import ModelDtype
+from saekit.activations.huggingface import model_digest, peek_model
 from saekit.activations.packing import PackedRows, TokenStore, first_token
 from saekit.activations.sites import RESIDUAL
-from saekit.activations.subject import Subject, model_digest, peek_model
+from saekit.activations.subject import Subject
 from saekit.errors import UsageError
 from saekit.files import sha256_of
 

@@ -12,8 +12,9 @@ from pydantic import Field
 
 from saekit.activations.documents import Document, find_files, held_out_documents, read_records, text_of
 from saekit.activations.harvest import LabelledHarvestSource
+from saekit.activations.huggingface import load_subject
 from saekit.activations.packing import MixedRows, Rows, SequenceRows, TokenStore, first_token, tokenise
-from saekit.activations.subject import Subject, load_subject
+from saekit.activations.subject import Subject
 from saekit.builtin.sources.common import (
     Bos,
     DropFirst,

@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import Field
 
 from saekit.activations.harvest import LabelledHarvestSource
+from saekit.activations.huggingface import load_subject
 from saekit.activations.packing import MixedRows, Rows, TokenStore, tokenise
-from saekit.activations.subject import Subject, load_subject
+from saekit.activations.subject import Subject
 from saekit.builtin.sources.common import (
     DropFirst,
     DropSpecial,

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from saekit.activations.documents import TextUnit, find_files, held_out_documents, read_documents
 from saekit.activations.harvest import HarvestSource
+from saekit.activations.huggingface import load_subject
 from saekit.activations.packing import Rows, tokenise
-from saekit.activations.subject import Subject, load_subject
+from saekit.activations.subject import Subject
 from saekit.builtin.sources.common import (
     Bos,
     DropFirst,
