@@ -39,7 +39,7 @@ from saekit.plugins import OWN_DISTRIBUTION, Registry
 from saekit.schedules import SCHEDULES
 from saekit.stability import CHANGES
 from saekit.testing import Check, checks_of
-from saekit.testing.checks import any_kind
+from saekit.testing.checks import any_kind, commands
 from saekit.variants import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,7 @@ PAGES = (
 )
 API = {
     "Running": ("saekit.api",),
-    "Plugins": ("saekit.component", "saekit.choice", "saekit.hookspecs", "saekit.plugins", "saekit.stability"),
+    "Plugins": ("saekit.commands", "saekit.component", "saekit.choice", "saekit.hookspecs", "saekit.plugins", "saekit.stability"),
     "In a run": ("saekit.training", "saekit.runner", "saekit.result"),
     "The SAE and its code": ("saekit.sae",),
     "Feature graphs": ("saekit.graph",),
@@ -251,6 +251,7 @@ def _checks() -> Iterable[str]:
         own = [check for check in checks_of(kind) if check.name not in every]
         if own:
             yield f"### {HOOKS[kind].removeprefix('saekit_').replace('_', ' ').capitalize()}\n\n" + _asked(own)
+    yield "### Commands\n\n" + _asked(check for check in commands.CHECKS if check.name not in every)
 
 
 def _asked(checks: Iterable[Check]) -> str:

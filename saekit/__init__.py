@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from saekit.api import run as run
     from saekit.choice import Choice as Choice
     from saekit.choice import Kind as Kind
+    from saekit.commands import Command as Command
     from saekit.component import Component as Component
     from saekit.errors import SaekitError as SaekitError
     from saekit.errors import UsageError as UsageError
@@ -74,6 +75,7 @@ _HOME = {
     "run": "saekit.api",
     "Choice": "saekit.choice",
     "Kind": "saekit.choice",
+    "Command": "saekit.commands",
     "Component": "saekit.component",
     "SaekitError": "saekit.errors",
     "UsageError": "saekit.errors",

@@ -24,6 +24,7 @@ import pluggy
 from saekit.errors import PluginError, near_names
 
 if TYPE_CHECKING:
+    from saekit.commands import Command
     from saekit.component import Component
     from saekit.training.trainer import Trainer
 
@@ -70,6 +71,10 @@ class Declaring:
     @hookspec
     def saekit_recipes(self) -> Iterable[Component]:
         """Ready-made run files. Target: the path of a TOML file inside a package, as `"package:file.toml"`."""
+
+    @hookspec
+    def saekit_commands(self) -> Iterable[Command]:
+        """Commands of `saekit`. Target: a click command, imported when the user calls it."""
 
 
 class Lifecycle:

@@ -25,7 +25,7 @@ from typing import Any
 
 import pluggy
 
-from saekit import stability
+from saekit import commands, stability
 from saekit.component import HOOKS, KINDS, OWN_DISTRIBUTION, Component
 from saekit.errors import PluginError, UsageError, near_names
 from saekit.hookspecs import PROJECT, Declaring, check_arguments
@@ -50,6 +50,7 @@ class Plugin:
     distribution: str
     version: str
     components: list[Component] = field(default_factory=list)
+    commands: list[commands.Command] = field(default_factory=list)
     error: str | None = None
     disabled: bool = False
     file: Path | None = None
@@ -262,7 +263,7 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
     """The components that a plugin's module declares; raises PluginError on anything that would silently do nothing."""
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Declaring)
-    known = {hook: kind for kind, hook in HOOKS.items()}
+    known = {**{hook: kind for kind, hook in HOOKS.items()}, commands.HOOK: "command"}
     for name, value in vars(module).items():
         if name.startswith("saekit_") and inspect.isroutine(value) and name not in known:
             raise PluginError(f"{name!r} is no hook of saekit.{near_names(name, known)}")
@@ -287,8 +288,11 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
         for implementation in getattr(manager.hook, hook_name).get_hookimpls():
             declared = implementation.function()
             if not isinstance(declared, Iterable):
-                raise PluginError(f"{hook_name} must return or yield components, not {type(declared).__name__}.")
-            found += [_checked(c, hook_name, kind, plugin) for c in declared]
+                raise PluginError(f"{hook_name} must return or yield {kind}s, not {type(declared).__name__}.")
+            if hook_name == commands.HOOK:
+                plugin.commands = list(commands.checked(declared))
+            else:
+                found += [_checked(c, hook_name, kind, plugin) for c in declared]
     for kind in KINDS:
         names = [c.name for c in found if c.kind == kind]
         for name in set(names):

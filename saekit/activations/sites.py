@@ -1,14 +1,12 @@
-"""Sites: the places in a model where an activation is read or replaced, and the names they go by.
+"""Sites: the places in a model where an activation is read or replaced, and their names.
 
 A hook point is named in one of three ways:
 
-* residual-stream names, on any model that keeps its decoder blocks in one `nn.ModuleList`:
-  `blocks.2.hook_out` (or `hook_resid_post`) is what block 2 gives, `blocks.2.hook_in` (or `hook_resid_pre`) what it
-  is given;
-* the path of a submodule: `transformer.h.2`, `model.layers.2.mlp`, `0.1`; with `:input` for what the module is
-  given instead of what it gives; with `[0]` or `[name]` for one item of a tuple, a dictionary or a dataclass; `.` is
-  the model itself;
-* on a TransformerLens bridge or HookedTransformer, any of its own hook names.
+* residual-stream names, on any model with its decoder blocks in one `nn.ModuleList`: `blocks.2.hook_out` (or
+  `hook_resid_post`) is the output of block 2, `blocks.2.hook_in` (or `hook_resid_pre`) its input;
+* the path of a submodule: `transformer.h.2`, `model.layers.2.mlp`, `0.1`. `:input` means its input instead of its
+  output; `[0]` or `[name]` means one item of a tuple, a dictionary or a dataclass; `.` is the model itself;
+* on a TransformerLens bridge or HookedTransformer, any of its hook names.
 """
 
 from __future__ import annotations
@@ -30,11 +28,11 @@ _PATH = re.compile(r"(?P<path>[^:\[\]]+)(?P<input>:input)?(?:\[(?P<item>\w+)\])?
 
 
 class _Stop(BaseException):
-    """Ends a forward at a site. Not an `Exception`: a model that catches those must not swallow it."""
+    """Ends a forward at a site. It is not an `Exception`, so that a model which catches those does not swallow it."""
 
 
 class Captured:
-    """What `Site.capture` has read: `value` is the activation of the latest forward, [n, T, d]."""
+    """What `Site.capture` reads: `value` is the activation of the latest forward, [n, T, d]."""
 
     def __init__(self, site: Site):
         self._site = site
@@ -48,18 +46,19 @@ class Captured:
         return self._value
 
     def take(self) -> Tensor | None:
-        """The activation, which is then forgotten; None if no forward has reached the site since the last time."""
+        """The activation, which is then forgotten; None if no forward has reached the site since the last call."""
         value, self._value = self._value, None
         return value
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One tensor that goes into or comes out of a module.
+    """One input or output tensor of a module.
 
-    name: what the user called it. side: whether it is the module's input or its output.
-    item: which item of a tuple (a number), a dictionary or dataclass (a key), or of the module's arguments (either).
-    lenient: where no item is named and the module gives several, take the first tensor (decoder blocks only).
+    name: the hook point's name, as the user wrote it.
+    side: whether it is the module's input or its output.
+    item: the item of a tuple (a number), of a dictionary or dataclass (a key), or of the module's arguments (either).
+    lenient: without `item`, take the first tensor of several (decoder blocks only).
     """
 
     name: str
@@ -70,7 +69,7 @@ class Site:
 
     @contextmanager
     def capture(self) -> Iterator[Captured]:
-        """Read the activation of every forward inside; it is not copied and keeps its graph."""
+        """Read the activation in every forward inside. It is not copied and keeps its graph."""
         captured = Captured(self)
 
         def read(activation: Tensor) -> None:
@@ -81,9 +80,9 @@ class Site:
 
     @contextmanager
     def replaced(self, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Replace the activation of every forward inside by `function(activation)`: [n, T, d] -> [n, T, d].
+        """Replace the activation in every forward inside by `function(activation)`: [n, T, d] -> [n, T, d].
 
-        The other items of a tuple pass untouched. UsageError if the function gives another shape.
+        The other items of a tuple are not touched. UsageError if the function returns another shape.
         """
 
         def replace(activation: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ class Site:
             if new.shape != activation.shape:
                 raise UsageError(
                     f"hook point {self.name!r}: the replacement has shape {list(new.shape)}, "
-                    f"the activation {list(activation.shape)}. Give a tensor of the same shape."
+                    f"the activation {list(activation.shape)}. Return a tensor of the same shape."
                 )
             return new.to(activation.dtype)
 
@@ -100,7 +99,7 @@ class Site:
 
     @contextmanager
     def _hooked(self, visit: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Call `visit` with every activation inside; what it returns, if anything, takes the activation's place."""
+        """Call `visit` with every activation inside. What it returns, unless None, replaces the activation."""
 
         def on_output(module: nn.Module, args: Any, output: Any) -> Any:
             key = self._key(output)
@@ -129,13 +128,13 @@ class Site:
             handle.remove()
 
     def _key(self, output: Any) -> int | str | None:
-        """Which item of `output` is the activation; None where the output itself is."""
+        """Which item of `output` is the activation; None if the output itself is."""
         items = _items(output)
         if items is None:
             if not isinstance(output, Tensor):
-                raise UsageError(f"hook point {self.name!r}: the module gives {_described(output)}, not a tensor.")
+                raise UsageError(f"hook point {self.name!r}: the module returns {_described(output)}, not a tensor.")
             if self.item is not None:
-                raise UsageError(f"hook point {self.name!r}: the module gives one tensor. Leave [{self.item}] out.")
+                raise UsageError(f"hook point {self.name!r}: the module returns one tensor. Leave [{self.item}] out.")
             return None
         if self.item is None:
             if self.lenient:
@@ -143,18 +142,18 @@ class Site:
                     if isinstance(value, Tensor):
                         return key
             raise UsageError(
-                f"hook point {self.name!r}: the module gives {_described(output)}, not one tensor. "
+                f"hook point {self.name!r}: the module returns {_described(output)}, not one tensor. "
                 f"Name an item, for example {self.name}[{_first_tensor(items)}]."
             )
         if not isinstance(items.get(self.item), Tensor):
             raise UsageError(
-                f"hook point {self.name!r}: there is no tensor [{self.item}] in what the module gives, "
+                f"hook point {self.name!r}: there is no tensor [{self.item}] in what the module returns, "
                 f"{_described(output)}. Name another item, for example [{_first_tensor(items)}]."
             )
         return self.item
 
     def _argument(self, arguments: dict[int | str, Any]) -> int | str:
-        """Which argument of the module is the activation: the one named, or the first with floating-point numbers."""
+        """Which argument of the module is the activation: the named one, or the first floating-point tensor."""
         if self.item is None:
             for key, value in arguments.items():
                 if isinstance(value, Tensor) and value.is_floating_point():
@@ -168,7 +167,7 @@ class Site:
         )
 
     def not_reached(self) -> UsageError:
-        """The error for a forward that never came to this site."""
+        """The error for a forward that never reached this site."""
         return UsageError(
             f"hook point {self.name!r}: the model's forward never calls this module "
             f"({type(self.module).__name__}). Name a module that it calls."
@@ -176,7 +175,7 @@ class Site:
 
 
 def run_to_site(site: Site, forward: Callable[[], Any]) -> Tensor:
-    """Run `forward` until the activation at `site` is there, and return it; what lies above never runs.
+    """Run `forward` up to `site` and return the activation there; the layers above never run.
 
     UsageError if the forward ends without reaching the site.
     """
@@ -184,9 +183,9 @@ def run_to_site(site: Site, forward: Callable[[], Any]) -> Tensor:
 
 
 def run_to_sites(sites: Sequence[Site], forward: Callable[[], Any]) -> list[Tensor]:
-    """Run `forward` until the activations at all `sites` are there, in whichever order, and return them in this one.
+    """Run `forward` until it has reached all `sites`, in any order, and return their activations in the order of `sites`.
 
-    What lies above the last never runs. Of a module that is called several times, the first call counts. UsageError
+    The layers above the last site never run. If a module is called several times, its first call counts. UsageError
     if the forward ends without reaching one of the sites.
     """
     found: dict[int, Tensor] = {}
@@ -194,7 +193,7 @@ def run_to_sites(sites: Sequence[Site], forward: Callable[[], Any]) -> list[Tens
     def reader(number: int) -> Callable[[Tensor], None]:
         def read(activation: Tensor) -> None:
             if number not in found:
-                # What runs until the other sites are reached may change a tensor in place.
+                # The layers up to the other sites may change a tensor in place.
                 found[number] = activation if len(found) == len(sites) - 1 else activation.clone()
                 if len(found) == len(sites):
                     raise _Stop
@@ -212,7 +211,7 @@ def run_to_sites(sites: Sequence[Site], forward: Callable[[], Any]) -> list[Tens
 
 
 def resolve(model: nn.Module, name: str) -> Site:
-    """The site that a hook point's name means on this model. UsageError, with near names, where it means none."""
+    """The site with this hook point's name. UsageError, with similar names, if the model has none."""
     hooks = hook_points(model)
     if name in hooks:
         return Site(name, hooks[name], "output")
@@ -250,8 +249,9 @@ def hook_points(model: nn.Module) -> dict[str, nn.Module]:
 def decoder_blocks(model: nn.Module, name: str = "blocks") -> tuple[str, nn.ModuleList]:
     """The path and the list of the model's decoder blocks, found by structure.
 
-    It is the one outermost `nn.ModuleList` of modules that have submodules and parameters, as long as the
-    configuration says, if there is one. UsageError where there is none, or more than one; `name` is for the message.
+    The list is the outermost `nn.ModuleList` of modules with submodules and parameters. If there are several, it is
+    the one with the number of layers in the configuration. UsageError if there is none, or still more than one; `name`
+    is for the message.
     """
     found = _block_lists(model)
     if len(found) == 1:
@@ -274,7 +274,7 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in outermost):
             continue
-        outermost.append(path)  # lists inside blocks, such as experts, are not blocks
+        outermost.append(path)  # lists inside blocks, such as experts, do not count
         if len(module) and all(any(True for _ in m.children()) and any(True for _ in m.parameters()) for m in module):
             found.append((path, module))
     config: Any = getattr(model, "config", None)
@@ -286,7 +286,7 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def _unknown(model: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Why a name means nothing, with names that are near."""
+    """Why a name is unknown, with similar names."""
     known = [name for name in modules if name not in ("", ".")]
     examples = [name for name in known if name.count(".") <= 1][:3]
     for list_path, blocks in _block_lists(model)[:1]:
@@ -316,7 +316,7 @@ def _item(value: Any, key: int | str) -> Any:
 
 
 def _with_item(value: Any, key: int | str, new: Tensor) -> Any:
-    """A copy of `value` with one item replaced; the others are the same objects."""
+    """A copy of `value` with one item replaced; the other items are the same objects."""
     if isinstance(value, Mapping):
         changed = copy.copy(value)
         changed[list(value)[key] if isinstance(key, int) and key not in value else key] = new  # type: ignore[index]
@@ -328,14 +328,14 @@ def _with_item(value: Any, key: int | str, new: Tensor) -> Any:
 
 
 def _first_tensor(items: Mapping[int | str, Any]) -> int | str:
-    """The key of the first tensor, for examples in messages; a name rather than a number where an item has both."""
+    """The key of the first tensor, for examples in messages: a name rather than a number if an item has both."""
     tensors = [key for key, value in items.items() if isinstance(value, Tensor)]
     names = [key for key in tensors if isinstance(key, str)]
     return (names or tensors or [0])[0]
 
 
 def _described(value: Any) -> str:
-    """What a module gives, for messages: `tuple [0] Tensor [1, 4, 32], [1] None`."""
+    """What a module returns, for messages: `tuple [0] Tensor [1, 4, 32], [1] None`."""
     if isinstance(value, Tensor):
         return f"Tensor {list(value.shape)}"
     items = value if isinstance(value, Mapping) else _items(value)

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from saekit import commands
 from saekit.errors import ExitCode, SaekitError
 
 COMMANDS = {
@@ -19,7 +20,6 @@ COMMANDS = {
     "check": "Ask whether a component, or a plugin's, keep the contract of their kind.",
     "new": "Write a package around one component of your own: code, test, run file, README.",
     "recipes": "List the ready-made run files.",
-    "bench": "Time a step, the harvest or a whole training against its floor and its peers.",
     "report": "Build report.html of a run again.",
     "compare": "Show runs side by side: metrics, what differs in their configurations, curves.",
     "import": "Take in an SAE of SAELens, dictionary_learning or sparsify.",
@@ -30,27 +30,30 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """Knows its commands by name and one line, so that `--help` imports none of them."""
+    """Knows its commands, and those of plugins, by name and one line, so that `--help` imports none of them."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS, *commands.summaries(_registry(), COMMANDS)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
-            return None
+            return commands.find(name, _registry(), COMMANDS)
         module = f"{name}_" if keyword.iskeyword(name) else name  # import.py could not be imported
         return importlib.import_module(f"saekit.cli.{module}").command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        registry = _registry()
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([*COMMANDS.items(), *commands.summaries(registry, COMMANDS).items()])
+        for problem in commands.clashes(registry, COMMANDS).values():
+            formatter.write_paragraph()
+            formatter.write_text(problem)
 
-    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
-        from saekit.errors import near_names
 
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            raise click.UsageError(f"There is no command {args[0]!r}.{near_names(args[0], COMMANDS)}")
-        return super().resolve_command(context, args)
+def _registry() -> Any:
+    from saekit.plugins import Registry
+
+    return Registry()
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

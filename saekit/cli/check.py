@@ -25,12 +25,15 @@ def command(name: str, assignments: tuple[str, ...], kind: str | None, files: tu
     Exit code 3 where a check fails. Components of a plugin that cannot do without an option are left out, with a note:
     check them by their own name, with -o.
     """
+    from saekit.testing.checks.commands import check_command
+
     registry = Registry(files=files)
     registry.refuse_broken_files()
     options: dict[str, Any] = {}
     for assignment in assignments:
         override(options, assignment)
-    components, whole_plugin = _meant(name, kind, registry)
+    added = [(c, p) for p in registry.plugins for c in p.commands if name in (c.name, p.name) and kind is None]
+    components, whole_plugin = _meant(name, kind, registry, bool(added))
     if whole_plugin and options:
         raise UsageError(f"-o {assignments[0]}: is an option of one component, but {name!r} is a plugin. Name the component.")
     reports = []
@@ -41,14 +44,15 @@ def command(name: str, assignments: tuple[str, ...], kind: str | None, files: tu
             click.echo(f"{component.origin}\n  left out: it needs options. Check it by itself: {ask}", err=True)
             continue
         reports.append(_checked(component, options, registry))
-        if not as_json:
-            _print(reports[-1])
+    reports += [check_command(one, plugin, registry) for one, plugin in added]
+    for report in reports if not as_json else ():
+        _print(report)
     if as_json:
         click.echo(json.dumps([report.to_json() for report in reports], indent=2, ensure_ascii=False))
     _raise_for(reports)
 
 
-def _meant(name: str, kind: str | None, registry: Registry) -> tuple[list[Component], bool]:
+def _meant(name: str, kind: str | None, registry: Registry, is_command: bool) -> tuple[list[Component], bool]:
     """The components that `name` stands for, and whether it is the name of a plugin."""
     named = [c for c in registry.components(kind) if name in (c.name, c.qualified_name)]
     kinds = list(dict.fromkeys(c.kind for c in named))
@@ -57,13 +61,15 @@ def _meant(name: str, kind: str | None, registry: Registry) -> tuple[list[Compon
     if kinds:
         return [registry.find(kinds[0], name)], False
     plugin = next((p for p in registry.plugins if p.name == name), None)
+    if plugin is None and is_command:
+        return [], False
     if plugin is None:
         names = [*(c.name for c in registry.components(kind)), *(p.name for p in registry.plugins)]
         raise UsageError(f"There is no component or plugin {name!r}.{near_names(name, names)} See: saekit plugins")
     if plugin.error:
         raise PluginError(f"plugin {name!r} ({plugin.distribution} {plugin.version}) does not load: {plugin.error} Mend it.")
     components = [c for c in plugin.components if kind in (None, c.kind)]
-    if not components:
+    if not components and not is_command:
         raise UsageError(f"Plugin {name!r} offers no {kind or 'component'}. See: saekit plugins")
     return components, True
 

@@ -20,14 +20,14 @@ ROOT = Path(saekit.__file__).parent
 # From the top to the bottom; what stands in one group may import what stands in a lower one, or beside it without a circle.
 LEVELS = [
     {"cli", "__main__"},
-    {"bench", "testing"},
+    {"testing"},
     {"api"},
     {"runner"},
     {"training", "report", "terminal"},
     {"sae", "activations", "graph", "interventions", "organism"},
     {
         "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "contracts", "listeners", "result",
-        "errors", "files", "stability", "options", "numerics", "run_directory", "seeds", "wording", "memory",
+        "errors", "files", "stability", "options", "numerics", "run_directory", "seeds", "wording", "memory", "commands",
     },
 ]
 LEVEL = {name: len(LEVELS) - number for number, names in enumerate(LEVELS) for name in names}
@@ -123,7 +123,7 @@ def test_the_core_names_no_component_and_no_plugin() -> None:
     # How measured values are written in words is decided in one place, by their keys; a metric often has its value's name.
     values = {ROOT / "wording.py": {c.name for c in registry.components("metric") + registry.components("loss")}}
     found = []
-    for _part, path in sources("builtin", "bench", "testing"):
+    for _part, path in sources("builtin", "testing"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docstrings = {
             id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

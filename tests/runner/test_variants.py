@@ -389,27 +389,3 @@ def test_an_interrupted_run_of_variants_can_be_looked_at(
         "run/a": "20 of 20 steps",
         "run/b": "20 of 20 steps",
     }
-
-
-# --- what it costs -----------------------------------------------------------------------------------------------
-
-
-def test_the_benchmark_times_every_variant_against_its_steps_alone(
-    run_file: Callable[..., Path], command: Callable[..., Outcome]
-) -> None:
-    file = run_file(variant=[{"name": "a"}, {"name": "b", "architecture": {"d_sae": 96}}])
-    result = json.loads(command("bench", "variants", file, "--rounds", "2", "--steps", "3", "--json").out)
-    assert set(result["seconds"]) == {"together", "harvest", "a alone", "b alone"}
-    apart = sum(seconds for name, seconds in result["seconds"].items() if name != "together")
-    assert result["ratio"]["median"] == pytest.approx(result["seconds"]["together"] / apart)
-    assert (result["variants"], result["batch"]) == (2, 64)
-
-
-def test_the_benchmark_makes_variants_of_a_file_without_any(
-    run_file: Callable[..., Path], command: Callable[..., Outcome]
-) -> None:
-    done = command("bench", "variants", run_file(), "--rounds", "1", "--steps", "1", "--json")
-    assert json.loads(done.out)["variants"] == 4
-    refused = command("bench", "variants", run_file(training__tokens=0))
-    assert refused.code == 2
-    refused.says("training.tokens", "no step to time")

@@ -50,7 +50,7 @@ def step(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settin
 
     The run file says which architecture, width and losses.
     """
-    from saekit.bench.step import time_step
+    from saekit_bench.step import time_step
 
     plan, device = _planned(recipe, overrides)
     _show(time_step(plan, device, **settings), as_json)
@@ -62,7 +62,7 @@ def step(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settin
 @click.option("--tokens", default=16_384, show_default=True, help="Activations a block.")
 def harvest(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     """The harvest in units of a bare forward through the same truncated model. The run file says which model and text."""
-    from saekit.bench.harvest import time_harvest
+    from saekit_bench.harvest import time_harvest
 
     plan, device = _planned(recipe, overrides)
     _show(time_harvest(plan, device, **settings), as_json)
@@ -74,8 +74,8 @@ def harvest(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **set
 @click.option("--steps", default=8, show_default=True, help="Batches a round.")
 def variants(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settings: Any) -> None:
     """A pass of several variants in units of their steps alone and one harvest. Without variants: four seeds of the run."""
-    from saekit.bench.variants import time_variants
     from saekit.runner.compose import Request, compose
+    from saekit_bench.variants import time_variants
 
     config, registry = compose(Request(recipe, overrides=overrides))
     _show(time_variants(config, registry, **settings), as_json)
@@ -86,9 +86,9 @@ def variants(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **se
 @click.option("--peers", is_flag=True, help="Train with sae_lens's runner too.")
 def training(recipe: str | None, overrides: tuple[str, ...], as_json: bool, peers: bool) -> None:
     """A whole training, harvest included, in activations a second, and the explained variance that it reaches."""
-    from saekit.bench.end_to_end import time_training
     from saekit.runner.compose import Request, compose
     from saekit.runner.plan import plan_run
+    from saekit_bench.end_to_end import time_training
 
     config, registry = compose(Request(recipe, overrides=overrides))
     _set_threads(config.training.threads)
@@ -115,10 +115,10 @@ def parity(
     recipe: str | None, overrides: tuple[str, ...], as_json: bool, architectures: tuple[str, ...], **settings: Any
 ) -> None:
     """Explained variance at equal L0 beside sae_lens's own trainer, on the same activations. Takes an hour."""
-    from saekit.bench.parity import CASES, compare, summarise
     from saekit.errors import UsageError, near_names
     from saekit.runner.compose import Request, compose
     from saekit.runner.plan import make_plan
+    from saekit_bench.parity import CASES, compare, summarise
 
     for name in architectures:
         if name not in CASES:
@@ -145,7 +145,7 @@ def parity(
 @click.option("--plugins", default=50, show_default=True, help="Plugins that are installed for the time of it.")
 def startup(as_json: bool, **settings: Any) -> None:
     """Seconds that `saekit --help` and `saekit plugins` take, with many plugins installed beside the real ones."""
-    from saekit.bench.startup import time_startup
+    from saekit_bench.startup import time_startup
 
     _show(time_startup(**settings), as_json)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from saekit.activations.sites import run_to_site
-from saekit.bench.timing import alternate
 from saekit.runner.plan import Plan
+from saekit_bench.timing import alternate
 
 
 def time_harvest(plan: Plan, device: torch.device, *, tokens: int, rounds: int) -> dict[str, Any]:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from saekit.activations.batch import Activations
-from saekit.bench.memory import PeakMemory
-from saekit.bench.peers import LEARNING_RATE, peer_steps
-from saekit.bench.timing import alternate
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
 from saekit.runner.plan import Plan
 from saekit.training.losses import Term
 from saekit.training.trainer import Trainer
+from saekit_bench.memory import PeakMemory
+from saekit_bench.peers import LEARNING_RATE, peer_steps
+from saekit_bench.timing import alternate
 
 WARM_UP = 20
 """Steps before the clock runs: optimiser states exist, the guard has seen every loss, gates know that they are sparse."""

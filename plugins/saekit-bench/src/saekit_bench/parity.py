@@ -27,14 +27,15 @@ import torch
 from torch import Tensor
 
 from saekit.activations.batch import Activations
-from saekit.bench.peers import sae_lens_sae, sae_lens_trainer
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
 from saekit.plugins import Registry
 from saekit.runner.plan import Plan
 from saekit.sae.base import SparseAutoencoder
+from saekit.seeds import seed_for
 from saekit.training.losses import Term
-from saekit.training.trainer import Trainer, seed_for
+from saekit.training.trainer import Trainer
+from saekit_bench.peers import sae_lens_sae, sae_lens_trainer
 
 WARMUP, DECAY = 50, 0.2
 """Steps of warm-up, and the last share of the run in which the learning rate falls to zero, for both sides."""

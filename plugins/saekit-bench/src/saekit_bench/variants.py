@@ -12,7 +12,6 @@ import torch
 
 from saekit.activations.batch import Activations
 from saekit.activations.shuffle import ShuffledBatches
-from saekit.bench.timing import alternate
 from saekit.config import RunConfig
 from saekit.errors import UsageError
 from saekit.plugins import Registry
@@ -21,6 +20,7 @@ from saekit.runner.member import Member
 from saekit.runner.plan import plan_run
 from saekit.runner.run import Run
 from saekit.variants import Variant
+from saekit_bench.timing import alternate
 
 SEEDS = 4
 """A run file without variants is timed as so many, which differ in the seed."""

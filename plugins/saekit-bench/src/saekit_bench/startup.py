@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from saekit.bench.timing import alternate
+from saekit_bench.timing import alternate
 
 DECLARES = """from saekit import Component, hookimpl
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from saekit.api import start
-from saekit.bench.parity import Reconstruct, of_sae_lens, of_saekit, quality
-from saekit.bench.peers import sae_lens_config
 from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.runner.plan import RunPlan
 from saekit.sae.formats import load_sae
 from saekit.schedules import value_at
+from saekit_bench.parity import Reconstruct, of_sae_lens, of_saekit, quality
+from saekit_bench.peers import sae_lens_config
 
 HELD_OUT = 50_000
 """Held-out activations that both are measured on."""

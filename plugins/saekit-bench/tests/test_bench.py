@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import Outcome
 
 SMALL = ("-o", "architecture.d_sae=64", "-o", "training.threads=1", "-o", "training.device=cpu")
 
@@ -74,3 +76,24 @@ def test_startup(command) -> None:
     assert found["plugins"] == 3
     assert found["seconds"].keys() == {"python", "help", "plugins", "plugins_json"}
     assert all(0 < timing["low"] <= timing["median"] <= timing["high"] < 60 for timing in found["seconds"].values())
+
+
+def test_the_benchmark_times_every_variant_against_its_steps_alone(
+    run_file: Callable[..., Path], command: Callable[..., Outcome]
+) -> None:
+    file = run_file(variant=[{"name": "a"}, {"name": "b", "architecture": {"d_sae": 96}}])
+    result = json.loads(command("bench", "variants", file, "--rounds", "2", "--steps", "3", "--json").out)
+    assert set(result["seconds"]) == {"together", "harvest", "a alone", "b alone"}
+    apart = sum(seconds for name, seconds in result["seconds"].items() if name != "together")
+    assert result["ratio"]["median"] == pytest.approx(result["seconds"]["together"] / apart)
+    assert (result["variants"], result["batch"]) == (2, 64)
+
+
+def test_the_benchmark_makes_variants_of_a_file_without_any(
+    run_file: Callable[..., Path], command: Callable[..., Outcome]
+) -> None:
+    done = command("bench", "variants", run_file(), "--rounds", "1", "--steps", "1", "--json")
+    assert json.loads(done.out)["variants"] == 4
+    refused = command("bench", "variants", run_file(training__tokens=0))
+    assert refused.code == 2
+    refused.says("training.tokens", "no step to time")
