@@ -24,6 +24,7 @@ import saekit.testing
 from saekit.choice import Choice
 from saekit.cli import COMMANDS
 from saekit.cli.new import KINDS_WITH_TEMPLATES, package_files
+from saekit.commands import summaries
 from saekit.component import HOOKS, KINDS, Component
 from saekit.config import (
     ArchitectureUse,
@@ -91,7 +92,10 @@ def tables() -> dict[str, str]:
         "schedules": "\n".join(_schedule(word, model) for word, model in SCHEDULES.items()),
         "components": _components(registry),
         "component-details": "\n".join(_details(registry)),
-        "commands": _table(("command", "what it does"), ((f"`saekit {n}`", what) for n, what in COMMANDS.items())),
+        "commands": _table(
+            ("command", "what it does"),
+            ((f"`saekit {n}`", what) for n, what in {**COMMANDS, **summaries(registry, COMMANDS)}.items()),
+        ),
         "api": "\n".join(_api()),
         "contract": _table(("version", "what it changed"), ((str(n), what) for n, what in CHANGES.items())),
         "checks": "\n".join(_checks()),

@@ -290,6 +290,8 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
             if not isinstance(declared, Iterable):
                 raise PluginError(f"{hook_name} must return or yield {kind}s, not {type(declared).__name__}.")
             if hook_name == commands.HOOK:
+                if plugin.file is not None:
+                    raise PluginError(f"a file cannot add a command, only an installed plugin can. Take {hook_name} out.")
                 plugin.commands = list(commands.checked(declared))
             else:
                 found += [_checked(c, hook_name, kind, plugin) for c in declared]

@@ -37,7 +37,12 @@ class LazyGroup(click.Group):
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
-            return commands.find(name, _registry(), COMMANDS)
+            try:
+                return commands.find(name, _registry(), COMMANDS)
+            except SaekitError:
+                if context.resilient_parsing:  # while the shell completes
+                    return None
+                raise
         module = f"{name}_" if keyword.iskeyword(name) else name  # import.py could not be imported
         return importlib.import_module(f"saekit.cli.{module}").command
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from saekit.cli import COMMANDS
+from saekit.commands import clashes
 from saekit.errors import ExitCode
 from saekit.plugins import HEAVY, OWN_DISTRIBUTION, Plugin, Registry
 
@@ -83,7 +85,7 @@ def examination() -> dict[str, Any]:
         "large_pages": _large_pages(),
         "plugins": plugins,
         "conflicts": conflicts,
-        "problems": [*problems, *conflicts, *registry.warnings],
+        "problems": [*problems, *conflicts, *clashes(registry, COMMANDS).values(), *registry.warnings],
     }
 
 

@@ -26,7 +26,7 @@ def completed(*words: str) -> list[str]:
 
 
 def test_commands_recipes_and_flags() -> None:
-    assert completed("") == list(COMMANDS)
+    assert completed("") == [*COMMANDS, "bench"]
     assert completed("run", "quick") == ["quickstart"]
     assert completed("run", "--arch") == ["--architecture"]
     shell = ShellComplete(cli, {}, "saekit", "_SAEKIT_COMPLETE")

@@ -30,6 +30,7 @@ from saekit import (
 from saekit.plugins import Registry
 from saekit.testing import check, registry_of
 from saekit.testing.checks.architectures import activations, built
+from saekit.testing.checks.commands import check_command
 from saekit.testing.kit import Report, Subject
 
 # --- losses ----------------------------------------------------------------------------------------------------
@@ -770,3 +771,29 @@ def test_a_plugin_that_is_heavy_to_declare(text: str, word: str, fakes: Fakes) -
     report = check("loss", "heavy")
     assert failing(report) == {"light_to_declare"}
     assert word in report.failures[0].message
+
+
+COMMANDS = {
+    "sound": ("command = click.command()(lambda: None)\ncommand.help = 'Does it.'", "Does it.", set()),
+    "silent": ("command = click.command()(lambda: None)", "Does it.", {"shows_its_help"}),
+    "not_a_command": ("def command():\n    'Does it.'", "Does it.", {"shows_its_help"}),
+    "breaks_when_imported": ("raise RuntimeError('no licence')", "Does it.", {"shows_its_help"}),
+    "no_summary": ("command = click.command()(lambda: None)\ncommand.help = 'Does it.'", "", {"has_summary"}),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands(name: str, fakes: Fakes) -> None:
+    target, summary, expected = COMMANDS[name]
+    hooks = f"""
+    from saekit import Command, hookimpl
+
+    @hookimpl
+    def saekit_commands():
+        yield Command("does", "does_{name}_cli:command", {summary!r})
+    """
+    sources = {f"does_{name}": hooks, f"does_{name}_cli": f"import click\n{target}\n"}
+    fakes.install("saekit-does", "0.1", f"does_{name}", f"does_{name}", **sources)
+    registry = Registry()
+    (plugin,) = (plugin for plugin in registry.plugins if plugin.name == f"does_{name}")
+    assert failing(check_command(plugin.commands[0], plugin, registry)) == expected
