@@ -1,4 +1,4 @@
-"""Numbers, durations and names as people read them; shared by the report and the terminal."""
+"""Numbers, durations and names as people read them, for the report and the terminal."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from typing import Any
 
 NOT_DEFINED = "not defined"
 
-LABELS = {
-    "l0": "L0",
-    "lr": "learning rate",
-    "fvu": "FVU",
-    "mse": "MSE",
-    "kl": "KL",
-    "ce_recovered": "CE recovered",
-    "concept_auroc": "concept AUROC",
+ABBREVIATIONS = {"AUROC", "CE", "FVU", "KL", "L0", "L1", "MSE", "SAE"}
+LOGGED = {
     "dead": "dead latents",
-    "dead_fraction": "dead fraction",
     "grad_norm": "gradient norm",
+    "lr": "learning rate",
     "tokens_per_second": "tokens per second",
 }
+"""What a step logs and is not written out in its key."""
 
 
 def is_number(value: Any) -> bool:
@@ -27,14 +22,15 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def label(name: str) -> str:
-    """A key such as `ce_recovered` as the field writes it."""
-    head, slash, rest = name.partition("/")
-    return LABELS.get(head, head.replace("_", " ")) + (f" {slash} {rest.replace('_', ' ')}" if slash else "")
+def label(key: str) -> str:
+    """A key as people write it: `ce_recovered` is "CE recovered"."""
+    head, slash, rest = key.partition("/")
+    words = LOGGED.get(head) or " ".join(w.upper() if w.upper() in ABBREVIATIONS else w for w in head.split("_"))
+    return words + (f" {slash} {rest.replace('_', ' ')}" if slash else "")
 
 
 def number(value: Any) -> str:
-    """A value at three or four significant digits; None is said in words, because an undefined score is not a zero."""
+    """A value with three or four significant digits. None is put in words: an undefined score is not a zero."""
     if value is None:
         return NOT_DEFINED
     if isinstance(value, bool):
@@ -59,7 +55,7 @@ def count(value: float) -> str:
     if abs(value) < 10_000:
         return f"{value:,.0f}"
     for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # 999,960 would read 1000.0k; it belongs to the next size.
+        # 999,960 would become 1000.0k: it is written in the next size.
         if abs(value) >= size * 0.9995 or suffix == "k":
             scaled = value / size
             return f"{scaled:.2f}{suffix}" if abs(scaled) < 9.995 else f"{scaled:.1f}{suffix}"
@@ -85,10 +81,10 @@ def memory(size: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    """62 %; a share that is not all of it is never rounded up to 100 %."""
+    """62 %. Only all of it is 100 %: nothing less is rounded up to that."""
     return f"{min(int(fraction * 100 + 0.5), 100 if fraction >= 1 else 99)} %"
 
 
 def clean(text: Any) -> str:
-    """Text without control characters: names, warnings and tokens come from outside and must not steer a terminal."""
+    """Text without control characters: names, warnings and tokens come from outside and must not control a terminal."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))

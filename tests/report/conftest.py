@@ -55,9 +55,9 @@ def summary(directory: Path) -> dict:
             "density_median": 0.00047,
             "dead_fraction": 0.0024,
             "ce_recovered": 0.9512,
-            "concept_auroc": None,
+            "probe_score": None,
         },
-        "headline": ["explained_variance", "l0", "dead_fraction", "ce_recovered", "concept_auroc"],
+        "headline": ["explained_variance", "l0", "dead_fraction", "ce_recovered", "probe_score"],
         "analysis": {
             "features": {"latents_shown": 2, "median_density": 0.0004},
             "steer": {"shift": None, "strength": 15.0},

@@ -75,7 +75,7 @@ def say(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_headline_is_compared_by_default(runs) -> None:
     comparison = compare(runs)
-    assert comparison.columns == ["explained_variance", "l0", "dead_fraction", "ce_recovered", "concept_auroc"]
+    assert comparison.columns == ["explained_variance", "l0", "dead_fraction", "ce_recovered", "probe_score"]
     first, second = (cells(side, comparison.columns) for side in comparison.sides)
     assert [cell.text for cell in first] == ["0.9134", "32", "0.0024", "0.9512", "not defined"]
     assert [cell.sort for cell in second] == [0.75, 32.0, 0.0024, 0.9512, None]
@@ -152,7 +152,7 @@ def test_the_table_in_the_terminal(runs) -> None:
     said = say(*runs)
     assert said.returncode == 0 and said.stderr == ""
     lines = [line.split() for line in said.stdout.splitlines()]
-    assert ["run", "explained_variance", "l0", "dead_fraction", "ce_recovered", "concept_auroc"] in lines
+    assert ["run", "explained_variance", "l0", "dead_fraction", "ce_recovered", "probe_score"] in lines
     assert ["first", "0.9134", "32", "0.0024", "0.9512", "not", "defined"] in lines
     assert ["second", "16", "mse", "-", "1", "false"] in lines
     wide = say(*runs, "--all")

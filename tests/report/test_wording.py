@@ -58,7 +58,16 @@ def test_clean_removes_what_could_steer_a_terminal():
     assert cleaned.endswith("e f g h")
 
 
-def test_labels_keep_the_rest_of_a_key():
-    assert label("ce_recovered") == "CE recovered"
-    assert label("concept_auroc/python_code") == "concept AUROC / python code"
-    assert label("hoyer_share") == "hoyer share"
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("ce_recovered", "CE recovered"),
+        ("l0", "L0"),
+        ("fvu", "FVU"),
+        ("grad_norm", "gradient norm"),
+        ("probe_auroc/python_code", "probe AUROC / python code"),
+        ("hoyer_share", "hoyer share"),
+    ],
+)
+def test_labels_come_from_the_key_itself(key, text):
+    assert label(key) == text

@@ -19,7 +19,7 @@ METRICS = {
     "l0": 32.0,
     "dead_fraction": 0.0024,
     "ce_recovered": 0.9512,
-    "concept_auroc": None,
+    "probe_score": None,
 }
 SUMMARY: dict[str, Any] = {
     "run": DIRECTORY.name,
@@ -29,7 +29,7 @@ SUMMARY: dict[str, Any] = {
     "hook_point": "blocks.2.hook_out",
     "sae": {"architecture": "topk", "d_in": 256, "d_sae": 4096},
     "metrics": METRICS,
-    "headline": ["explained_variance", "l0", "ce_recovered", "concept_auroc"],
+    "headline": ["explained_variance", "l0", "ce_recovered", "probe_score"],
     "analysis": {"steer": {"shift": None, "strength": 15.0}},
     "losses": {"mse": 0.12, "hoyer": 22.5},
     "tokens": STEPS * BATCH,

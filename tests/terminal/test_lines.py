@@ -32,7 +32,7 @@ def test_a_whole_run(script, view, out, capsys):
     text = out.getvalue()
     for phase in ("prepare", "train", "evaluate", "analyse", "report"):
         assert f"{phase}: started" in text and f"{phase}: done in" in text
-    assert "held out: explained variance 0.9134" in text and "concept AUROC not defined" in text
+    assert "held out: explained variance 0.9134" in text and "probe score not defined" in text
     assert "analysed steer: shift not defined, strength 15" in text
     assert "report.html" in text
     captured = capsys.readouterr()

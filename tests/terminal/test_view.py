@@ -71,7 +71,7 @@ def test_metrics_analyses_and_warnings_come_in(script, view):
     for number in range(5):
         script.listeners.emit("warned", message=f"warning number {number} " + "with a long explanation " * 20)
     script.listeners.emit("phase_ended", phase="train", seconds=40.0)
-    script.listeners.emit("evaluated", metrics={"ce_recovered": 0.9512, "concept_auroc": None}, variant="")
+    script.listeners.emit("evaluated", metrics={"ce_recovered": 0.9512, "probe_score": None}, variant="")
     steered = SimpleNamespace(scalars={"shift": None, "strength": 15.0})
     script.listeners.emit("analysed", name="steer", result=steered, variant="")
     text = shown(view.state, script.now)
