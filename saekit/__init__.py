@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from saekit.interventions.attach import attach as attach
     from saekit.interventions.attach import attach_all as attach_all
     from saekit.interventions.attach import read as read
+    from saekit.interventions.downstream import ensure_downstream as ensure_downstream
     from saekit.interventions.edits import Edit as Edit
     from saekit.interventions.edits import ablate as ablate
     from saekit.interventions.edits import add as add
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from saekit.interventions.edits import set_to as set_to
     from saekit.interventions.generation import GeneratedPair as GeneratedPair
     from saekit.interventions.generation import paired_generation as paired_generation
-    from saekit.interventions.order import ensure_downstream as ensure_downstream
     from saekit.interventions.replay import Recording as Recording
     from saekit.interventions.replay import Replay as Replay
     from saekit.interventions.replay import own_forward as own_forward
@@ -98,7 +98,7 @@ _HOME = {
     "set_to": "saekit.interventions.edits",
     "GeneratedPair": "saekit.interventions.generation",
     "paired_generation": "saekit.interventions.generation",
-    "ensure_downstream": "saekit.interventions.order",
+    "ensure_downstream": "saekit.interventions.downstream",
     "Recording": "saekit.interventions.replay",
     "Replay": "saekit.interventions.replay",
     "own_forward": "saekit.interventions.replay",

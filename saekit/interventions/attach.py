@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from saekit.activations.sites import Site
 from saekit.errors import UsageError
+from saekit.interventions.downstream import ReadAfter, site_of
 from saekit.interventions.edits import Edit, EditTable, Statistics, replaced_columns
-from saekit.interventions.order import ReadAfter, site_of
 from saekit.interventions.positions import Positions, TextTracker, checked_positions, chosen
 from saekit.numerics import own_numerics
 from saekit.sae.base import SparseAutoencoder

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saekit.activations.sites import Site, decoder_blocks, hook_points
 from saekit.errors import UsageError
-from saekit.interventions.past import Past, cache_of, first_positions, keeps_past, of_layers
+from saekit.interventions.kv_cache import Past, cache_of, first_positions, keeps_past, of_layers
 
 
 class _Done(BaseException):
