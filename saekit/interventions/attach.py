@@ -1,4 +1,4 @@
-"""`attach`: an SAE in a model's forward, read, passing its reconstruction on, or with latents edited."""
+"""`attach`: an SAE in a model's forward that is read, replaces the activation by its reconstruction, or edits latents."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from saekit.sae.code import Code
 
 
 class Mode(StrEnum):
-    """What an attached SAE passes on: BYPASS, the activation, bit for bit; NO_CHANGE, its reconstruction; EDIT, the
-    activation with the effect of edited latents."""
+    """What an attached SAE passes on: BYPASS the activation, bit for bit; NO_CHANGE its reconstruction; EDIT the
+    activation with the effect of the edited latents."""
 
     BYPASS = "bypass"
     NO_CHANGE = "no_change"
@@ -32,11 +32,14 @@ class Mode(StrEnum):
 
 
 class Attachment:
-    """An SAE at a site of a model, made by `attach` or `read`: it acts inside its `with` block, and can be used again.
+    """An SAE at a site of a model, made by `attach` or `read`. It acts inside its `with` block and can be used again.
 
-    site, sae, mode: where, which, and what is passed on. codes: where codes are recorded, those of the latest text,
-    one a forward. visits: how often a forward has reached the site in the latest block. changed: how many positions
-    were acted on in it.
+    site: where it is attached.
+    sae: the SAE.
+    mode: what it passes on.
+    codes: with `record`, the codes of the latest text, one for each forward.
+    visits: how often a forward has reached the site in the latest block.
+    changed: how many positions were changed in the latest block.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Attachment:
 
     @property
     def code(self) -> Code:
-        """The code of the latest forward, its rows those of [n, T] one after another; before this attachment's edits."""
+        """The code of the latest forward before this attachment's edits, with a row for each of the n * T positions."""
         if not self.codes:
             fix = "Run the model inside the block." if self._record else "Attach with record=True."
             raise UsageError(f"the SAE at {self.site.name!r} has recorded no code. {fix}")
@@ -78,7 +81,7 @@ class Attachment:
         return self._stack is not None
 
     def restart(self) -> None:
-        """Say that the next forward begins a new text, where a model cannot tell (see docs/interventions.md)."""
+        """The next forward begins a new text. Needed only for models that do not tell (see docs/interventions.md)."""
         if self._text is not None:
             self._text.restart()
 
@@ -113,13 +116,13 @@ class Attachment:
             warnings.warn(f"the SAE at {self.site.name!r} changed nothing: {why}.", stacklevel=2)
 
     def _visit(self, activation: Tensor) -> Tensor:
-        """What passes on in the activation's place: [n, T, d], or [n, d] where there are no positions."""
+        """What replaces the activation: [n, T, d], or [n, d] if there are no positions."""
         for order in self._orders:
             order.check()
         self._check(activation)
         with own_numerics(self.sae, activation.device):
             passed = self._passed_on(activation)
-        self.visits += 1  # from here on the new value is on its way
+        self.visits += 1  # the edit counts as applied from here on
         return passed
 
     def _passed_on(self, activation: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ class Attachment:
         stretch = None
         if self._text is not None and len(lead) == 2:
             stretch = self._text.stretch(lead[0], lead[1], activation.device)
-        mask = None  # [n, T], None for everywhere
+        mask = None  # [n, T]; None for everywhere
         if self._positions is not None and stretch is not None:
             mask = chosen(self._positions, stretch)
         rows = activation.reshape(-1, activation.shape[-1])  # [n * T, d]
@@ -139,7 +142,7 @@ class Attachment:
         if not self._acts:
             return activation
         if mask is not None:
-            rows, code = activation[mask], None  # [m, d]; encoded anew, so that recording does not change the rounding
+            rows, code = activation[mask], None  # [m, d]; encoded again, so that recording does not change the rounding
         self.changed += len(rows)
         if not len(rows):
             return activation
@@ -168,10 +171,10 @@ class Attachment:
         return passed
 
     def _change(self, rows: Tensor, code: Code | None, at_rows: Callable[[Tensor], Tensor]) -> Tensor:
-        """decode(edited code) - decode(code) for `rows` [m, d]: [m, d], or [d] where it is the same for all."""
+        """decode(edited code) - decode(code) for `rows` [m, d]: [m, d], or [d] if it is the same for all."""
         sae, latents = self.sae, self._edits.latents.to(rows.device)
         linear = type(sae).decode is SparseAutoencoder.decode
-        if linear and self._edits.only_adds:  # what is added does not depend on the code
+        if linear and self._edits.only_adds:  # the sum added does not depend on the code
             return self._edits.strengths(self._read(rows), at_rows) @ sae.W_dec[latents]
         code = sae.encode(self._read(rows)) if code is None else code
         old = code.columns(latents)  # [m, e]
@@ -181,7 +184,7 @@ class Attachment:
         return sae.decode(replaced_columns(code, latents, new)) - sae.decode(code)
 
     def _rebuilt(self, rows: Tensor, code: Code | None, at_rows: Callable[[Tensor], Tensor]) -> Tensor:
-        """The decoded code of `rows` [m, d], edited if there are edits: [m, d]."""
+        """The reconstruction of `rows` [m, d], from the edited code if there are edits: [m, d]."""
         code = self.sae.encode(self._read(rows)) if code is None else code
         if len(self._edits):
             latents = self._edits.latents.to(rows.device)
@@ -198,7 +201,7 @@ class Attachment:
         if activation.shape[-1] != self.sae.d_in:
             raise UsageError(
                 f"{where}: the activation is {activation.shape[-1]} wide and the SAE reads {self.sae.d_in}. "
-                "Attach the SAE to the model and at the hook point of its training."
+                "Attach the SAE to the model and the hook point that it was trained on."
             )
         if activation.device != self.sae.W_dec.device:
             raise UsageError(
@@ -225,27 +228,27 @@ def attach(
     record: bool = False,
     reads: str | Site | Iterable[str | Site] = (),
 ) -> Attachment:
-    """Attach `sae` to `model` at the hook point `at`, for as long as the `with` block lasts, an exception included.
+    """Attach `sae` to `model` at the hook point `at`, until the `with` block ends, even by an exception.
 
     model: a Hugging Face model, a TransformerLens bridge, or any module with a submodule of that path.
-    mode: "bypass", "no_change" or "edit"; "edit" where `edits` are given, else "bypass".
+    mode: "bypass", "no_change" or "edit". The default is "edit" if there are `edits`, and "bypass" otherwise.
     edits: {latent: edit} with `saekit.add`, `set_to`, `scale`, `ablate`, `clamp`, or a function from the latent's
     activations [m], in the order of the positions, to new ones. They act on activations after gating.
-    keep_error: add what the SAE does not rebuild back to the edited reconstruction; edits only.
+    keep_error: add the SAE's reconstruction error back to the edited reconstruction; for edits only.
     positions: where to act: a slice, a position or a list of them, a boolean mask [n, T], or a function from positions
-    [n, T] to booleans; None for everywhere. Negative ones count from the end, where the text has one.
+    [n, T] to booleans; None for everywhere. Negative positions count from the end, if the text has one.
     statistics: {"max": ..., "rms": ...}, each [d_sae] or {latent: number}, for edits in these units.
-    record: keep the codes, in `Attachment.code` and `codes`.
+    record: keep the codes in `Attachment.code` and `codes`.
     reads: hook points that will be read by other means; a forward that reaches one before the edit is an error.
 
-    UsageError for what cannot be meant, at once where that can be seen, else in the first forward: an unknown hook
-    point, a latent that is not there, edits with another mode, a unit without statistics, a site of another width.
+    UsageError for an unknown hook point or latent, edits with another mode, a unit without statistics, or a site of
+    another width: at once if possible, otherwise in the first forward.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"attach: the model must be a torch.nn.Module, not {type(model).__name__}.")
     if not isinstance(sae, SparseAutoencoder):
         raise UsageError(
-            f"attach: the SAE must be a saekit.SparseAutoencoder, not {type(sae).__name__}. saekit.load_sae gives one."
+            f"attach: the SAE must be a saekit.SparseAutoencoder, not {type(sae).__name__}. saekit.load_sae loads one."
         )
     site = site_of(model, at)
     chosen_mode = _mode(mode, edits)
@@ -253,12 +256,12 @@ def attach(
         for name, given in (("positions", positions is not None), ("keep_error=False", not keep_error)):
             if given:
                 raise UsageError(
-                    f"attach at {site.name!r}: {name} says how to change, and mode 'bypass' changes nothing."
+                    f"attach at {site.name!r}: {name} is for changes, and mode 'bypass' changes nothing."
                 )
     elif sae.transcoder:
         raise UsageError(
-            f"attach at {site.name!r}: the SAE is a transcoder (it reads {sae.d_in} dimensions and writes {sae.d_out} of "
-            "another site), so it can pass nothing on where it reads. Use mode 'bypass'."
+            f"attach at {site.name!r}: the SAE is a transcoder (it reads {sae.d_in} dimensions and writes {sae.d_out} at "
+            "another site), so it cannot change the activation that it reads. Use mode 'bypass'."
         )
     return Attachment(
         model,
@@ -282,8 +285,8 @@ def read(
 ) -> Attachment:
     """Read codes at the hook point `at` without changing anything: `attach` in mode "bypass" with `record`.
 
-    after: attached edits whose effect is to be read. A forward that comes to `at` before it has passed on the edited
-    value raises a UsageError that names both hook points. `ensure_downstream` finds parallel branches as well.
+    after: attached edits whose effect is to be read. A forward that reaches `at` before such an edit raises a
+    UsageError that names both hook points. `ensure_downstream` also finds parallel branches.
     """
     attachment = attach(model, sae, at, mode=Mode.BYPASS, record=True)
     attachment._after = [after] if isinstance(after, Attachment) else list(after)
@@ -292,7 +295,7 @@ def read(
 
 @contextmanager
 def attach_all(attachments: Iterable[Attachment]) -> Iterator[list[Attachment]]:
-    """Several attachments in one block, in their order: at one site the later ones see what the earlier pass on."""
+    """Enter several attachments in order. At the same site, later ones see what earlier ones pass on."""
     with ExitStack() as stack:
         yield [stack.enter_context(attachment) for attachment in attachments]
 
@@ -311,5 +314,5 @@ def _mode(mode: Mode | str | None, edits: Mapping[int, object] | None) -> Mode:
     if found is Mode.EDIT and edits is None:
         raise UsageError("attach: mode 'edit' needs edits={latent: edit}.")
     if found is not Mode.EDIT and edits:
-        raise UsageError(f"attach: edits are given, and mode {str(found)!r} edits nothing. Leave one of the two out.")
+        raise UsageError(f"attach: there are edits, but mode {str(found)!r} edits nothing. Leave one of the two out.")
     return found

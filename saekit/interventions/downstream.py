@@ -1,7 +1,7 @@
-"""The guard: a value that is read must be downstream of the edit whose effect it is to show.
+"""A guard: what is read must be downstream of the edit, or it cannot show the edit's effect.
 
-Reading the residual stream before block L while the output of block L's MLP is edited gives an effect of zero, whatever
-the edit; the number looks like a finding.
+If the output of block L's MLP is edited and the residual stream is read before block L, the effect is zero for any
+edit, and the zero looks like a finding.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _LATER = "Read at a later hook point, or edit at an earlier one."
 
 
 def site_of(model: nn.Module, at: str | Site) -> Site:
-    """The site that `at` names on `model`."""
+    """`at` as a site of `model`."""
     return at if isinstance(at, Site) else resolve(model, at)
 
 
 def ensure_downstream(model: nn.Module, edited_at: str | Site, read_at: str | Site, inputs: Any) -> None:
-    """UsageError, naming both hook points, unless what is read at one can show an edit at the other.
+    """Raise a UsageError that names both hook points if a read at one cannot show an edit at the other.
 
     Two forwards on `inputs` (a tensor, a tuple of arguments, or a mapping of them by name; no cache) decide it: the
-    read must come after the edit's value was passed on, and must change when that value is disturbed, so that a
-    parallel branch does not count. Reading at the edited hook point itself is downstream of the edit.
+    read must come after the edit, and its value must change when the edited value is disturbed, which excludes
+    parallel branches. Reading at the edited hook point itself is downstream of the edit.
     """
     edited, read = site_of(model, edited_at), site_of(model, read_at)
     with seeded(0, _device(model)):
@@ -46,27 +46,27 @@ def ensure_downstream(model: nn.Module, edited_at: str | Site, read_at: str | Si
         _, disturbed = _values(model, edited, read, inputs, disturb=True)
     if all(map(torch.equal, plain, disturbed)):
         raise UsageError(
-            f"reading at {read.name!r} shows nothing of an edit at {edited.name!r}: it is reached later but does not "
-            f"depend on it (a parallel branch, say). {_LATER}"
+            f"reading at {read.name!r} shows nothing of an edit at {edited.name!r}: it comes later but does not "
+            f"depend on it (it may be on a parallel branch). {_LATER}"
         )
 
 
 def not_downstream(edited_at: str, read_at: str) -> UsageError:
     """The error for a read that comes before the edit."""
     return UsageError(
-        f"reading at {read_at!r} is not downstream of the edit at {edited_at!r}: the model reaches it first, so what "
-        f"is read never sees the edit. {_LATER}"
+        f"reading at {read_at!r} is not downstream of the edit at {edited_at!r}: the model reaches it first, so the "
+        f"read never sees the edit. {_LATER}"
     )
 
 
 class ReadAfter:
-    """Looks, at every read, whether the edit's value was passed on since the read before it."""
+    """Checks at every read that the edit was applied since the read before it."""
 
     def __init__(self, edit: Attachment, read_at: str) -> None:
         self._edit, self._read_at, self._seen = edit, read_at, edit.visits
 
     def check(self) -> None:
-        """UsageError where the edit has not come first."""
+        """UsageError if the edit was not applied first."""
         if self._edit.visits == self._seen:
             raise not_downstream(self._edit.site.name, self._read_at)
         self._seen = self._edit.visits
@@ -81,7 +81,7 @@ class ReadAfter:
 def _values(
     model: nn.Module, edited: Site, read: Site, inputs: Any, *, disturb: bool
 ) -> tuple[list[str], list[Tensor]]:
-    """In which order one forward comes to "edit" and "read", and what it finds at the latter, time after time."""
+    """The order in which one forward reaches "edit" and "read", and the values at each "read"."""
     reached: list[str] = []
     values: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""Edits: what is done to a latent's activation, in which unit, and how several are carried out at once."""
+"""Edits: what is done to a latent's activation, in which unit, and how several edits are applied at once."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ UNITS = ("absolute", "max", "rms")
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What happens to one latent's activation after gating: `clamp(factor * activation + shift, low, high)`.
+    """A change of one latent's activation after gating: `clamp(factor * activation + shift, low, high)`.
 
-    Made by `add`, `set_to`, `scale`, `ablate` and `clamp`. `shift`, `low` and `high` are in `unit`. A tensor for
-    `factor` or `shift` is broadcast over the rows and positions of the forward, [n, T], and gradients reach it.
+    Made by `add`, `set_to`, `scale`, `ablate` and `clamp`. `shift`, `low` and `high` are in units of `unit`. A tensor
+    for `factor` or `shift` is broadcast over the forward's rows and positions, [n, T], and receives gradients.
     """
 
     name: str
@@ -48,16 +48,16 @@ class Edit:
 
 
 def add(strength: float | Tensor, *, unit: Unit = "absolute") -> Edit:
-    """Add to the latent's activation, at every position, also where it is off: steering along its decoder row.
+    """Add to the latent's activation at every position, even where it is off: steering along its decoder row.
 
-    A negative strength may bring the activation below zero: it steers away from the decoder row.
+    A negative strength steers away from the decoder row and may make the activation negative.
     """
     strength = _number(strength, "add", "strength")
     return Edit(_called("add", unit, strength), shift=strength, unit=unit)
 
 
 def set_to(value: float | Tensor, *, unit: Unit = "absolute") -> Edit:
-    """Give the latent this activation, whatever it was. A tensor [n, T] gives every position its own."""
+    """Set the latent's activation. A tensor [n, T] sets a value for each position."""
     value = _number(value, "set_to", "value")
     return Edit(_called("set_to", unit, value), factor=0.0, shift=value, unit=unit)
 
@@ -74,9 +74,9 @@ def ablate() -> Edit:
 
 
 def clamp(low: float | None = None, high: float | None = None, *, unit: Unit = "absolute") -> Edit:
-    """Keep the latent's activation between `low` and `high`; None leaves that side open.
+    """Keep the latent's activation between `low` and `high`; None means no bound.
 
-    A `low` above zero switches the latent on wherever it was off.
+    A `low` above zero switches the latent on wherever it is off.
     """
     if low is None and high is None:
         raise UsageError("clamp(): give low, high or both.")
@@ -85,10 +85,10 @@ def clamp(low: float | None = None, high: float | None = None, *, unit: Unit = "
 
 
 def latent_statistics(sae: SparseAutoencoder, activations: Tensor | Iterable[Tensor]) -> dict[str, Tensor]:
-    """`max` and `rms` of every latent over activations [n, d_in] (one tensor, or batches of them): [d_sae] each.
+    """`max` and `rms` of every latent, [d_sae] each, over activations [n, d_in] (one tensor, or batches of them).
 
-    max: its largest activation. rms: the root mean square over the activations where it is not zero. Both are 0 for
-    a latent that never fired. This is what `attach` takes as `statistics` for strengths in these units.
+    max: its largest activation. rms: the root mean square of its activations that are not zero. Both are 0 for a
+    latent that never fires. Give them to `attach` as `statistics` for strengths in these units.
     """
     largest, squares, fired = (sae.W_dec.new_zeros(sae.d_sae, dtype=torch.float64) for _ in range(3))
     with torch.no_grad(), own_numerics(sae, sae.W_dec.device):
@@ -102,9 +102,9 @@ def latent_statistics(sae: SparseAutoencoder, activations: Tensor | Iterable[Ten
 
 
 class EditTable:
-    """The edits of one attachment, checked against its SAE and carried out together.
+    """The edits of one attachment, checked against its SAE and applied together.
 
-    latents: [e], which ones are edited.
+    latents: [e], the edited latents.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class EditTable:
                 self._edits.append(Edit("a function"))
             else:
                 raise UsageError(
-                    f"edit of latent {latent}: {edit!r} is no edit. Give saekit.add(...), set_to, scale, ablate or "
+                    f"edit of latent {latent}: {edit!r} is not an edit. Give saekit.add(...), set_to, scale, ablate or "
                     "clamp, or a function of the activations."
                 )
 
@@ -134,19 +134,19 @@ class EditTable:
 
     @property
     def only_adds(self) -> bool:
-        """Whether every new activation is the old one plus a strength, so that the old ones need not be known."""
+        """Whether every edit only adds a strength, so that the old activations are not needed."""
         free = (-math.inf, math.inf)
         added = (not isinstance(e.factor, Tensor) and e.factor == 1.0 and (e.low, e.high) == free for e in self._edits)
         return not self._functions and all(added)
 
     def strengths(self, like: Tensor, at_rows: Callable[[Tensor], Tensor]) -> Tensor:
-        """What is added to each edited latent, [e], or at each of the m rows of `like`, [m, e]."""
+        """What is added to each edited latent: [e], or [m, e] for each of the m rows of `like`."""
         return self._column([edit.shift for edit in self._edits], like, at_rows)
 
     def __call__(self, old: Tensor, at_rows: Callable[[Tensor], Tensor]) -> Tensor:
         """The new activations [m, e] of the edited latents, from the old ones.
 
-        at_rows: from a tensor that broadcasts over [n, T] to its values at the m rows.
+        at_rows: turns a tensor that broadcasts over [n, T] into its values at the m rows.
         """
         factor = self._column([edit.factor for edit in self._edits], old, at_rows)
         shift = self.strengths(old, at_rows)
@@ -157,15 +157,15 @@ class EditTable:
             if not isinstance(values, Tensor) or values.shape != old.shape[:1]:
                 got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
                 raise UsageError(
-                    f"edit of latent {int(self.latents[column])}: the function gave {got} for activations of shape "
-                    f"{list(old.shape[:1])}. Give a tensor of the same shape."
+                    f"edit of latent {int(self.latents[column])}: the function returned {got} for activations of shape "
+                    f"{list(old.shape[:1])}. Return a tensor of the same shape."
                 )
             new = new.index_copy(1, torch.tensor([column], device=new.device), values.to(new.dtype)[:, None])
         return new
 
     @staticmethod
     def _column(values: list[float | Tensor], like: Tensor, at_rows: Callable[[Tensor], Tensor]) -> Tensor:
-        """One number for each edited latent, [e], or for each row of it, [m, e], where any is a tensor."""
+        """A number for each edited latent, [e], or, if any is a tensor, for each row as well, [m, e]."""
         if not any(isinstance(value, Tensor) for value in values):
             return like.new_tensor(values)
         return torch.stack(
@@ -174,7 +174,7 @@ class EditTable:
 
 
 def replaced_columns(code: Code, latents: Tensor, values: Tensor) -> Code:
-    """The code with `values` [batch, e] as the activations of `latents` [e]; the others are as they were."""
+    """The code with `values` [batch, e] as the activations of `latents` [e]; the others do not change."""
     if isinstance(code, SparseCode):
         pattern = code.pattern
         edited = torch.zeros(code.d_sae, dtype=torch.bool, device=latents.device).index_fill_(0, latents, True)
@@ -192,14 +192,14 @@ def _latent(key: Any, d_sae: int) -> int:
     try:
         latent = operator.index(key)
     except TypeError:
-        raise UsageError(f"edits: {key!r} is no latent. A latent is a number from 0 to {d_sae - 1}.") from None
+        raise UsageError(f"edits: {key!r} is not a latent. A latent is a number from 0 to {d_sae - 1}.") from None
     if not 0 <= latent < d_sae:
         raise UsageError(f"edits: there is no latent {latent}; the SAE has {d_sae}, 0 to {d_sae - 1}.")
     return latent
 
 
 def _in_absolute_units(edit: Edit, latent: int, d_sae: int, statistics: Statistics | None) -> Edit:
-    """The edit with its unit multiplied out. UsageError where the latent's statistic is not there, or says nothing."""
+    """The edit in absolute units. UsageError if the latent's statistic is missing or not positive."""
     if edit.unit == "absolute":
         return edit
     where = f"edit of latent {latent}: {edit} is in units of the latent's {edit.unit}"
@@ -217,7 +217,7 @@ def _in_absolute_units(edit: Edit, latent: int, d_sae: int, statistics: Statisti
         ) from None
     if not (math.isfinite(size) and size > 0):
         raise UsageError(
-            f"{where}, which is {size:g}. A latent that never fired has no such unit: use unit='absolute'."
+            f"{where}, which is {size:g}. A latent that never fires has no such unit: use unit='absolute'."
         )
     return Edit(edit.name, edit.factor, edit.shift * size, edit.low * size, edit.high * size)
 
@@ -226,7 +226,7 @@ def _number(value: Any, function: str, what: str) -> float | Tensor:
     """A finite number, or a tensor of them."""
     if isinstance(value, Tensor):
         if not bool(torch.isfinite(value).all()):
-            raise UsageError(f"{function}: {what} holds numbers that are not finite.")
+            raise UsageError(f"{function}: {what} contains numbers that are not finite.")
         return value
     try:
         number = float(value)

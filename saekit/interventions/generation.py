@@ -18,7 +18,7 @@ from saekit.seeds import seed_from
 
 @dataclass(frozen=True)
 class GeneratedPair:
-    """What follows one prompt without and with the intervention. Tokens end with the first EOS, where there is one."""
+    """The continuation of one prompt without and with the intervention. Tokens end with the first EOS, if there is one."""
 
     prompt: str
     before: str
@@ -41,13 +41,14 @@ def paired_generation(
 ) -> list[GeneratedPair]:
     """Generate from every prompt without the attachments, then with them, through the model's own `generate`.
 
-    model: a Hugging Face model or a TransformerLens bridge, in evaluation mode. prompts: texts, tokenised as the
-    tokenizer does by itself, or token ids. attachments: made by `attach`, not yet entered.
-    do_sample: sample from the whole distribution at `temperature`; else the likeliest token.
-    seed: with the prompt's tokens it fixes the random numbers, the same before and after. A prompt's pair does not
-    depend on the other prompts or their order; the same prompt twice gives the same pair twice.
-    batch_size: prompts at once (padded on the left) in greedy generation; sampling goes one by one. Rows of a batch
-    round differently from a single row, so only 1 gives a prompt's pair bit for bit whatever stands beside it.
+    model: a Hugging Face model or a TransformerLens bridge, in evaluation mode.
+    prompts: texts, tokenised with the tokenizer's defaults, or token ids.
+    attachments: made by `attach`, not yet entered.
+    do_sample: sample from the whole distribution at `temperature`; otherwise take the likeliest token.
+    seed: fixes the random numbers together with the prompt's tokens, the same before and after. So a prompt's pair
+    does not depend on the other prompts or their order, and the same prompt twice gives the same pair twice.
+    batch_size: prompts at once (padded on the left) in greedy generation; sampling goes one by one. Rounding depends
+    on the batch, so only 1 gives a prompt's pair bit for bit whatever the other prompts.
 
     UsageError for a model that cannot generate or is in training mode, and for an empty prompt.
     """
@@ -71,7 +72,7 @@ def paired_generation(
 
 
 class _Generator:
-    """A model's own `generate`: how to choose a token, EOS and padding are said, not left to the model's defaults."""
+    """A model's own `generate`, with sampling, EOS and padding set here and not by the model's defaults."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature: float | None) -> None:
         self.model, self.max_new_tokens, self.temperature = model, max_new_tokens, temperature
@@ -84,7 +85,7 @@ class _Generator:
         self.pad: int = pad if pad is not None else (self.ends or [0])[0]
 
     def __call__(self, batch: list[list[int]], seed: int) -> list[list[int]]:
-        """The tokens that follow each prompt, up to and with the first EOS."""
+        """The tokens after each prompt, up to and including the first EOS."""
         width = max(map(len, batch))
         rows = [[self.pad] * (width - len(row)) + row for row in batch]
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in batch]
@@ -143,7 +144,7 @@ def _check(model: nn.Module, attached: list[Attachment], new: int, temperature: 
         if attachment.active:
             raise UsageError(
                 f"paired_generation: the SAE at {attachment.site.name!r} is attached already, so there would be no "
-                "'before'. Give it outside of its block."
+                "'before'. Call it outside of the attachment's block."
             )
 
 
@@ -151,10 +152,10 @@ def _tokens(tokenizer: Any, prompt: str | Sequence[int] | Tensor, number: int) -
     ids: Any = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
     tokens = [int(token) for token in ids]
     if not tokens:
-        raise UsageError(f"paired_generation: prompt {number} ({prompt!r}) has no tokens. Begin it with one.")
+        raise UsageError(f"paired_generation: prompt {number} ({prompt!r}) has no tokens. Give it at least one.")
     return tokens
 
 
 def _seed(seed: int, tokens: list[int]) -> int:
-    """A prompt's own seed, the same wherever it stands among others."""
+    """The seed of a prompt, which does not depend on the other prompts."""
     return seed_from(f"{seed}:{tokens}") >> 7

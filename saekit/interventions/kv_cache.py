@@ -1,4 +1,4 @@
-"""Keys and values of what a text begins with, given to a model of Hugging Face's kind in place of a cache of its own."""
+"""Recorded keys and values of the beginning of a text, given to a Hugging Face model in place of its own cache."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Past = dict[int, tuple[Tensor, Tensor]]  # of a layer, by its number: keys and values [n, heads, T, width]
+Past = dict[int, tuple[Tensor, Tensor]]  # by the number of the layer: keys and values [n, heads, T, width]
 
 _ATTENDING = {"full_attention", "sliding_attention"}
 
 
 def keeps_past(model: nn.Module) -> bool:
-    """Whether the model takes a cache, and keys and values are all that it would keep there."""
+    """Whether the model takes a cache and would keep nothing but keys and values in it."""
     if not {"past_key_values", "use_cache"} <= set(inspect.signature(model.forward).parameters):
         return False
     config: Any = getattr(model, "config", None)
@@ -33,17 +33,17 @@ def cache_of(
     device: torch.device,
     seen: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Any:
-    """A cache for one forward: it begins with `past`, of `length` positions, and keeps nothing itself.
+    """A cache for one forward. It begins with `past`, of `length` positions, and keeps nothing of the forward.
 
-    rows: [N], which row of `past` each row of the forward goes on from; None where it is row by row. seen: called with
-    the number of a layer and its keys and values, those of the past included, as soon as it has them. What has passed
-    through is thus held for one layer at a time, whatever the model's depth."""
+    rows: [N], the row of `past` that each row of the forward continues; None for the same row.
+    seen: called for each layer with its number, keys and values, including those of the past. Since nothing is kept,
+    only one layer's keys and values are in memory at a time."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()  # without a configuration: a sliding window is then a matter of the mask alone
+    cache = DynamicCache()  # made without a configuration, so that the mask alone decides about a sliding window
     nothing = torch.zeros(1, 1, length, 1, device=device)
     for number in range(layers if length else 0):
-        cache.update(nothing, nothing, number)  # says how many positions came before
+        cache.update(nothing, nothing, number)  # sets how many positions came before
 
     def update(keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if length:
@@ -63,7 +63,7 @@ def first_positions(past: Past, n: int) -> Past:
 
 
 def of_layers(past: Past, layers: Iterable[int], length: int) -> Past | None:
-    """The keys and values of `layers`; None where one of them has none of its own over `length` positions."""
+    """The keys and values of `layers`; None if one of them has none over `length` positions."""
     chosen = {layer: past[layer] for layer in layers if layer in past}
     whole = all(part.shape[-2] == length for parts in chosen.values() for part in parts)
     return chosen if whole and len(chosen) == len(set(layers)) else None

@@ -1,7 +1,7 @@
-"""Positions: which places of a text an attachment acts on, also while the text grows token by token.
+"""Positions: where in a text an attachment acts, even while the text grows token by token.
 
-A position counts the tokens of its own text from 0, so padding before a text does not shift it, and a position means
-the same whether a text goes through the model at once or, with a cache, one token at a time.
+A position counts the tokens of its text from 0. Padding before the text does not shift it, and it means the same whether
+the text goes through the model at once or, with a cache, one token at a time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ Positions = slice | int | Sequence[int] | Tensor | Callable[[Tensor], Tensor]
 
 @dataclass
 class Stretch:
-    """The stretch of its texts that one forward sees.
+    """The part of its texts that one forward sees.
 
-    absolute: [n, T] positions, -1 where there is padding. lengths: [n, 1] tokens of each text so far.
-    past: columns that an earlier forward has seen. growing: whether more are to come (the model keeps a cache).
+    absolute: [n, T] positions, -1 for padding.
+    lengths: [n, 1] tokens of each text so far.
+    past: how many columns earlier forwards have seen.
+    growing: whether more tokens may follow (the model keeps a cache).
     """
 
     absolute: Tensor
@@ -44,15 +46,15 @@ class _Call:
 
 
 class TextTracker:
-    """Where in its texts each forward of a model stands.
+    """Tracks which part of its texts each forward of a model sees.
 
-    A model of Hugging Face's kind says so itself: `past_key_values` holds what came before, `attention_mask` what is
-    padding. For any other model positions are counted: a forward of one position follows the one before it, a forward
-    of several begins a new text. `restart` says that the next forward begins one.
+    The arguments of a Hugging Face model tell: `past_key_values` has what came before, `attention_mask` the padding.
+    For any other model positions are counted: a forward of one position continues the text, a forward of several
+    begins a new one. After `restart` the next forward begins a new text.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        roots = (model, getattr(model, "original_model", None))  # a bridge does not list its own model as a submodule
+        roots = (model, getattr(model, "original_model", None))  # a bridge does not list its model as a submodule
         modules = {m: None for root in roots if isinstance(root, nn.Module) for m in root.modules()}
         signatures = {kind: inspect.signature(kind.forward) for kind in {type(module) for module in modules}}
         tells = {kind: s for kind, s in signatures.items() if {"input_ids", "past_key_values"} <= {*s.parameters}}
@@ -66,7 +68,7 @@ class TextTracker:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, what the model is called with is looked at; nothing of it is changed."""
+        """Inside, read the arguments of the model's forwards without changing them."""
         self._call, self._next = None, 0
         with ExitStack() as stack:
             for module in self._tell:
@@ -86,7 +88,7 @@ class TextTracker:
         self._call = _Call(width, past, mask if covers else None, growing)
 
     def stretch(self, rows: int, width: int, device: torch.device) -> Stretch:
-        """The stretch of a forward whose activation is [rows, width, d]. Called once a forward."""
+        """The stretch of a forward with an activation of [rows, width, d]. Call it once for each forward."""
         call = self._call
         if call is None or call.width != width:
             past = self._next if width == 1 else 0
@@ -102,7 +104,7 @@ class TextTracker:
 
 
 def checked_positions(positions: Positions | None) -> Positions | None:
-    """`positions` as `chosen` takes them; UsageError for what cannot mean any."""
+    """`positions` in the form that `chosen` takes; UsageError if they are not positions."""
     if positions is None or callable(positions):
         return positions
     if isinstance(positions, slice):
@@ -124,7 +126,7 @@ def checked_positions(positions: Positions | None) -> Positions | None:
 
 
 def chosen(positions: Positions, stretch: Stretch) -> Tensor:
-    """Which of a forward's positions are meant: boolean [n, T]. Padding never is, except by a mask."""
+    """Which of a forward's positions are chosen: boolean [n, T]. Only a mask can choose padding."""
     at = stretch.absolute
     if isinstance(positions, Tensor):
         return _from_mask(positions, stretch)
@@ -137,8 +139,8 @@ def chosen(positions: Positions, stretch: Stretch) -> Tensor:
         found = torch.as_tensor(positions(at), device=at.device)
         if found.dtype != torch.bool or found.shape != at.shape:
             raise UsageError(
-                f"positions: the function gave {found.dtype} {list(found.shape)} for positions {list(at.shape)}. "
-                "Give booleans of the same shape."
+                f"positions: the function returned {found.dtype} {list(found.shape)} for positions {list(at.shape)}. "
+                "Return booleans of the same shape."
             )
     else:
         found = torch.zeros_like(at, dtype=torch.bool)
@@ -153,9 +155,9 @@ def _from_end(position: int, stretch: Stretch) -> Tensor:
         return torch.full_like(stretch.lengths, position)
     if stretch.growing or stretch.past:
         raise UsageError(
-            f"positions: {position} counts from the end of the text, and here the text is still growing (the model "
-            "keeps a cache), so every token would be at another place. Count from the beginning, or call the model "
-            "without a cache (use_cache=False)."
+            f"positions: {position} counts from the end of the text, but the text is still growing (the model keeps a "
+            "cache), so the end moves with every token. Count from the beginning, or call the model without a cache "
+            "(use_cache=False)."
         )
     return stretch.lengths + position
 
@@ -166,8 +168,8 @@ def _from_mask(mask: Tensor, stretch: Stretch) -> Tensor:
     if not fits:
         raise UsageError(
             f"positions: the mask is {list(mask.shape)} and the forward sees {rows} rows of {width} positions. "
-            "Give a mask of that shape, or a slice or a function, which do not depend on it."
+            "Give a mask of that shape, or use a slice or a function."
         )
     known = mask[:, stretch.past : stretch.past + width].to(stretch.absolute.device)
-    beyond = known.new_zeros(rows, width - known.shape[1])  # tokens made after the masked text are not meant
+    beyond = known.new_zeros(rows, width - known.shape[1])  # tokens generated after the masked text are not chosen
     return torch.cat([known, beyond], dim=1)

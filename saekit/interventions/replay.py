@@ -1,4 +1,4 @@
-"""`Replay`: a model run again from a site up, with another activation there; what lies below does not run again."""
+"""`Replay`: run only the layers above a site again, with another activation at the site."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from saekit.interventions.kv_cache import Past, cache_of, first_positions, keeps
 
 
 class _Done(BaseException):
-    """Ends a forward when all is recorded. Not an `Exception`: a model that catches those must not swallow it."""
+    """Ends a forward when everything is recorded. Not an `Exception`, so that a model which catches those passes it on."""
 
 
-_WORTH = 64  # tokens that a second forward must save
+_WORTH = 64  # the least number of tokens that a second forward must save
 
 
 @dataclass
 class Recording:
     """One forward, from which the layers above the site can be run again.
 
-    tokens: [n, T]. mask: [n, T] or None. activation: [n, T, d] at the site. entered: what the site's own block was given
-    [n, T, d'], None where that block need not run again. past: keys and values of the layers that run again, by their
-    number, [n, heads, T, width] each; below: of those that ran before the site was reached. None where they were not asked
-    for or cannot be had.
+    tokens: [n, T].
+    mask: [n, T] or None.
+    activation: [n, T, d], at the site.
+    entered: [n, T, d'], the input of the site's own block; None if that block does not run again.
+    past: keys and values [n, heads, T, width] of each layer that runs again, by its number; None if not recorded.
+    below: the same of the layers before the site.
     """
 
     tokens: Tensor
@@ -43,7 +45,7 @@ class Recording:
 
 @dataclass
 class _Found:
-    """What a forward has brought to light so far."""
+    """What a forward has recorded so far."""
 
     activation: Tensor | None = None
     entered: Tensor | None = None
@@ -52,14 +54,14 @@ class _Found:
 
 
 class Replay:
-    """The layers of `model` above `site`, run again and again on other activations.
+    """Runs the layers of `model` above `site` again and again on other activations.
 
-    Blocks wholly below the site hand on what they are given; the model's own forward takes care of masks, positions and
-    the final norm. A site inside a block: that block runs, on the input that it had. Where the model has no recognisable
-    list of blocks, or the site lies outside of it, the whole model runs and only the activation is replaced: the results
-    are the same. Gradients, if they are wanted, begin at the activation that is put in.
+    Blocks below the site return their input unchanged; the model's own forward takes care of masks, positions and the
+    final norm. If the site is inside a block, that block runs again on its recorded input. If no list of blocks is
+    found, or the site is outside of it, the whole model runs with only the activation replaced, and the results are the
+    same. Gradients begin at the given activation.
 
-    Hooks belong to the model and not to a thread: hold the subject's `lock` where another thread may use the model.
+    Hooks belong to the model, not to a thread: hold the subject's `lock` if another thread may use the model.
     """
 
     def __init__(self, model: nn.Module, site: Site) -> None:
@@ -73,7 +75,7 @@ class Replay:
             whole = site.module is self._blocks[number]
             self._first = number + 1 if whole and site.side == "output" else number
             self._own = None if whole else self._blocks[number]
-        self._given = [0] * self._first  # of how many items each skipped block's output is a tuple; 0 for a tensor
+        self._given = [0] * self._first  # for each skipped block the length of the tuple that it returns; 0 for a tensor
         signature = inspect.signature(model.forward).parameters
         self._takes_mask = "attention_mask" in signature
         self._takes_cache = {"past_key_values", "use_cache"} <= set(signature)
@@ -81,18 +83,21 @@ class Replay:
 
     @property
     def skips(self) -> int:
-        """How many blocks do not run again."""
+        """How many blocks are skipped."""
         return self._first
 
     @torch.no_grad()
     def record(
         self, tokens: Tensor, mask: Tensor | None = None, *, past: bool = False, below: bool = False
     ) -> Recording:
-        """Run the model on `tokens` [n, T] as far as is needed, without gradients.
+        """Run the model on `tokens` [n, T] as far as needed, without gradients.
 
-        mask: [n, T], True where there is a token and not padding; None for everywhere. past: keep the keys and values that
-        `run_last` needs; below: those that `branch` needs. Both need rows of one length, so no mask, and a model with a
-        cache of Hugging Face's kind. UsageError where the forward does not reach the site."""
+        mask: [n, T], True for tokens and False for padding; None if there is no padding.
+        past: keep the keys and values that `run_last` needs.
+        below: keep those that `branch` needs.
+
+        Both need rows of one length, so no mask, and a Hugging Face model with a cache. UsageError if the forward does
+        not reach the site."""
         if mask is not None and (past or below):
             raise ValueError("keys and values are kept for rows of one length only: leave the mask out")
         past, below = past and self._keeps_past, below and self._keeps_past
@@ -111,17 +116,17 @@ class Replay:
 
     @torch.no_grad()
     def branch(self, recording: Recording, tokens: Tensor, rows: Tensor, shared: int) -> Tensor:
-        """The activation at the site of other texts, of which only what is new is run: [N, T' - shared, d].
+        """The activation at the site of texts that begin like recorded ones, [N, T' - shared, d]; only the rest is run.
 
-        tokens: [N, T'], of which the first `shared` are those of the recording's `rows` [N]; fewer than all of either.
-        It needs a recording with `below`."""
+        tokens: [N, T'], of which the first `shared` are those of the recording's `rows` [N], but not all of either.
+        Needs a recording with `below`."""
         if recording.below is None:
             raise ValueError("the recording has no keys and values: see Recording.below")
         begun = (first_positions(recording.below, shared), shared, rows)
         return self._found(tokens[:, shared:], None, begun, past=False).activation  # type: ignore[return-value]
 
     def _from_common_start(self, tokens: Tensor, past: bool, below: bool) -> _Found | None:
-        """`_found`, with what all rows begin with run only once; None where that saves nothing or cannot be."""
+        """`_found`, with the common beginning of all rows run only once; None if that saves nothing or is impossible."""
         n, length = tokens.shape
         different = (tokens[:, : length - 1] != tokens[:1, : length - 1]).any(0).nonzero()
         shared = int(different[0]) if len(different) else length - 1
@@ -147,10 +152,11 @@ class Replay:
         past: bool,
         below: bool = False,
     ) -> _Found:
-        """A forward as far as the site, and with `past` as far as the keys and values of the last block.
+        """A forward up to the site, and with `past` up to the keys and values of the last block.
 
-        begun: what came before, (keys and values, how many positions, of which rows); () for nothing; None for a forward
-        without a cache. below: keep the keys and values of the layers below as well."""
+        begun: what came before, as (keys and values, number of positions, rows); () for nothing; None for a forward
+        without a cache.
+        below: keep the keys and values of the layers below as well."""
         found, last = _Found(), len(self._blocks) - 1
 
         def finish() -> None:
@@ -166,7 +172,7 @@ class Replay:
 
         def at_site(activation: Tensor) -> Tensor:
             if found.activation is None:
-                # What runs on may change a tensor in place.
+                # The rest of the forward may change a tensor in place.
                 found.activation = activation.clone() if past else activation
                 finish()
             return activation
@@ -193,9 +199,9 @@ class Replay:
         return found
 
     def run(self, recording: Recording, activation: Tensor, rows: Tensor | None = None) -> Any:
-        """What the model gives with `activation` [N, T, d] at the site.
+        """What the model returns with `activation` [N, T, d] at the site.
 
-        rows: [N], of which row of the recording each is a variation; None where it is row by row the same."""
+        rows: [N], the row of the recording that each row varies; None for the same row."""
         tokens, mask, entered = (
             value if rows is None or value is None else value[rows]
             for value in (recording.tokens, recording.mask, recording.entered)
@@ -204,10 +210,10 @@ class Replay:
             return self._forward(tokens, mask, None)  # type: ignore[arg-type]
 
     def run_last(self, recording: Recording, activation: Tensor, rows: Tensor | None = None) -> Any:
-        """The same for the last position alone, `activation` [N, 1, d], against the recorded keys and values of the others.
+        """The same for the last position alone, `activation` [N, 1, d], with the recorded keys and values of the others.
 
-        What stands at the last position changes nothing before it, so this is what `run` gives there. It needs a
-        recording with `past`."""
+        The last position does not affect earlier ones, so this is what `run` returns there. Needs a recording with
+        `past`."""
         if recording.past is None:
             raise ValueError("the recording has no keys and values: see Recording.past")
         tokens = recording.tokens[:, -1:]
@@ -233,7 +239,7 @@ class Replay:
 
     @contextmanager
     def _skipping(self, activation: Tensor, entered: Tensor | None) -> Iterator[None]:
-        """Inside, blocks below the site hand on what they are given, and `activation` stands at the site."""
+        """Inside, blocks below the site return their input, and the site has `activation`."""
         with ExitStack() as stack:
             for number in range(self._first):
                 stack.enter_context(own_forward(self._blocks[number], _handing_on(self._given[number])))
@@ -252,7 +258,7 @@ class Replay:
 
 @contextmanager
 def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `module` computes `forward` instead of its own; its hooks stay."""
+    """Inside, `module` runs `forward` instead of its own; its hooks stay."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -265,7 +271,7 @@ def own_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 
 
 def _handing_on(items: int) -> Callable[..., Any]:
-    """A block's forward that gives back its hidden state, as a tuple of so many items where the block gives one."""
+    """A block's forward that returns its input, in a tuple of `items` items if the block returns one."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         values = (*args, *kwargs.values())
@@ -276,7 +282,7 @@ def _handing_on(items: int) -> Callable[..., Any]:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks; none where there is no such list, and for a TransformerLens model, whose hooks are its own."""
+    """The decoder blocks; none if there is no such list, or for a TransformerLens model, which has its own hooks."""
     if hook_points(model):
         return []
     try:

@@ -68,7 +68,7 @@ def test_statistics_are_those_of_the_codes() -> None:
         (lambda: saekit.add(float("inf")), "add: strength must be finite, not inf"),
         (lambda: saekit.set_to("big"), "set_to: value must be a number or a tensor, not 'big'"),
         (lambda: saekit.scale(None), "scale: factor must be a number"),
-        (lambda: saekit.scale(torch.tensor([1.0, float("nan")])), "factor holds numbers that are not finite"),
+        (lambda: saekit.scale(torch.tensor([1.0, float("nan")])), "factor contains numbers that are not finite"),
         (lambda: saekit.clamp(), "give low, high or both"),
         (lambda: saekit.clamp(2, 1), r"low is 2 and high is 1. Swap them"),
         (lambda: saekit.clamp(float("nan"), 1), "a bound must be finite"),
@@ -89,7 +89,7 @@ def test_an_edit_says_what_it_is() -> None:
 
 @pytest.mark.parametrize("result", [torch.ones(3), 1.0, torch.ones(2, 1)])
 def test_a_function_must_keep_the_shape(result) -> None:
-    with pytest.raises(UsageError, match=r"edit of latent 2: the function gave .* for activations of shape \[2\]"):
+    with pytest.raises(UsageError, match=r"edit of latent 2: the function returned .* for activations of shape \[2\]"):
         edited(lambda v: result, [1.0, 2.0])
 
 

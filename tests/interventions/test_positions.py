@@ -190,7 +190,7 @@ def test_negative_positions_are_refused_while_a_text_grows(language: Case) -> No
     [
         (MASK[:, :5], r"the mask is \[2, 5\] and the forward sees 2 rows of 12"),
         (MASK[:1], r"the mask is \[1, 12\] and the forward sees 2 rows of 12"),
-        (lambda p: p, r"the function gave torch.int64 \[2, 12\] .* Give booleans"),
+        (lambda p: p, r"the function returned torch.int64 \[2, 12\] .* Return booleans"),
         (lambda p: p[0] > 3, r"gave torch.bool \[12\] for positions \[2, 12\]"),
     ],
 )
