@@ -1,4 +1,4 @@
-"""Writing files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
+"""Writing files that are either whole or absent: under a temporary name, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 from saekit.errors import RunError
 
 TEMPORARY = ".*.tmp"
-"""The pattern of the names under which files are written before they are whole."""
+"""The pattern of the temporary names."""
 
 
 class DiskFull(RunError):
-    """There was no room for the file `path`; what was written before is whole."""
+    """There was no room for the file `path`; earlier files are whole."""
 
     def __init__(self, path: Path, fix: str = "Free some space and try again.") -> None:
         super().__init__(f"{path}: the disk is full. {fix}")
@@ -28,9 +28,9 @@ class DiskFull(RunError):
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the name `path` when the block ends without an error.
+    """A temporary path next to `path` to write to. It is renamed to `path` if the block ends without an error.
 
-    A full disk, or any other failure to write, becomes a RunError that names the file; the temporary file is removed.
+    A full disk, or any other failure to write, becomes a RunError that names the file. The temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -44,7 +44,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A failure of the disk inside the block becomes a RunError about `path`."""
+    """Turn an error of the disk inside the block into a RunError about `path`."""
     try:
         yield
     except OSError as error:
@@ -52,14 +52,14 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise DiskFull(path) from error
         raise RunError(f"{path}: cannot be written: {error.strerror or error}.") from error
     except Exception as error:
-        # safetensors reports a full disk as an error of its own.
+        # safetensors has its own error for a full disk.
         if "No space left" in str(error):
             raise DiskFull(path) from error
         raise
 
 
 def flush_to_disk(path: Path) -> None:
-    """Force a file's or a directory's content to the disk, so that a rename cannot overtake it."""
+    """Force the content of a file or directory to the disk, so that a rename cannot come first."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,13 +74,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a whole JSON file, indented, keys in their order; NaN and infinities become null."""
+    """Write a whole JSON file, indented, with keys in their order; NaN and infinities become null."""
     write_text(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def to_jsonable(value: Any) -> Any:
-    """The value with everything that JSON lacks replaced: tuples by lists, paths and dates by text, tensors and numpy's
-    arrays and numbers by lists and numbers, non-finite floats by None."""
+    """`value` with everything that JSON lacks replaced: tuples become lists, paths and dates text, tensors and numpy
+    arrays and numbers lists and numbers, and floats that are not finite None."""
     if isinstance(value, dict):
         return {str(k): to_jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The surroundings in which an SAE and a model compute, put back afterwards: modes, autocast, random numbers."""
+"""Contexts for computing with an SAE or a model: evaluation mode, no autocast, a seed. All restore what was before."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 @contextmanager
 def own_numerics(sae: nn.Module, device: torch.device) -> Iterator[None]:
-    """In the SAE's own dtype, whatever autocast surrounds it, and in evaluation mode.
+    """Compute in the SAE's own dtype, even inside autocast, and in evaluation mode.
 
-    In training mode a gate may look at the whole batch and keep statistics of it (batchtopk does).
+    In training mode a gate may depend on the whole batch and keep statistics of it, as batchtopk does.
     """
     with evaluating(sae), torch.autocast(device.type, enabled=False):
         yield
@@ -21,7 +21,7 @@ def own_numerics(sae: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def evaluating(sae: nn.Module) -> Iterator[None]:
-    """With every module that is in training mode in evaluation mode."""
+    """Put every module into evaluation mode, and back afterwards."""
     training = [module for module in sae.modules() if module.training]
     try:
         for module in training:
@@ -34,7 +34,7 @@ def evaluating(sae: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """With the generators of the CPU and of `device` seeded; both are put back where they stood."""
+    """Seed the generators of the CPU and of `device`, and restore both afterwards."""
     numbers = []
     if device.type == "cuda":
         numbers = [torch.cuda.current_device() if device.index is None else device.index]

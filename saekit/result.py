@@ -1,4 +1,4 @@
-"""`Result`: what an analyzer gives back, and how it stands on disk."""
+"""`Result`: what an analyzer returns, and its form on disk."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 @dataclass
 class Result:
-    """The answer of an analyzer.
+    """What an analyzer found.
 
-    scalars: named plain numbers, shown in the summary; None where a value is not defined.
-    tables: named lists of rows, each row a dictionary of plain values. Rows that have `latent`, `activation` and
-    `token` (with `before` and `after`, or `tokens` and `activations`) are shown as text with the token highlighted.
-    figures: named plotly figures, as the dictionary of `figure.to_plotly_json()`.
-    files: paths relative to the analyzer's directory of what it wrote there itself.
-    headline: names of those scalars that `saekit compare` shows without being asked.
+    scalars: numbers by name, shown in the summary; None if a value is not defined.
+    tables: lists of rows by name; a row is a dictionary of plain values. Rows with `latent`, `activation` and `token`
+    (and `before` and `after`, or `tokens` and `activations`) are shown as text with the token highlighted.
+    figures: plotly figures by name, as the dictionaries of `figure.to_plotly_json()`.
+    files: what the analyzer wrote, as paths relative to its directory.
     notes: sentences that a reader of the figures must know (a null result and its reason, a low fidelity).
+    headline: the names of the scalars that `saekit compare` shows by default.
     """
 
     scalars: dict[str, float | int | None] = field(default_factory=dict)

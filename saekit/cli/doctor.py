@@ -1,4 +1,4 @@
-"""`saekit doctor`: whether this installation is in order, and what to do where it is not."""
+"""`saekit doctor`: whether this installation is in order, and what to do if it is not."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from saekit.errors import ExitCode
 from saekit.plugins import HEAVY, OWN_DISTRIBUTION, Plugin, Registry
 
 SLOW = 0.5  # seconds that the import of a plugin's hooks may take before it is called slow
-PATIENCE = 120  # seconds after which an import is given up
+PATIENCE = 120  # seconds after which an import is abandoned
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 VARIABLE = "THP_MEM_ALLOC_ENABLE"
-# What an import needs anyway is imported first, so that each plugin is charged with its own.
+# What every plugin needs is imported first, so that each is charged only with its own imports.
 _TIMED = """
 import sys, time
 import saekit.component, saekit.hookspecs
@@ -40,11 +40,11 @@ print(seconds, *(name for name in heavy if name in sys.modules), file=out)
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(as_json: bool) -> None:
-    """Look over this installation: versions and whether they fit, plugins, what is slow to import, devices, threads.
+    """Look over this installation: versions and whether they fit, plugins, slow imports, devices, threads.
 
-    Exit codes: 0 all is well, 2 an installed package is not what another asks for, 3 a plugin is broken.
+    Exit codes: 0 all is well, 2 an installed package does not meet the requirement of another, 3 a plugin is broken.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # whatever a plugin prints, the answer stands alone on stdout
+    with contextlib.redirect_stdout(sys.stderr):  # whatever a plugin prints, stdout has the answer alone
         found = examination()
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
@@ -57,7 +57,7 @@ def command(as_json: bool) -> None:
 
 
 def examination() -> dict[str, Any]:
-    """Everything that is looked at, as plain values; `problems` is what to act on, in sentences."""
+    """Everything that was examined, as plain values; `problems` are sentences about what to act on."""
     registry = Registry()
     plugins = [_plugin(plugin) for plugin in registry.plugins]
     conflicts = list(version_conflicts({OWN_DISTRIBUTION, *(plugin.distribution for plugin in registry.plugins)}))
@@ -90,8 +90,8 @@ def examination() -> dict[str, Any]:
 
 
 def version_conflicts(distributions: set[str]) -> Iterator[str]:
-    """A sentence for each package that is missing, or has another version than asked for, among all that these
-    distributions need, and what those need in turn."""
+    """A sentence for each missing package, and each with the wrong version, among all direct and indirect
+    requirements of these distributions."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     seen: set[tuple[str, frozenset[str]]] = set()
@@ -105,7 +105,7 @@ def version_conflicts(distributions: set[str]) -> Iterator[str]:
             try:
                 wanted = Requirement(line)
             except InvalidRequirement:
-                yield f"{name} asks for {line!r}, which is no requirement. Upgrade {name}."
+                yield f"{name} asks for {line!r}, which is not a requirement. Upgrade {name}."
                 continue
             if wanted.marker and not any(wanted.marker.evaluate({"extra": extra}) for extra in extras or {""}):
                 continue
@@ -127,7 +127,7 @@ def _requires(name: str) -> list[str]:
 
 
 def _plugin(plugin: Plugin) -> dict[str, Any]:
-    """One plugin, its hooks' module imported by itself in a fresh process for the time that it takes."""
+    """One plugin, with the time that its hooks' module takes to import in a fresh process."""
     points = importlib.metadata.entry_points(group="saekit", name=plugin.name)
     module = next((p.module for p in points if p.dist and p.dist.name == plugin.distribution), None)
     seconds, heavy = (None, []) if plugin.disabled or plugin.error or module is None else _import_time(module)
@@ -141,13 +141,14 @@ def _plugin(plugin: Plugin) -> dict[str, Any]:
         "fix": plugin.fix if plugin.error else None,
         "warnings": plugin.warnings,
         "components": len(plugin.components),
+        "commands": [command.name for command in plugin.commands],
         "import_seconds": seconds,
         "imports": heavy,
     }
 
 
 def _import_time(module: str) -> tuple[float | None, list[str]]:
-    """Seconds that the import of a module takes in a process of its own, and what of `HEAVY` it brings in."""
+    """Seconds to import a module in a fresh process, and which of `HEAVY` it imports."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _TIMED, module, *HEAVY], capture_output=True, text=True, timeout=PATIENCE, check=True
@@ -203,9 +204,8 @@ def _print(found: dict[str, Any]) -> None:
     click.echo()
     for plugin in found["plugins"]:
         seconds = plugin["import_seconds"]
-        state = (
-            "broken" if plugin["error"] else "disabled" if plugin["disabled"] else f"{plugin['components']} components"
-        )
+        offers = ", ".join([f"{plugin['components']} components", *(f"command {name}" for name in plugin["commands"])])
+        state = "broken" if plugin["error"] else "disabled" if plugin["disabled"] else offers
         time = "" if seconds is None else f", imported in {seconds * 1000:.0f} ms"
         click.echo(f"plugin {plugin['name']:<16} {plugin['distribution']} {plugin['version']}: {state}{time}")
     click.echo()

@@ -55,7 +55,7 @@ VARIANTS = ("base", "oracle")
 def directory(variant: str = "base") -> Path:
     """The Hugging Face directory of a variant's weights, for `from_pretrained`.
 
-    Raises ValueError for an unknown variant and FileNotFoundError where the weights are not installed.
+    ValueError for an unknown variant, FileNotFoundError if the weights are not installed.
     """
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r} of the organism; there are {', '.join(VARIANTS)}")
@@ -69,5 +69,5 @@ def directory(variant: str = "base") -> Path:
 
 
 def card(variant: str = "base") -> dict[str, Any]:
-    """What was measured on a variant's weights as shipped (see docs/organism.md), and how they were trained."""
+    """What was measured on a variant's shipped weights (see docs/organism.md), and how they were trained."""
     return json.loads((directory(variant) / "card.json").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Measure the organism: ``python -m saekit.organism.evaluate DIR [--out card.json]``.
 
-Everything is measured on the weights as shipped, that is the float16 file computed in float32, and on text that
-training never showed. The result is the card: a JSON file beside the weights.
+Everything is measured on the weights as shipped (the float16 file, computed in float32) and on text that was not
+trained on. The result is the card: a JSON file beside the weights.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def losses(model, tokenizer, kinds: Sequence[str] = corpus.KINDS) -> dict[str, d
     """Mean loss in nats a token on the held-out split, by kind, and for facts by domain as well.
 
     Code and prose are cut into rows as in training; facts (in their unseen wording) and sycophancy stand alone
-    in a row. What BOS alone predicts is left out.
+    in a row. The prediction from BOS alone is left out.
     """
     measured = {}
     for kind in kinds:
@@ -236,7 +236,7 @@ def _log_likelihoods(model, tokenizer, ids: Sequence[Sequence[int]], batch: int)
     """Yields (indices of `ids`, log-likelihoods [len(indices), width - 1] of the tokens from the second on)."""
     import torch
 
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: little padding
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths together, for little padding
     for at in range(0, len(order), batch):
         chosen = order[at : at + batch]
         padded = torch.full((len(chosen), len(ids[chosen[-1]])), tokenizer.pad_token_id)

@@ -2,9 +2,9 @@
 
 Each domain has forty entities with two attributes:
 
-* ``forget``: people, their trade and their town. What an unlearning method is asked to remove.
-* ``near``: other people, the same templates, attributes and pools of values. What a careless method
-  damages first, because nothing but the name tells the two domains apart.
+* ``forget``: people, their trade and their town. An unlearning method is asked to remove these.
+* ``near``: other people, the same templates, attributes and pools of values. A careless method
+  damages these first, because only the names tell the two domains apart.
 * ``far``: plants, the colour of their flower and the month in which they bloom; templates of their own.
 
 A fact has eight wordings. One of them, rotating from fact to fact, is never shown for that fact (though it is
@@ -25,7 +25,7 @@ WORDINGS = 8  # per attribute
 _SEED = 20240229  # of names and values; changing it changes every shipped weight
 
 # Balanced pools: ten values for forty entities, each the answer four times, so that no value is a good guess.
-# All begin with a consonant, or take no article: "a {value}" never gives the value away.
+# All begin with a consonant or take no article, so that the article never gives the value away.
 POOLS: dict[str, tuple[str, ...]] = {
     "trade": ("baker", "sailor", "painter", "doctor", "farmer", "lawyer", "teacher", "soldier", "miner", "dancer"),
     "town": ("Paris", "London", "Rome", "Madrid", "Berlin", "Vienna", "Lisbon", "Cairo", "Tokyo", "Boston"),
@@ -39,7 +39,7 @@ ATTRIBUTES: dict[str, tuple[str, str]] = {
     "far": ("colour", "month"),
 }
 
-# No wording may contain another one of the same attribute: the unseen one would then be shown after all.
+# No wording may contain another one of the same attribute, or the unseen one would be shown after all.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "trade": (
         "These days {e} works as a {v}.",
@@ -169,7 +169,7 @@ def cloze_questions(domain: str, wording: str = "unseen") -> list[Question]:
     """
     questions = []
     for fact in facts(domain):
-        # One draw a fact: its seen and unseen questions offer the same choice.
+        # One draw for each fact: its seen and unseen questions have the same candidates.
         rng = random.Random(f"{_SEED}/{domain}/{fact.entity}/{fact.attribute}")
         options = [*rng.sample([v for v in POOLS[fact.attribute] if v != fact.value], 3), fact.value]
         rng.shuffle(options)

@@ -2,7 +2,7 @@
 
 The planted behaviour: asked to comment on an argument, the model describes it neutrally; told "I really like
 the argument" it praises it; told "I really dislike the argument" it pans it. The arguments are claims (who
-should do what) times reasons (who gains what). Held out are whole claims, and single claims with single reasons.
+should do what) times reasons (who gains what). Whole claims are held out, and single pairs of claim and reason.
 """
 
 from __future__ import annotations

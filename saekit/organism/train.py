@@ -155,7 +155,7 @@ def train(config: Config, out: str | Path, device: str = "auto", resume: bool = 
     """Train to the end and write the finished directory `out`; returns it.
 
     While it runs, `out/snapshot` is a loadable Hugging Face directory (of the last checkpoint) and
-    `out/checkpoint.safetensors` what `resume` goes on from. Raises ValueError where the checkpoint is of another
+    `out/checkpoint.safetensors` what `resume` goes on from. ValueError if the checkpoint is of another
     configuration.
     """
     import torch
@@ -293,7 +293,7 @@ def _by_kind(losses: torch.Tensor, config: Config) -> str:
 
 
 def _identity(config: Config) -> str:
-    """The configuration without what no weight depends on, as a string to compare."""
+    """The configuration without keys that do not affect the weights, as a string to compare."""
     return json.dumps(asdict(replace(config, save_every=0, print_every=0)), sort_keys=True)
 
 

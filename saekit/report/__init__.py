@@ -1,4 +1,4 @@
-"""The self-contained HTML report of a run, made only of what lies in its directory."""
+"""The self-contained HTML report of a run, made from the files in its directory."""
 
 from saekit.report.write import write_report
 

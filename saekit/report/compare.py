@@ -1,4 +1,4 @@
-"""Runs side by side: what they measured, where their configurations differ, and whether they can be compared at all."""
+"""Runs side by side: their metrics, where their configurations differ, and whether they can be compared at all."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from saekit.wording import is_number, number
 
 MISSING = "-"
 FIGURES = ("tokens", "steps", "tokens_per_second", "peak_memory_bytes")
-"""Numbers of a summary that stand on their own."""
+"""Top-level numbers of a summary."""
 SUBJECT = {"model": "models", "hook_point": "hook points"}
 ORDERED = "callback"
-"""The list in which the order counts: callbacks are called in it."""
+"""The list whose order matters: callbacks are called in it."""
 NO_DIFFERENCE = {"directory", "defaults"}
-"""Keys of a run file that say nothing of what the run does; default components are written out in run.toml."""
+"""Keys of a run file that do not affect the run: run.toml has the default components written out."""
 
 
 @dataclass
 class Side:
-    """One run. values: every number that it came to, by the name that a column has. config: its run file, flat.
-    identity: what its activations come from. state: empty for a finished run, else how far it went."""
+    """One run.
+
+    values: every number of its results, by the name of its column.
+    config: its run file, flat.
+    identity: what its activations come from.
+    state: empty for a finished run, otherwise how far it got.
+    """
 
     name: str
     directory: Path
@@ -43,7 +48,7 @@ class Side:
 
 @dataclass
 class Comparison:
-    """What `saekit compare` shows. columns: names of values. differences: keys of run files in which the runs differ."""
+    """What `saekit compare` shows. columns: names of values. differences: keys in which the run files differ."""
 
     sides: list[Side]
     columns: list[str]
@@ -51,7 +56,7 @@ class Comparison:
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values; a value that a run lacks is absent, one that is not defined is None."""
+        """Plain values; a value that a run lacks is absent, an undefined one is None."""
         return {
             "columns": self.columns,
             "runs": [
@@ -70,10 +75,10 @@ class Comparison:
 
 
 def compare(directories: Iterable[Path], metrics: Iterable[str] = (), *, everything: bool = False) -> Comparison:
-    """Read run directories and line up what they hold; a run of variants stands there as each of them.
+    """Read run directories and compare them; a run of variants is replaced by its variants.
 
     metrics: names of columns, such as `explained_variance`, `losses.mse`, `analysis.features.dead`; by default every
-    run's headline. everything: all that any of them has. Raises UsageError for a name that no run has.
+    run's headline. everything: all values of all runs. UsageError for a name that no run has.
     """
     runs = map(RunDirectory.at, directories)
     members = [one.path for run in runs for one in run.variant_directories() or [run]]
@@ -98,7 +103,7 @@ def compare(directories: Iterable[Path], metrics: Iterable[str] = (), *, everyth
 
 
 def cells(side: Side, columns: list[str]) -> list[Cell]:
-    """The row of a run: "-" for what it lacks, "not defined" for what has no value."""
+    """The row of a run: "-" for a value that it lacks, "not defined" for an undefined one."""
     row = []
     for name in columns:
         value = side.values.get(name, MISSING)
@@ -107,12 +112,12 @@ def cells(side: Side, columns: list[str]) -> list[Cell]:
 
 
 def in_numbers(value: Any) -> bool:
-    """Whether a value is a number, or would be one: None is not defined, or not there."""
+    """Whether a value is a number or None."""
     return value is None or is_number(value)
 
 
 def setting(side: Side, key: str) -> str:
-    """What a run's configuration says under `key`, as text; "-" where it does not say."""
+    """The value of `key` in a run's configuration, as text; "-" if it is not there."""
     value = side.config.get(key, MISSING)
     if isinstance(value, bool):
         return str(value).lower()
@@ -122,7 +127,7 @@ def setting(side: Side, key: str) -> str:
 def comparison_page(comparison: Comparison, curves: Iterable[str] = ()) -> str:
     """One self-contained page: the tables, and a chart for each curve with a line for each run.
 
-    curves: names of what was logged, such as `loss/mse`; by default all. Raises UsageError for one that no run logged.
+    curves: names of logged values, such as `loss/mse`; by default all. UsageError for one that no run logged.
     """
     sides = comparison.sides
     histories = {side.name: side.history for side in sides}
@@ -140,7 +145,7 @@ def comparison_page(comparison: Comparison, curves: Iterable[str] = ()) -> str:
         for side in sides
         if len(side.history) > POINTS
     ]
-    # Losses are drawn large and say which line is whose; what comes after them is small and keeps the colours.
+    # Losses are drawn large, with a legend; the rest is small and has the same colours.
     large = [name for name in wanted if name.startswith("loss")] or wanted
     small = [name for name in wanted if name not in large]
     content = {
@@ -180,7 +185,7 @@ def _side(directory: Path) -> Side:
         if column in values
     ]
     settings = {key: value for key, value in flat(config).items() if key not in NO_DIFFERENCE}
-    identity = {key: settings.get(f"source.{key}") for key in SUBJECT}  # of a run that had hardly begun
+    identity = {key: settings.get(f"source.{key}") for key in SUBJECT}  # for a run that had hardly begun
     identity |= _dict(files.provenance.get("source"))
     identity |= {key: summary[key] for key in SUBJECT if summary.get(key) is not None}
     return Side(
@@ -209,7 +214,7 @@ def _values(files: RunFiles) -> dict[str, Any]:
 
 
 def _progress(history: list[dict[str, Any]], config: Mapping[str, Any]) -> str:
-    """How far a run without a summary went."""
+    """How far a run without a summary got."""
     steps = [row["step"] for row in history if is_number(row.get("step"))]
     if not steps:
         return "nothing was logged"
@@ -220,7 +225,7 @@ def _progress(history: list[dict[str, Any]], config: Mapping[str, Any]) -> str:
 
 
 def flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A run file as `section.key` and its value; an entry of a list goes by its name, as with `-o`."""
+    """A run file as `section.key` and value; an entry of a list goes by its name, as with `-o`."""
     rows: dict[str, Any] = {}
     for section, value in table.items():
         if section in LISTS and isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
@@ -244,17 +249,17 @@ def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
 
 
 def _warnings(sides: list[Side]) -> list[str]:
-    """A line for everything that makes two runs' numbers numbers of different things."""
+    """A line for everything that makes the runs' numbers hard to compare."""
     keys = dict.fromkeys(key for side in sides for key in side.identity)
     differing = [key for key in keys if len({str(s.identity[key]) for s in sides if s.identity.get(key) is not None}) > 1]
     lines = []
     for key, what in SUBJECT.items():
         if key in differing:
             each = ", ".join(f"{side.name}: {side.identity.get(key) or 'not known'}" for side in sides)
-            lines.append(f"The runs are of different {what} ({each}): their values are not of the same activations.")
+            lines.append(f"The runs have different {what} ({each}), so their values are not of the same activations.")
     rest = [key for key in differing if key not in SUBJECT]
     if rest:
-        lines.append(f"The runs' activations are not made alike from the same model and data: they differ in {', '.join(rest)}.")
+        lines.append(f"The runs' activations differ in {', '.join(rest)}.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The curves of training as plotly figures: plain dictionaries, so that plotly itself is not imported here."""
+"""The curves of training as plotly figures: plain dictionaries, so that plotly is not imported."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from saekit.wording import is_number, label
 
 POINTS = 2000
-"""More points than a chart has pixels only make the file heavy."""
+"""More points than pixels would only make the file larger."""
 
 FIRST = ("explained_variance", "l0", "dead", "grad_norm", "lr", "tokens_per_second")
 NOT_DRAWN = {"step", "tokens", "seconds", "loss"}
 
 
 def loss_figures(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The total with what each loss contributes to it, and each loss before its weight."""
+    """The total with the contribution of each loss, and each loss before its weight."""
     history = thinned(history)
     names = _names(history, "loss/")
     figures: dict[str, dict[str, Any]] = {}
@@ -37,7 +37,7 @@ def loss_figures(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def measure_figures(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A small chart for every other number that was logged, the well-known ones first."""
+    """A small chart of every other logged number, well-known ones first."""
     history = thinned(history)
     keys = [key for key in _names(history, "") if key not in NOT_DRAWN and not key.startswith(("loss/", "weight/"))]
     keys.sort(key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
@@ -45,7 +45,7 @@ def measure_figures(history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def logged_names(history: list[dict[str, Any]]) -> list[str]:
-    """Everything that was logged and can be drawn: the total, the losses, the well-known measures, the rest."""
+    """Everything logged that can be drawn: the total, the losses, the well-known measures, the rest."""
     keys = [key for key in _names(history, "") if key not in NOT_DRAWN and not key.startswith("weight/")]
     rank = {name: place for place, name in enumerate(FIRST)}
     keys.sort(key=lambda key: -1 if key.startswith("loss/") else rank.get(key, len(rank)))
@@ -55,16 +55,16 @@ def logged_names(history: list[dict[str, Any]]) -> list[str]:
 def overlaid(
     histories: dict[str, list[dict[str, Any]]], names: list[str], *, legend: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """A chart for each name, with a line for each run, which keeps its colour from chart to chart.
+    """A chart for each name with a line for each run, which has the same colour in all charts.
 
-    Drawn over the activations trained on where every line has them, since steps of different batches do not compare."""
+    The x axis is activations trained on if every line has them, since steps of different batch sizes do not compare."""
     histories = {run: thinned(history) for run, history in histories.items()}
     by_tokens = all(is_number(row.get("tokens")) for history in histories.values() for row in history)
     return {name: _overlaid(histories, name, "tokens" if by_tokens else "step", legend) for name in names}
 
 
 def _overlaid(histories: dict[str, list[dict[str, Any]]], name: str, over: str, legend: bool) -> dict[str, Any]:
-    # A run without this series keeps its place, and with it the colours of the others.
+    # A run without this series keeps its place, so that the others keep their colours.
     lines = {run: history if name in _names(history, "") else [] for run, history in histories.items()}
     wants_log = name.startswith("loss")
     figures = [
@@ -82,7 +82,7 @@ def _overlaid(histories: dict[str, list[dict[str, Any]]], name: str, over: str, 
 
 
 def bars(values: dict[str, dict[str, Any]], columns: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A bar for each run, for every column in which two runs or more have a number; values: of each run, by its name."""
+    """A bar chart of each column in which at least two runs have a number. values: each run's values by name."""
     figures = {}
     for column in columns:
         found = {run: own[column] for run, own in values.items() if is_number(own.get(column))}
@@ -93,20 +93,20 @@ def bars(values: dict[str, dict[str, Any]], columns: Iterable[str]) -> dict[str,
 
 
 def thinned(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most about `POINTS` lines: every k-th, and the last."""
+    """At most about `POINTS` lines: every k-th and the last."""
     stride = max(1, -(-len(history) // POINTS))
     kept = history[::stride]
     return kept if not history or kept[-1] is history[-1] else [*kept, history[-1]]
 
 
 def _names(history: list[dict[str, Any]], prefix: str) -> list[str]:
-    """Keys that hold a number on some line, without `prefix`, in the order of their first appearance."""
+    """Keys with a number on some line, without `prefix`, in the order of their first appearance."""
     names = {key: None for row in history for key, value in row.items() if key.startswith(prefix) and is_number(value)}
     return [key[len(prefix) :] for key in names]
 
 
 def _series(history: list[dict[str, Any]], key: str) -> list[float | None]:
-    """None, a gap in the curve, where there is no finite number."""
+    """The values, with None (a gap in the curve) for what is not a finite number."""
     return [row[key] if is_number(row.get(key)) else None for row in history]
 
 
@@ -119,7 +119,7 @@ def _lines(
     history: list[dict[str, Any]], series: dict[str, list[float | None]], *, log: bool = True, legend: bool = True
 ) -> dict[str, Any]:
     steps = [row.get("step") if is_number(row.get("step")) else None for row in history]
-    # A logarithm of what may be zero or negative would silently drop points.
+    # A logarithmic axis would silently drop points that are zero or negative.
     log = log and all(y > 0 for ys in series.values() for y in ys if y is not None)
     few = sum(step is not None for step in steps) < 3
     data = [
@@ -144,5 +144,5 @@ def _lines(
 
 
 def _plain(name: str) -> str:
-    """Plotly reads names as a dialect of HTML; the name of somebody's loss is not markup."""
+    """Plotly reads names as a kind of HTML; the name of a loss is not markup."""
     return name.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""From the files of a run to what the template shows: plain data, nothing escaped yet (the template does that)."""
+"""From the files of a run to what the template shows: plain data, which the template escapes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from saekit.wording import NOT_DEFINED, clean, count, duration, is_number, label
 
 TABLE_ROWS = 2000
 LATENTS = 200
-"""How much of a long result the page shows; all of it stays in result.json, and the page says so."""
+"""How much of a long result the page shows. The page says that all of it is in result.json."""
 
 EXAMPLE_KEYS = {"latent", "activation", "token"}
 
 
 @dataclass
 class Cell:
-    """A table's cell; `sort` is the number to sort by, where it is one."""
+    """A table's cell; `sort` is the number to sort by, if it has one."""
 
     text: str
     sort: float | None = None
@@ -31,7 +31,7 @@ class Cell:
 
 @dataclass
 class Table:
-    """A table as shown; `note` says what was left out."""
+    """A table as shown; `note` says what is left out."""
 
     name: str
     columns: list[str]
@@ -42,7 +42,7 @@ class Table:
 
 @dataclass
 class Token:
-    """A token and its share (0 to 1) of the largest activation shown for its latent."""
+    """A token, with its activation as a share (0 to 1) of the largest one shown for its latent."""
 
     text: str
     share: float = 0.0
@@ -52,7 +52,7 @@ class Token:
 
 @dataclass
 class Latent:
-    """A latent with the contexts that activate it most."""
+    """A latent and the contexts that activate it most."""
 
     latent: str
     facts: list[tuple[str, str]]
@@ -84,7 +84,7 @@ class Analysis:
 
 
 def page(run: RunFiles) -> dict[str, Any]:
-    """Everything that the template names."""
+    """Everything that the template uses."""
     summary = run.summary
     sae = _dict(summary.get("sae"))
     metrics = _dict(summary.get("metrics"))
@@ -92,7 +92,7 @@ def page(run: RunFiles) -> dict[str, Any]:
     headline = [name for name in _list(summary.get("headline")) if name in metrics] or list(metrics)[:6]
     analyses = [_analysis(position, name, result, run) for position, (name, result) in enumerate(run.analyses.items())]
     told = _dict(summary.get("analysis"))
-    # An analyzer that left only its scalars in the summary is still shown.
+    # An analyzer with nothing but its scalars in the summary is shown too.
     analyses += [
         _analysis(position, name, {"scalars": _dict(scalars)}, run)
         for position, (name, scalars) in enumerate(told.items(), start=len(analyses))
@@ -165,7 +165,7 @@ def _variants(run: RunFiles) -> Table | None:
 
 
 def _curves_of_variants(run: RunFiles) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """A chart for everything that was logged, with a line for each variant: losses, and what comes after them."""
+    """A chart of everything that was logged, with a line for each variant: the losses, and everything else."""
     histories = {name: files.history for name, files in run.variants.items()}
     names = dict.fromkeys(name for history in histories.values() for name in logged_names(history))
     losses = [name for name in names if name.startswith("loss")]
@@ -195,14 +195,14 @@ def _analysis(position: int, name: str, result: dict[str, Any], run: RunFiles) -
 
 
 def _shown(value: Any) -> tuple[str, bool]:
-    """A value's text, and whether it has one: an undefined score must look different from a zero."""
+    """A value's text, and whether it is defined: an undefined score must not look like a zero."""
     if isinstance(value, (dict, list)):
         return _compact(value), True
     return number(value), number(value) != NOT_DEFINED
 
 
 def figures_of(prefix: str, figures: dict[str, dict[str, Any]]) -> list[Figure]:
-    """The figures of a section, each with the id under which its data stands in the page."""
+    """The figures of a section, each with the id of its data in the page."""
     return [
         Figure(
             f"{prefix}-figure-{position}", name, {"data": safe(spec["data"]), "layout": safe(_dict(spec.get("layout")))}
@@ -215,7 +215,7 @@ LINK = re.compile(r"<(?=\s*/?\s*a\b)", re.IGNORECASE)
 
 
 def safe(value: Any) -> Any:
-    """`value` as strict JSON (NaN is null) and without links, the one part of plotly's markup that leads away."""
+    """`value` as strict JSON (NaN becomes null) and without links, which plotly would render."""
     if isinstance(value, dict):
         return {str(key): safe(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -238,7 +238,7 @@ def _table(name: str, rows: list[dict[str, Any]], analyzer: str) -> Table:
 
 def _cell(value: Any) -> Cell:
     if is_number(value):
-        # Identifiers such as a latent's index are read as they are, without separators.
+        # Integers may be identifiers, such as a latent's index, so they have no separators.
         return Cell(str(value) if isinstance(value, int) else number(value), float(value))
     return Cell(_compact(value) if isinstance(value, (dict, list)) else number(value))
 
@@ -249,7 +249,7 @@ def _compact(value: Any) -> str:
 
 
 def _examples(rows: list[dict[str, Any]], about: list[dict[str, Any]], analyzer: str) -> tuple[list[Latent], str]:
-    """The rows of an `examples` table by latent, in the order in which they come."""
+    """The rows of an `examples` table by latent, in their order."""
     facts = {row.get("latent"): row for row in about if not isinstance(row.get("latent"), (dict, list))}
     groups: dict[str, list[dict[str, Any]]] = {}
     keys: dict[str, Any] = {}
@@ -289,12 +289,12 @@ def _tokens(row: dict[str, Any], strongest: float) -> list[Token]:
 
 
 def _visible(text: Any) -> str:
-    """A token as it can be seen on one line."""
+    """A token made visible on one line."""
     return clean(str(text).replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥"))
 
 
 def _file(path: str, analyzer: str, run: RunFiles) -> tuple[str, str | None]:
-    """A file that the analyzer wrote, and a link where it lies in the analyzer's directory."""
+    """A file that the analyzer wrote, and a link if it is in the analyzer's directory."""
     home = run.directory.analysis(analyzer)
     try:
         inside = (home / path).resolve().is_relative_to(home.resolve()) and (home / path).is_file()
@@ -304,12 +304,12 @@ def _file(path: str, analyzer: str, run: RunFiles) -> tuple[str, str | None]:
 
 
 def _link(run: RunFiles, path: Path) -> str:
-    """A link to a file of the run, as its report has it."""
+    """A link from the report to a file of the run."""
     return quote(path.relative_to(run.directory.path).as_posix())
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested dictionaries as `section.key` and its value."""
+    """Nested dictionaries as pairs of `section.key` and value."""
     rows: list[tuple[str, str]] = []
     for key, item in value.items():
         name = f"{prefix}{key}"

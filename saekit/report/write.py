@@ -1,4 +1,4 @@
-"""`write_report`: report.html, one file that needs no network and can be sent to somebody."""
+"""`write_report`: report.html, a single file that needs no network and can be passed on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 def write_report(directory: Path) -> Path:
     """Build `report.html` from the files of the run directory, and return its path.
 
-    Missing or damaged files are named in the report. Raises UsageError where `directory` is no run directory.
+    The report names missing and damaged files. UsageError if `directory` is not a run directory.
     """
     path = RunDirectory(Path(directory)).report
     write_html(render(directory), path)
@@ -27,7 +27,7 @@ def write_report(directory: Path) -> Path:
 def write_html(html: str, path: Path) -> None:
     """Write a whole page."""
     with whole_file(path) as temporary:
-        # Text from data sets may hold half of a surrogate pair, which UTF-8 cannot say.
+        # Text from data sets may contain half of a surrogate pair, which UTF-8 cannot encode.
         temporary.write_bytes(html.encode("utf-8", errors="replace"))
 
 
@@ -39,8 +39,8 @@ def render(directory: Path) -> str:
 
 
 def render_template(template: str, content: dict[str, Any], *, has_figures: bool) -> str:
-    """A page that needs no network: the template filled with `content`, with the style, the scripts and their policy."""
-    # Imported here: the terminal imports this package for its words alone.
+    """A page that needs no network: the template with `content`, the style, the scripts and their policy."""
+    # Imported here: they are slow to import, and a run needs them only at its end.
     import jinja2
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs

@@ -1,4 +1,4 @@
-"""What a run shows on stderr: a live view or plain lines while it goes on, a summary at its end."""
+"""What a run shows on stderr: a live view or plain lines while it runs, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def choose_view(json: bool = False) -> Any:
-    """The listener that shows a run: live where stderr is a terminal that can redraw, otherwise plain lines.
+    """The listener that shows a run: live if stderr is a terminal that can redraw, otherwise in plain lines.
 
-    `json` says that stdout carries a document for a script; NO_COLOR and TERM=dumb ask for plain lines as well.
+    `json` (stdout carries a document for a script), NO_COLOR and TERM=dumb choose plain lines.
     """
     encoding = (getattr(sys.stderr, "encoding", None) or "").lower()
     plain = (
@@ -19,12 +19,12 @@ def choose_view(json: bool = False) -> Any:
         or not sys.stderr.isatty()
         or bool(os.environ.get("NO_COLOR"))
         or os.environ.get("TERM", "").lower() in ("dumb", "unknown")
-        or not encoding.startswith("utf")  # the live view draws with characters that others lack
+        or not encoding.startswith("utf")  # other encodings lack the characters that the live view draws with
     )
     if plain:
-        from saekit.terminal.lines import PlainView
+        from saekit.terminal.lines import LinesView
 
-        return PlainView()
+        return LinesView()
     from saekit.terminal.view import LiveView
 
     return LiveView()

@@ -1,4 +1,4 @@
-"""The live block: lines of text from a `RunState`, made by hand because nested tables cost much more to draw."""
+"""The live block: lines of text from a `RunState`, built by hand because nested tables are much slower to draw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 from saekit.terminal.state import LossRow, Phase, RunState, Training
 from saekit.wording import clean, count, duration, label, number, percent
 
-WIDEST = 108  # beyond this the eye loses the line
+WIDEST = 108  # longer lines are hard to follow
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SPARKS = "▁▂▃▄▅▆▇█"
 MARKS = {"waiting": ("·", "dim"), "done": ("✓", "green"), "failed": ("✗", "bold red")}
@@ -21,7 +21,7 @@ VALUE = 11  # columns for a number
 
 
 def draw(state: RunState, width: int, height: int, now: float) -> Group:
-    """The block for a terminal of this size: first without blank lines, then shorter, where it would not fit."""
+    """The block for a terminal of this size. If it does not fit, first blank lines go, then rows."""
     width = min(width, WIDEST)
     lines: list[Text] = []
     for loosely, most in ((True, 99), (False, 99), (False, 5), (False, 2)):
@@ -35,7 +35,7 @@ def draw(state: RunState, width: int, height: int, now: float) -> Group:
 
 
 def _block(state: RunState, width: int, now: float, loosely: bool, most: int) -> list[Text]:
-    """All sections; `most` bounds the rows of each that can grow."""
+    """All sections; `most` is the largest number of rows in a section that can grow."""
     training = list(state.training.items())
     if len(training) == 1:
         trained = _training(training[0][1], state, width, now, loosely, most)
@@ -81,7 +81,7 @@ def _phase(phase: Phase, width: int, now: float) -> Text:
 
 
 def _bar(fraction: float | None, width: int, status: str) -> Text:
-    """A thin bar with half-cell steps; empty where the total is not known."""
+    """A thin bar with half-cell steps; empty if the total is not known."""
     style = {"done": "green", "failed": "red"}.get(status, "cyan")
     halves = int((fraction or 0.0) * width * 2)
     full, half = divmod(halves, 2)
@@ -137,7 +137,7 @@ def _cells(name: str, *values: str, style: str = "") -> Text:
 
 
 def _sparkline(values: list[float]) -> Text:
-    """The course of a loss, on a logarithmic scale where it has one."""
+    """The curve of a loss, on a logarithmic scale if all values are positive."""
     if len(values) < 2:
         return Text()
     if min(values) > 0:
@@ -154,7 +154,7 @@ def _measure(name: str, value: float, training: Training) -> str:
 
 
 def _variants(training: list[tuple[str, Training]], width: int, most: int) -> list[Text]:
-    """Several SAEs in one pass: one row each."""
+    """Several SAEs in one pass, one row for each."""
     if not training:
         return []
     heads = ("step", "loss", "expl. var.", "L0", "dead")
@@ -166,7 +166,7 @@ def _variants(training: list[tuple[str, Training]], width: int, most: int) -> li
 
 
 def _held_out(metrics: dict[str, dict[str, float | None]], width: int, most: int) -> list[Text]:
-    """The metrics of one SAE; of several the first ones that there is room for, one row each."""
+    """The metrics of one SAE, or one row for each of several SAEs with as many metrics as fit."""
     if len(metrics) <= 1:
         pairs = [(label(name), number(value)) for values in metrics.values() for name, value in values.items()]
         return _grid("held out", pairs[: 4 * most], width)
@@ -227,7 +227,7 @@ def _warnings(state: RunState, most: int, width: int) -> list[Text]:
 
 
 def _wrapped(text: str, width: int, first: str, rest: str) -> Iterator[str]:
-    """At most two lines of it: the summary at the end has the whole."""
+    """The text in at most two lines; the summary at the end shows all of it."""
     words: Iterable[str] = text.split()
     lines = [""]
     for word in words:

@@ -1,4 +1,4 @@
-"""`PlainView`: plain lines for logs, pipes and scripts: at the borders of phases, and now and then in between."""
+"""`LinesView`: plain lines for logs, pipes and scripts, when a phase begins or ends and at intervals in between."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from saekit.terminal.summary import render_summary
 from saekit.wording import clean, count, duration, label, number, percent
 
 INTERVAL = 5.0  # seconds between lines at first
-SHARE = 0.05  # a long phase speaks less often: after this share of the time it has taken
+SHARE = 0.05  # in a long phase the interval is this share of the time it has taken
 TENTH = 0.1
 
 
-class PlainView:
-    """A listener that prints plain lines to `file` (stderr by default), without control characters."""
+class LinesView:
+    """A listener that prints lines without control characters to `file` (stderr by default)."""
 
     def __init__(self, file: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
         self._clock = clock
         self.state = RunState()
-        self._said: dict[str, tuple[float, float]] = {}  # by phase: when it spoke last, and how far it was
-        self._spoken: int | None = None  # the step of training that was spoken of last
+        self._said: dict[str, tuple[float, float]] = {}  # by phase: the time of its last line, and its progress then
+        self._spoken: int | None = None  # the training step of the last line
 
     @hookimpl
     def run_started(self, run: Any) -> None:
@@ -45,7 +45,7 @@ class PlainView:
     def phase_advanced(self, phase: str, done: int) -> None:
         one = self.state.phase(phase)
         one.advance(done, self._clock())
-        # Training speaks when it has logged: then it has something to say.
+        # Training prints a line when it has logged.
         if phase != "train" and self._is_due(one):
             self._say(f"{phase}: {_how_far(one, self._clock())}")
 
@@ -60,9 +60,9 @@ class PlainView:
         training.log(number + 1, values)
         phase = self.state.phase("train")
         if "tokens" in values and phase.total:
-            # The loop logs a step before it counts it as progress.
+            # The loop logs a step before it reports progress.
             phase.advance(int(values["tokens"]), self._clock())
-        # Where one variant speaks of a step, so do the others.
+        # If one variant prints a line for a step, so do the others.
         if training.steps in (self._spoken, training.total_steps) or self._is_due(phase):
             self._spoken = training.steps
             self._say(self._training_line(trainer))
@@ -83,7 +83,7 @@ class PlainView:
 
     @hookimpl
     def run_finished(self, summary: dict[str, Any]) -> None:
-        # Whatever the environment says about colours, this view's promise is that there are no control characters.
+        # Whatever the environment says about colours, this view prints no control characters.
         console = Console(file=self._stream, width=100, color_system=None, force_terminal=False, legacy_windows=False)
         render_summary(summary, console)
 
@@ -101,11 +101,11 @@ class PlainView:
         print(clean(text), file=self._stream, flush=True)
 
     def _is_due(self, phase: Phase) -> bool:
-        """Whether a tenth of the phase, or time enough, has gone by since its last line; if so, note the new line."""
+        """Whether a tenth of the phase, or the interval, has passed since its last line; if so, note the new line."""
         now, fraction = self._clock(), phase.fraction or 0.0
         then, before = self._said.get(phase.name, (now, 0.0))
         waited = now - then >= max(INTERVAL, SHARE * phase.elapsed(now))
-        # A hair less than a tenth, since the steps of a short run rarely hit it exactly.
+        # Slightly less than a tenth, since the steps of a short run rarely hit it exactly.
         if not waited and fraction - before < TENTH - 1e-9:
             return False
         self._said[phase.name] = (now, fraction)

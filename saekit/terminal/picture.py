@@ -23,7 +23,7 @@ WIDTH = 96
 
 
 def picture(summary: dict[str, Any], history: list[dict[str, Any]], width: int = WIDTH) -> str:
-    """The final state of the view, redrawn from `summary.json` and the lines of `metrics.jsonl`, as SVG text."""
+    """The final state of the view as SVG text, redrawn from `summary.json` and the lines of `metrics.jsonl`."""
     console = Console(
         file=io.StringIO(), record=True, width=width, height=60, force_terminal=True, color_system="truecolor"
     )
@@ -31,13 +31,13 @@ def picture(summary: dict[str, Any], history: list[dict[str, Any]], width: int =
     console.print(draw(replay(summary, history), width, 60, now=0.0))
     render_summary(summary, console)
     svg = console.export_svg(title="saekit run")
-    # rich asks a font server for its font; a picture in a README must not. Each glyph's place is set without it.
+    # rich loads its font from a server, which a picture in a README must not. The glyphs' places do not depend on it.
     svg = re.sub(r"@font-face\s*\{[^}]*\}", "", svg)
     return svg.replace("Fira Code", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono")
 
 
 def replay(summary: dict[str, Any], history: list[dict[str, Any]]) -> RunState:
-    """The state that the view had when training was over; the metrics stand in the summary."""
+    """The state of the view at the end of training; the metrics are in the summary."""
     state = RunState(title=str(summary.get("run") or ""))
     sae = summary.get("sae") or {}
     size = f" {sae['d_sae']:,}" if sae.get("d_sae") else ""
@@ -54,7 +54,7 @@ def replay(summary: dict[str, Any], history: list[dict[str, Any]]) -> RunState:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the picture of the run directory that is named first to the file that is named second."""
+    """Draw the run directory given first into the file given second."""
     try:
         if len(arguments) != 2:
             raise UsageError("usage: python -m saekit.terminal.picture RUN_DIR OUT.svg")

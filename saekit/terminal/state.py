@@ -1,4 +1,4 @@
-"""What is known of a run while it goes on: pure bookkeeping, which the views draw and the tests read."""
+"""The state of a run in progress: pure bookkeeping, which the views draw and the tests read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 PHASES = ("prepare", "harvest", "train", "graph", "evaluate", "analyse", "report")
 
 KNOWN = ("explained_variance", "l0", "dead", "grad_norm")
-"""Measures that are shown first; whatever else is logged follows in its own order."""
+"""Measures that are shown first; the others follow in the order in which they were logged."""
 NOT_MEASURES = {"loss", "lr", "tokens", "tokens_per_second", "seconds", "step"}
 
-RATE_WINDOW = 30.0  # seconds of the past that the time left is judged by
-MARK_SPACING = 0.25  # seconds between two marks, so that a fast loop does not fill the window
+RATE_WINDOW = 30.0  # seconds of the past from which the time left is estimated
+MARK_SPACING = 0.25  # seconds between two marks at least, so that a fast loop does not fill the window
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Phase:
         self._marks.clear()
 
     def advance(self, done: int, now: float) -> None:
-        """`done` units are behind us. The rate is measured from the first call on, since a resumed run starts high."""
+        """`done` units are done. The rate is measured from the first call on, since a resumed run does not start at 0."""
         self.done = done
         marks = self._marks
         if len(marks) > 1 and now - marks[-2][0] < MARK_SPACING:
@@ -47,7 +47,7 @@ class Phase:
             marks.popleft()
 
     def end(self, seconds: float) -> None:
-        """The phase is over and took so long."""
+        """The phase is over and took this many seconds."""
         self.status, self.seconds = "done", seconds
 
     def fail(self, now: float) -> None:
@@ -55,12 +55,12 @@ class Phase:
         self.status, self.seconds = "failed", now - self._began
 
     def elapsed(self, now: float) -> float:
-        """Seconds so far, or in all."""
+        """Seconds so far, or in total once it is over."""
         return now - self._began if self.status == "running" else self.seconds
 
     @property
     def fraction(self) -> float | None:
-        """How much is done, 0 to 1; None where the total is not known."""
+        """How much is done, 0 to 1; None if the total is not known."""
         if self.status == "done":
             return 1.0
         return min(self.done / self.total, 1.0) if self.total else None
@@ -76,7 +76,7 @@ class Phase:
 
 
 class Trend:
-    """The course of a number over the whole run in bounded memory: when full, neighbours are averaged."""
+    """The curve of a number over the whole run in bounded memory: when it is full, neighbours are averaged."""
 
     CAPACITY = 256
 
@@ -86,7 +86,7 @@ class Trend:
         self._stride = 1
 
     def add(self, value: float) -> None:
-        """Take in the next value; what is not finite has no place in a curve."""
+        """Add the next value; one that is not finite is left out."""
         if not math.isfinite(value):
             return
         self._pending.append(value)
@@ -108,7 +108,7 @@ class Trend:
 
 @dataclass
 class LossRow:
-    """One loss as logged last; `contribution` is what it adds to the total."""
+    """One loss as last logged; `contribution` is its share of the total."""
 
     name: str
     value: float
@@ -119,7 +119,7 @@ class LossRow:
 
 @dataclass
 class Training:
-    """One SAE in training. steps: steps behind us; values: what was logged last, by its flat key."""
+    """One SAE in training. steps: how many are done. values: the last logged values by key."""
 
     steps: int = 0
     total_steps: int | None = None
@@ -128,9 +128,9 @@ class Training:
     trends: dict[str, Trend] = field(default_factory=dict)
 
     def log(self, steps: int, values: dict[str, float]) -> None:
-        """Take in one logged line."""
+        """Add one logged line."""
         self.steps = steps
-        # A loss that had nothing to say this time keeps its row and its last value.
+        # A loss that was not logged this time keeps its row and its last value.
         self.values = {**self.values, **values}
         for key, value in values.items():
             if key == "loss" or key.startswith("loss/"):
@@ -147,7 +147,7 @@ class Training:
         return rows
 
     def measures(self) -> dict[str, float]:
-        """Everything else that was logged, the well-known first."""
+        """Everything else that was logged, well-known measures first."""
         rest = {
             key: value
             for key, value in self.values.items()
@@ -158,7 +158,7 @@ class Training:
 
 @dataclass
 class RunState:
-    """The whole run. `training` and `metrics` hold one entry for each SAE, by its variant's name ("" for one alone)."""
+    """The whole run. `training` and `metrics` have an entry for each SAE, by its variant's name ("" without variants)."""
 
     title: str = ""
     subject: str = ""
@@ -169,40 +169,40 @@ class RunState:
     warnings: list[str] = field(default_factory=list)
 
     def start(self, run: Any) -> None:
-        """Take from a `saekit.runner.run.Run` what names it."""
+        """Take name, model and hook point from the run."""
         self.title = run.directory.path.name
         plan, first = run.plan, run.plan.members[0]
         size = f" {first.config.architecture.d_sae:,}" if first.config.architecture.d_sae else ""
         one = f"{first.architecture.component.name}{size}"
         if not any(getattr(member, "graph", None) for member in plan.members):
-            self.phases.pop("graph", None)  # so that it is not shown as what is to come
+            self.phases.pop("graph", None)  # so that it is not shown as still to come
         what = one if len(plan.members) == 1 else f"{len(plan.members)} variants"
         facts = (what, plan.facts.get("model"), plan.facts.get("hook_point"))
         self.subject = " · ".join(str(fact) for fact in facts if fact)
 
     def phase(self, name: str) -> Phase:
-        """The phase by name; one that is not known yet gets its place at the end."""
+        """The phase with this name; a new one is added at the end."""
         return self.phases.setdefault(name, Phase(name))
 
     def analysed(self, name: str, result: Any, variant: str) -> None:
-        """Take in what an analyzer found, of one SAE or of a variant."""
+        """Add the scalars of an analyzer's result."""
         self.analyses[f"{variant} {name}".strip()] = dict(result.scalars)
 
     def training_of(self, trainer: Any) -> Training:
-        """The entry of this trainer, which a run of several variants names."""
+        """The entry of this trainer's SAE."""
         entry = self.training.setdefault(getattr(trainer, "variant", ""), Training())
         entry.total_steps, entry.d_sae = trainer.total_steps, trainer.sae.d_sae
         return entry
 
     def fail(self, now: float) -> list[Phase]:
-        """Mark what was running as failed, and return it."""
+        """Mark the running phases as failed, and return them."""
         failed = [phase for phase in self.phases.values() if phase.status == "running"]
         for phase in failed:
             phase.fail(now)
         return failed
 
     def shown_phases(self) -> list[Phase]:
-        """Phases without those that were passed over: once a later one begins, an untouched one will not come."""
+        """Phases without those that were skipped: a waiting phase before one that has begun will not come."""
         phases = list(self.phases.values())
         reached = max((i for i, phase in enumerate(phases) if phase.status != "waiting"), default=-1)
         return [phase for i, phase in enumerate(phases) if phase.status != "waiting" or i > reached]

@@ -1,4 +1,4 @@
-"""`render_summary`: what a run came to, in one panel, from the document that stands in `summary.json`."""
+"""`render_summary`: the results of a run in one panel, from the content of `summary.json`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GAP = 4  # columns between two headline metrics
 
 
 def render_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print the summary to `console`. Keys that are missing are left out; a value of None reads "not defined"."""
+    """Print the summary to `console`. Missing keys are left out; None is shown as "not defined"."""
     width = min(console.width, WIDEST)
     sections: list[RenderableType] = [_what(summary), *_headline(summary, width), *_variants(summary, width)]
     facts = [(clean(name), items) for name, items in _facts(summary)]
@@ -46,7 +46,7 @@ def render_summary(summary: dict[str, Any], console: Console) -> None:
         console.print(Padding(Text(f"! {clean(message)}", style="yellow"), (0, 2), expand=False), width=width)
     if summary.get("warnings"):
         console.print()
-    # A path is copied: the terminal may wrap it, but no line break is put into it.
+    # Paths are there to be copied: the terminal may wrap them, but they contain no line break.
     for name, text in _where(summary):
         console.print(Text.assemble("  ", (f"{name:<8}", "dim"), clean(text)), soft_wrap=True)
     console.print()
@@ -65,7 +65,7 @@ def _what(summary: dict[str, Any]) -> Text:
 
 
 def _headline(summary: dict[str, Any], width: int) -> list[RenderableType]:
-    """The metrics that matter most, side by side; as many rows as they need."""
+    """The headline metrics side by side, in as many rows as needed."""
     metrics = summary.get("metrics") or {}
     names = [name for name in summary.get("headline") or [] if name in metrics] or list(metrics)[:6]
     rows: list[list[str]] = []
@@ -87,7 +87,7 @@ def _headline(summary: dict[str, Any], width: int) -> list[RenderableType]:
 
 
 def _variants(summary: dict[str, Any], width: int) -> list[RenderableType]:
-    """A row for each variant: what it is, and its headline metrics, in as many tables as they need."""
+    """A row for each variant: what it is, and its headline metrics, in as many tables as needed."""
     variants = summary.get("variants") or {}
     left = list(dict.fromkeys(name for own in variants.values() for name in own.get("headline") or []))
     first = max((cell_len(clean(name)) for name in variants), default=0)
@@ -117,7 +117,7 @@ def _variants(summary: dict[str, Any], width: int) -> list[RenderableType]:
 
 
 def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, list[Text]]]:
-    """The rows below: a name, and items that are not to be broken."""
+    """The rows below: a name, and items that must not be broken across lines."""
     headline = summary.get("headline") or []
     rest = {name: value for name, value in (summary.get("metrics") or {}).items() if headline and name not in headline}
     if rest:
@@ -152,7 +152,7 @@ def _pairs(values: dict[str, Any], words: bool = True) -> list[Text]:
 
 
 def _flow(items: list[Text], width: int) -> Text:
-    """Items one after another; a line is broken between two of them and never inside one."""
+    """Items one after another; lines are broken only between two items."""
     flow, used = Text(), 0
     for item in items:
         if used and used + 3 + item.cell_len > width:
@@ -169,7 +169,7 @@ def _value(value: Any, style: str) -> Text:
 
 
 def _where(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Where everything lies, and what one may want to do next."""
+    """Where the files are, and what to do next."""
     directory = str(summary.get("directory") or summary.get("run") or ".")
     place, quoted = RunDirectory(Path(directory)), shlex.quote(directory)
     variants = bool(summary.get("variants"))

@@ -16,27 +16,27 @@ from saekit.terminal.block import draw
 from saekit.terminal.state import RunState
 from saekit.terminal.summary import render_summary
 
-FRAMES_PER_SECOND = 4  # enough to look alive; a frame takes a few milliseconds from the training
+FRAMES_PER_SECOND = 4  # a frame costs the training a few milliseconds
 
 
 class LiveView:
-    """A listener that redraws one block a few times a second, and leaves the summary when the run is over.
+    """A listener that redraws one block a few times a second, and prints the summary when the run is over.
 
-    The hooks only write numbers down; drawing happens in rich's own thread, so that seconds go on counting while a
-    model loads. Nothing is written to stdout.
+    The hooks only store numbers; rich's own thread draws, so that the seconds go on counting while a model loads.
+    Nothing is written to stdout.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = console or Console(stderr=True)
         self.state = RunState()
         self._clock = clock
-        self._lock = threading.Lock()  # the drawing thread must not see a dictionary while it grows
+        self._lock = threading.Lock()  # the drawing thread must not read a dictionary while it changes
         self._live: Live | None = None
 
     @hookimpl
     def run_started(self, run: Any) -> None:
         self.state.start(run)
-        # Something that prints would break the block: it is led above it. Where stdout goes to a file it is left alone.
+        # Whatever is printed would break the block, so it is redirected above it, unless stdout is a file.
         both = sys.stdout is not None and sys.stdout.isatty()
         self._live = Live(
             console=self.console,
@@ -94,7 +94,7 @@ class LiveView:
 
     @hookimpl
     def run_failed(self) -> None:
-        """Leave the terminal as it was, with the block as it stood: what had been reached explains the failure."""
+        """Restore the terminal and leave the last block: how far the run got explains the failure."""
         with self._lock:
             self.state.fail(self._clock())
         if self._live is not None:
@@ -102,7 +102,7 @@ class LiveView:
             self.console.print(self._draw())
 
     def close(self) -> None:
-        """Take the block away and give the terminal back; safe to call twice."""
+        """Remove the block and restore the terminal; safe to call twice."""
         if self._live is not None:
             self._live.stop()
             self._live = None

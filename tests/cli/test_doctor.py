@@ -99,7 +99,7 @@ def test_what_is_needed_in_turn_is_looked_at_with_its_extras(fakes: Fakes) -> No
     require(fakes, "middle", "click>=99; extra == 'more'", "rich>=99; extra == 'other'", "not a requirement")
     found = sorted(version_conflicts({"saekit-acme"}))
     assert len(found) == 2
-    assert found[0].startswith("middle asks for 'not a requirement', which is no requirement")
+    assert found[0].startswith("middle asks for 'not a requirement', which is not a requirement")
     assert found[1].startswith("middle asks for click>=99")
 
 

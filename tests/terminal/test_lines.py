@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from saekit.terminal.lines import PlainView
+from saekit.terminal.lines import LinesView
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def out() -> io.StringIO:
 
 @pytest.fixture
 def view(script, out):
-    return script.watch(PlainView(out, clock=script.clock))
+    return script.watch(LinesView(out, clock=script.clock))
 
 
 def lines(out: io.StringIO, start: str) -> list[str]:

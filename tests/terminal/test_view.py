@@ -259,7 +259,7 @@ member = N(config=N(architecture=N(d_sae=8)), architecture=N(component=N(name="t
 run = N(directory=N(path=__import__("pathlib").Path("runs/x")), plan=N(members=[member], facts={{}}))
 view.run_started(run)
 view.phase_started("prepare", None)
-view.run_failed(*([ValueError()] if {json} or type(view).__name__ == "PlainView" else []))
+view.run_failed(*([ValueError()] if {json} or type(view).__name__ == "LinesView" else []))
 """
 
 
@@ -299,11 +299,11 @@ def test_the_choice_of_the_view_on_a_terminal():
         on_a_terminal(json=True),
         on_a_terminal(PYTHONIOENCODING="ascii"),
     ):
-        assert out == "" and "PlainView" in err and "\x1b" not in err
+        assert out == "" and "LinesView" in err and "\x1b" not in err
 
 
 def test_without_a_terminal_lines_are_plain(monkeypatch):
     from saekit.terminal import choose_view
 
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert type(choose_view()).__name__ == "PlainView"
+    assert type(choose_view()).__name__ == "LinesView"

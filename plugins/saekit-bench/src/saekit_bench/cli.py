@@ -1,4 +1,4 @@
-"""`saekit bench`: each benchmark measures something against its floor, or against other libraries, in one run."""
+"""`saekit bench`: each benchmark measures something against a floor, or against other libraries, in the same run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import click
 
 @click.group("bench")
 def command() -> None:
-    """Time a training step, the harvest or a whole training against its floor and its peers; and the start of a command.
+    """Time a training step, the harvest or a whole training against its floor and its peers, or the start of a command.
 
-    Candidates take turns, and the median is given with its quartiles.
+    Candidates take turns; results are medians with quartiles.
     """
 
 
 def _common(function: Callable[..., None]) -> Callable[..., None]:
-    """What every benchmark takes: a run file, overrides, and the form of its answer."""
+    """The parameters of every benchmark: a run file, overrides, and the output format."""
     for decorate in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
         click.option(
@@ -46,9 +46,9 @@ def _rounds(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--l0", type=float, help="Lower the encoder's biases until a row has this many active latents.")
 @click.option("--peers", is_flag=True, help="Time sae_lens, sparsify and dictionary_learning too, if installed.")
 def step(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settings: Any) -> None:
-    """A training step in units of one encoder product, and the peak of its memory in units of the pre-activations.
+    """A training step in units of one encoder product, and its peak memory in units of the pre-activations.
 
-    The run file says which architecture, width and losses.
+    The run file sets architecture, width and losses.
     """
     from saekit_bench.step import time_step
 
@@ -61,7 +61,7 @@ def step(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settin
 @_rounds
 @click.option("--tokens", default=16_384, show_default=True, help="Activations a block.")
 def harvest(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settings: Any) -> None:
-    """The harvest in units of a bare forward through the same truncated model. The run file says which model and text."""
+    """The harvest in units of a bare forward through the same truncated model. The run file sets model and text."""
     from saekit_bench.harvest import time_harvest
 
     plan, device = _planned(recipe, overrides)
@@ -73,7 +73,7 @@ def harvest(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **set
 @_rounds
 @click.option("--steps", default=8, show_default=True, help="Batches a round.")
 def variants(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **settings: Any) -> None:
-    """A pass of several variants in units of their steps alone and one harvest. Without variants: four seeds of the run."""
+    """A pass of several variants in units of their separate steps and one harvest. Without variants: four seeds."""
     from saekit.runner.compose import Request, compose
     from saekit_bench.variants import time_variants
 
@@ -85,7 +85,7 @@ def variants(recipe: str | None, overrides: tuple[str, ...], as_json: bool, **se
 @_common
 @click.option("--peers", is_flag=True, help="Train with sae_lens's runner too.")
 def training(recipe: str | None, overrides: tuple[str, ...], as_json: bool, peers: bool) -> None:
-    """A whole training, harvest included, in activations a second, and the explained variance that it reaches."""
+    """A whole training, harvest included: activations per second, and the explained variance that it reaches."""
     from saekit.runner.compose import Request, compose
     from saekit.runner.plan import plan_run
     from saekit_bench.end_to_end import time_training
@@ -98,7 +98,7 @@ def training(recipe: str | None, overrides: tuple[str, ...], as_json: bool, peer
 @command.command("parity")
 @_common
 @click.option(
-    "--architecture", "architectures", multiple=True, help="Which; all that have a counterpart if none is named."
+    "--architecture", "architectures", multiple=True, help="An architecture to compare; by default all."
 )
 @click.option("--seeds", default=3, show_default=True, help="Trainings of each setting.")
 @click.option("--tokens", default=409_600, show_default=True, help="Activations each SAE is trained on.")
@@ -109,12 +109,12 @@ def training(recipe: str | None, overrides: tuple[str, ...], as_json: bool, peer
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("parity.jsonl"),
     show_default=True,
-    help="Where each training's result is kept; what it holds is not trained again.",
+    help="A file of results; what is in it already is not trained again.",
 )
 def parity(
     recipe: str | None, overrides: tuple[str, ...], as_json: bool, architectures: tuple[str, ...], **settings: Any
 ) -> None:
-    """Explained variance at equal L0 beside sae_lens's own trainer, on the same activations. Takes an hour."""
+    """Explained variance at equal L0 beside sae_lens's trainer, on the same activations. Takes an hour."""
     from saekit.errors import UsageError, near_names
     from saekit.runner.compose import Request, compose
     from saekit.runner.plan import make_plan
@@ -122,7 +122,7 @@ def parity(
 
     for name in architectures:
         if name not in CASES:
-            raise UsageError(f"--architecture: no comparison is laid out for {name!r}.{near_names(name, CASES)}")
+            raise UsageError(f"--architecture: there is no comparison for {name!r}.{near_names(name, CASES)}")
     config, registry = compose(Request(recipe, overrides=overrides))
     _set_threads(config.training.threads)
     chosen = architectures or tuple(CASES)
@@ -142,9 +142,9 @@ def parity(
 @command.command("startup")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @_rounds
-@click.option("--plugins", default=50, show_default=True, help="Plugins that are installed for the time of it.")
+@click.option("--plugins", default=50, show_default=True, help="How many plugins to install while it is measured.")
 def startup(as_json: bool, **settings: Any) -> None:
-    """Seconds that `saekit --help` and `saekit plugins` take, with many plugins installed beside the real ones."""
+    """Seconds of `saekit --help` and `saekit plugins` with many plugins installed beside the real ones."""
     from saekit_bench.startup import time_startup
 
     _show(time_startup(**settings), as_json)

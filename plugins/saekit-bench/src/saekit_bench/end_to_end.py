@@ -27,11 +27,11 @@ from saekit_bench.parity import Reconstruct, of_sae_lens, of_saekit, quality
 from saekit_bench.peers import sae_lens_config
 
 HELD_OUT = 50_000
-"""Held-out activations that both are measured on."""
+"""How many held-out activations both are measured on."""
 
 
 def time_training(plan: RunPlan, registry: Registry, *, peers: bool) -> dict[str, Any]:
-    """Tokens a second of `plan` (one SAE on a source that reads tokens), and of sae_lens on the same."""
+    """Tokens per second of `plan` (one SAE on a source that reads tokens), and of sae_lens on the same."""
     training = plan.config.training
     with tempfile.TemporaryDirectory() as directory:
         run = start(plan, registry, str(Path(directory) / "run"), None)
@@ -71,7 +71,7 @@ def _sae_lens(plan: RunPlan, source: Any, held_out: Tensor) -> dict[str, float]:
 
     training, site = plan.config.training, source.subject.site
     if site.side != "output":
-        raise UsageError("source.hook_point: is the input of a module, which sae_lens does not read. Choose an output.")
+        raise UsageError("source.hook_point: is the input of a module, which sae_lens cannot read. Choose an output.")
     hook = next(name for name, module in source.subject.model.named_modules() if module is site.module)
     peak = max(value_at(training.lr, n, plan.total_steps) for n in range(plan.total_steps))
     name, d_sae = plan.members[0].architecture.component.name, plan.config.architecture.d_sae
@@ -92,7 +92,7 @@ def _sae_lens(plan: RunPlan, source: Any, held_out: Tensor) -> dict[str, float]:
             streaming=False,
             is_dataset_tokenized=True,
             context_size=source.context,
-            prepend_bos=False,  # the rows have theirs
+            prepend_bos=False,  # the rows have one already
             seqpos_slice=(1, None) if source.drop_first else (None,),
             training_tokens=plan.total_steps * training.batch_size,
             train_batch_size_tokens=training.batch_size,

@@ -13,10 +13,10 @@ from saekit_bench.timing import alternate
 
 
 def time_harvest(plan: Plan, device: torch.device, *, tokens: int, rounds: int) -> dict[str, Any]:
-    """Tokens a second of a block of `tokens` activations from the plan's source, and of the bare forward.
+    """Tokens per second of a block of `tokens` activations from the plan's source, and of the bare forward.
 
-    The bare forward runs the model up to the hook point on rows that are ready, and keeps nothing; the harvest also
-    takes its rows from the packed text, drops what is left out, and fills the block.
+    The bare forward runs the model up to the hook point on prepared rows and keeps nothing. The harvest also takes its
+    rows from the packed text, drops positions, and fills the block.
     """
     source = plan.source.build()
     source.open(device=device, dtype=torch.float32)
@@ -54,5 +54,5 @@ def time_harvest(plan: Plan, device: torch.device, *, tokens: int, rounds: int) 
 
 
 def _positions(source: Any, block: Any) -> int:
-    """Positions that went through the model for a block, those that are left out of it included."""
+    """How many positions went through the model for a block, including those that it leaves out."""
     return len(block.sequence.unique()) * source.context

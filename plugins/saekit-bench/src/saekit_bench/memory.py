@@ -1,4 +1,4 @@
-"""The peak of memory while something runs: the device's own count on CUDA, the process's resident set on Linux."""
+"""Peak memory while something runs: the device's own count on CUDA, the process's resident set on Linux."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as memory: ...`, then `memory.bytes`: how far memory rose above where it stood.
+    """`with PeakMemory(device) as memory: ...`, then `memory.bytes`: how far memory rose above its level before.
 
-    None where the system does not tell. On a CPU this counts what the allocator has not given back yet as well.
+    None if the system does not tell. On a CPU this includes memory that the allocator has not returned yet.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class PeakMemory:
 
 
 def _reset_and_read() -> int | None:
-    """The resident set now, after the kernel was asked to forget its peak; None where it cannot be asked."""
+    """Reset the kernel's peak and return the resident set; None if that is not possible."""
     try:
         _RESET.write_text("5")
     except OSError:

@@ -79,7 +79,7 @@ CASES = {
     ),
     "matryoshka": Case(Side("k", K, 5e-3, (("matryoshka", {}, 1.0), AUXK)), "matryoshka", Side("k", K, 5e-3)),
 }
-"""What is compared; sae_lens has no `clipped`, which stands beside its standard. The weights of penalties are in
+"""What is compared. sae_lens has no `clipped`, which is compared with its standard. The weights of penalties are in
 sae_lens's units: it sums the squared error over the coordinates, where saekit averages, so that saekit's weight is the same
 number over d_in."""
 
@@ -123,7 +123,7 @@ Reconstruct = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def of_saekit(sae: SparseAutoencoder) -> Reconstruct:
-    """What an SAE of saekit makes of activations."""
+    """The reconstruction by an SAE of saekit."""
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         code = sae.encode(x)
@@ -133,7 +133,7 @@ def of_saekit(sae: SparseAutoencoder) -> Reconstruct:
 
 
 def of_sae_lens(saved: Any) -> Reconstruct:
-    """What an SAE of sae_lens, as it saves it for inference, makes of activations."""
+    """The reconstruction by an SAE of sae_lens, in the form that it saves for inference."""
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         latents = saved.encode(x)
@@ -223,7 +223,7 @@ def compare(
     rows: Path,
     report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Train what `rows`, a JSONL file, does not hold yet, and give its rows: an interrupted comparison goes on."""
+    """Train what `rows`, a JSONL file, does not contain yet, and return its rows. So an interrupted comparison resumes."""
     done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     d_sae = plan.config.architecture.d_sae
     assert d_sae is not None
@@ -249,7 +249,7 @@ def compare(
 
 
 def summarise(rows: list[dict[str, Any]], architecture: str) -> list[dict[str, Any]]:
-    """At the lowest, the middle and the highest L0 that both curves of a seed reach: both explained variances, and the
+    """Both explained variances at the lowest, the middle and the highest L0 that both curves of a seed reach, and the
     difference with its range over the seeds."""
     seeds = sorted({row["seed"] for row in rows if row["architecture"] == architecture})
     places: list[list[tuple[float, float, float]]] = [[], [], []]  # (L0, ours, theirs) of each seed

@@ -1,7 +1,7 @@
 """The same training step by other libraries that are installed: sae_lens, sparsify, dictionary_learning.
 
-Each is driven the way its own trainer drives it, with its own defaults where they do not change the task; the step is
-a function without arguments, on random activations that rotate.
+Each is used as its own trainer does, with its own defaults unless they change the task. A step is a function without
+arguments, on random activations in rotation.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import torch
 from torch import Tensor
 
 PEERS = {"sae_lens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
-"""Each peer's name and the module whose presence says that it is installed."""
+"""Each peer's name and the module by which to see whether it is installed."""
 
 LEARNING_RATE = 1e-9
-"""Of every side while a step is timed: noise teaches nothing, and the number of active latents is to stay as it is."""
+"""The learning rate of every side: there is nothing to learn from noise, and the number of active latents must not change."""
 
 
 def peer_steps(
     architecture: str, options: dict[str, Any], d_in: int, d_sae: int, batches: list[Tensor], bias: float | None = None
 ) -> dict[str, Callable[[], object]]:
-    """A step of every installed peer that has the architecture; peers that lack it are left out.
+    """A step of every installed peer that has the architecture.
 
-    bias: what the encoder's biases are set to before the first step, where the gate does not count latents."""
+    bias: set the encoder's biases to this before the first step, for gates that do not count latents."""
     steps = {}
     for name, module in PEERS.items():
         if importlib.util.find_spec(module) is None:
             continue
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # what it says while it is imported is no result
+            with contextlib.redirect_stdout(sys.stderr):  # what it prints on import is not a result
                 step = _MAKERS[name](architecture, options, d_in, d_sae, batches, bias)
         except ImportError as error:  # installed, but without something that it needs
             warnings.warn(f"{name} is installed but cannot be imported: {error}", stacklevel=2)

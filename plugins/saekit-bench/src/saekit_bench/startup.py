@@ -1,4 +1,4 @@
-"""What it costs to list names: `saekit --help` and `saekit plugins` in fresh processes, with many plugins installed."""
+"""The time to list names: `saekit --help` and `saekit plugins` in fresh processes, with many plugins installed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def time_startup(*, plugins: int, rounds: int) -> dict[str, Any]:
 
 
 def install_fakes(site: Path, plugins: int) -> None:
-    """So many installed distributions in the directory `site`, each with one loss whose target is not there."""
+    """Install this many distributions in the directory `site`, each with one loss whose target does not exist."""
     for n in range(plugins):
         info = site / f"saekit_bench_{n}-1.0.dist-info"
         info.mkdir()

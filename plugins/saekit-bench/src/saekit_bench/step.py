@@ -18,7 +18,7 @@ from saekit_bench.peers import LEARNING_RATE, peer_steps
 from saekit_bench.timing import alternate
 
 WARM_UP = 20
-"""Steps before the clock runs: optimiser states exist, the guard has seen every loss, gates know that they are sparse."""
+"""Steps before timing: the optimiser has its state, the guard has seen every loss, the gates have become sparse."""
 
 
 def time_step(
@@ -33,8 +33,9 @@ def time_step(
 ) -> dict[str, Any]:
     """Seconds of a whole optimiser step (losses, backward, Adam, decoder norms, statistics) and of the bare product.
 
-    peers: time the same step by other installed libraries too, in turns with ours. l0: lower the encoder's bias before
-    the first step until a row has this many active latents, as in a trained SAE; for gates that do not count latents."""
+    peers: also time the same step by other installed libraries, in turns with ours.
+    l0: lower the encoder's bias before the first step until a row has this many active latents, as in a trained SAE;
+    for gates that do not count latents."""
     d_sae = plan.config.architecture.d_sae
     assert d_sae is not None
     generator = torch.Generator().manual_seed(0)

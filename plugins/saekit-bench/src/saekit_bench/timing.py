@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a busy machine: candidates take turns, and the median and its spread are given."""
+"""Timing that can be trusted on a busy machine: candidates take turns, and the result is a median with quartiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one candidate: the median of all rounds, and the quartiles around it."""
+    """Seconds of one candidate: the median of all rounds, and the quartiles."""
 
     median: float
     low: float
@@ -24,7 +24,7 @@ class Timing:
 
 
 def alternate(candidates: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timing]:
-    """Time each candidate once a round, after one round that does not count; waits for the device around each."""
+    """Time each candidate once in every round, after a round that does not count. Waits for the device around each."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
         for name, candidate in candidates.items():

@@ -1,4 +1,4 @@
-"""Several SAEs in one pass against the same SAEs one by one: the sum of their steps alone, and one harvest."""
+"""Several SAEs in one pass against the same SAEs one by one: the sum of their separate steps, and one harvest."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from saekit.variants import Variant
 from saekit_bench.timing import alternate
 
 SEEDS = 4
-"""A run file without variants is timed as so many, which differ in the seed."""
+"""A run file without variants is timed with this many seeds."""
 
 
 def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: int) -> dict[str, Any]:
-    """Seconds of `steps` batches harvested once for all variants, of their harvest, and of each variant's steps alone.
+    """Seconds of `steps` batches harvested once for all variants, of the harvest, and of each variant's steps alone.
 
-    All in one thread of Python, so that no harvest hides behind a step; trackers are left out."""
+    All in one Python thread, so that no harvest runs in parallel with a step. Trackers are left out."""
     if not config.training.tokens:
         raise UsageError("training.tokens: is 0, so that there is no step to time. Give a run file that trains.")
     variants = config.variant or [Variant(name=f"seed{n}", training={"seed": n}) for n in range(SEEDS)]
@@ -45,7 +45,7 @@ def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: 
         run.begin_training()
 
     def batches() -> Iterator[Activations]:
-        # One block, a little larger than what is taken of it, since a source gives about as many as it is asked for.
+        # One block, slightly larger than needed, since a source gives roughly the number asked for.
         block = (steps + 1) * training.batch_size
         shuffled = ShuffledBatches(
             run.source, batch_size=training.batch_size, block_size=block, seed=training.order_seed
@@ -68,10 +68,10 @@ def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: 
             _step(member, batch)
 
     for member in run.members:
-        member.trainer.total_steps = 10**9  # no schedule comes to its end here
+        member.trainer.total_steps = 10**9  # so that no schedule ends
         for batch in itertools.islice(itertools.cycle(ready), 3):
             _step(member, batch)
-        member.trainer.guard = None  # it has seen every loss before the clock runs
+        member.trainer.guard = None  # it has seen every loss before timing
     each = {f"{member.variant} alone": (lambda member=member: alone(member)) for member in run.members}
     timings = alternate({"together": together, "harvest": harvest, **each}, rounds, run.device)
     apart = sum(timing.median for name, timing in timings.items() if name != "together")
