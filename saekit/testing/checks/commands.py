@@ -14,8 +14,15 @@ from saekit.testing.kit import Check, Failed, Report, Subject, carry_out
 
 def check_command(command: commands.Command, plugin: Plugin, registry: Registry) -> Report:
     """Run every check on a command of a plugin."""
-    origin = {"plugin": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
-    declared = Component(command.name, command.target, command.summary, kind="command", **origin)
+    declared = Component(
+        command.name,
+        command.target,
+        command.summary,
+        kind="command",
+        plugin=plugin.name,
+        distribution=plugin.distribution,
+        version=plugin.version,
+    )
     with tempfile.TemporaryDirectory(prefix="saekit-check-") as place:
         subject = Subject(declared, {}, registry, Path(place))
         return Report(declared, [carry_out(check, subject, {}) for check in CHECKS])
