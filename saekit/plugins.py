@@ -288,7 +288,8 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
         for implementation in getattr(manager.hook, hook_name).get_hookimpls():
             declared = implementation.function()
             if not isinstance(declared, Iterable):
-                raise PluginError(f"{hook_name} must return or yield {'commands' if kind == 'command' else 'components'}, not {type(declared).__name__}.")
+                what = "commands" if kind == "command" else "components"
+                raise PluginError(f"{hook_name} must return or yield {what}, not {type(declared).__name__}.")
             if hook_name == commands.HOOK:
                 if plugin.file is not None:
                     raise PluginError(f"a file cannot add a command, only an installed plugin can. Take {hook_name} out.")
