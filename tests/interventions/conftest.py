@@ -1,1 +1,1 @@
-from interventions.cases import case, gpt2, language, sae  # noqa: F401
+from interventions.models import case, gpt2, language, sae  # noqa: F401

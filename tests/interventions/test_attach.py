@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from interventions.cases import D_SAE, SAES, TOKENS, Case, D, Plain, make_sae
+from interventions.models import D_SAE, SAES, TOKENS, Case, D, Plain, make_sae
 from torch import Tensor, nn
 
 import saekit

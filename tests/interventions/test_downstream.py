@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interventions.cases import TOKENS, Case, D, make_sae
+from interventions.models import TOKENS, Case, D, make_sae
 from torch import nn
 
 import saekit

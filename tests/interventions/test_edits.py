@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interventions.cases import D_SAE, D, make_sae
+from interventions.models import D_SAE, D, make_sae
 
 import saekit
 from saekit import DenseCode, SparseCode, UsageError

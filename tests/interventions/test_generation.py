@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interventions.cases import TOKENS, Case, Plain, make_sae
+from interventions.models import TOKENS, Case, Plain, make_sae
 from transformers import AutoTokenizer
 
 import saekit
@@ -169,7 +169,7 @@ class TestOnABridge:
 
     @pytest.fixture
     def plain(self, bridge, request) -> Case:
-        from interventions.cases import language_case
+        from interventions.models import language_case
 
         name = "tiny_gpt2" if bridge.original_model.config.model_type == "gpt2" else "tiny_llama"
         return language_case(request.getfixturevalue(name))

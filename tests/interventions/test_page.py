@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from interventions.cases import D_SAE, TOKENS, D, language_case
+from interventions.models import D_SAE, TOKENS, D, language_case
 
 import saekit
 from saekit.builtin.architectures import TopK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interventions.cases import TOKENS, Case, D, make_sae
+from interventions.models import TOKENS, Case, D, make_sae
 from torch import Tensor
 
 import saekit
@@ -152,7 +152,7 @@ def test_where_a_model_tells_single_tokens_are_texts_of_their_own(language: Case
 
 
 def test_where_a_model_cannot_tell_positions_are_counted() -> None:
-    from interventions.cases import Plain
+    from interventions.models import Plain
 
     model = Plain().requires_grad_(False)
     sae = make_sae("topk", model.embed(TOKENS))

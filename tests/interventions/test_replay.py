@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from interventions.cases import LANGUAGE_MODELS, Case, D, loaded
+from interventions.models import LANGUAGE_MODELS, Case, D, loaded
 from torch import Tensor, nn
 
 from saekit import UsageError
