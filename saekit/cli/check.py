@@ -20,7 +20,7 @@ from saekit.plugins import Registry
 @click.option("--plugin", "files", multiple=True, metavar="FILE.py", help="Load a Python file as a plugin.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(name: str, assignments: tuple[str, ...], kind: str | None, files: tuple[str, ...], as_json: bool) -> None:
-    """Ask of a component, or of all components of a plugin, whether they keep the contract of their kind.
+    """Check whether a component, a command, or everything that a plugin declares keeps the contract of its kind.
 
     Exit code 3 where a check fails. Components of a plugin that cannot do without an option are left out, with a note:
     check them by their own name, with -o.
