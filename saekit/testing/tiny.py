@@ -10,11 +10,11 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saekit.component import Component
 from saekit.plugins import Registry
@@ -23,6 +23,9 @@ from saekit.runner.directory import RunDirectory
 from saekit.runner.plan import GRAPH, RunPlan
 from saekit.testing.fixtures import CONCEPTS, D_IN, D_SAE
 from saekit.testing.kit import NotApplicable
+
+if TYPE_CHECKING:
+    from torch import nn
 
 STEPS, BATCH = 12, 32
 _WORDS = ("harbour", "lamp", "winter", "salt", "copper", "bridge", "meadow", "clock")
@@ -229,3 +232,33 @@ def save_tiny_gemma2(place: Path) -> Path:
         torch.manual_seed(0)
         Gemma2ForCausalLM(config).save_pretrained(place)
     return place
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """`model` in float64 throughout, until it is moved to another dtype.
+
+    After `.double()` alone, transformers still computes norms, softmax and rotary tables in float32, and their last bit
+    depends on the processor and on how many positions are computed together.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class NeverFloat32(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            function = torch.Tensor.double if function is torch.Tensor.float else function
+            args = [torch.float64 if value is torch.float32 else value for value in args]
+            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+            return function(*args, **kwargs)
+
+    def throughout(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            float64 = next(model.parameters()).dtype is torch.float64
+            with NeverFloat32() if float64 else contextlib.nullcontext():
+                return forward(*args, **kwargs)
+
+        return call
+
+    for module in model.modules():
+        if type(module).__name__.endswith(("RMSNorm", "RotaryEmbedding", "Attention")):
+            module.forward = throughout(module.forward)
+    return model.double()

@@ -15,6 +15,7 @@ from saekit.activations.batch import TokenBatch
 from saekit.activations.sites import resolve
 from saekit.activations.subject import Subject
 from saekit.builtin.architectures import Standard, TopK
+from saekit.testing.tiny import in_float64
 
 D, D_SAE, VOCABULARY = 32, 48, 120
 MODELS = ["gpt2", "llama", "gemma2", "plain"]
@@ -72,7 +73,7 @@ def make_model(kind: str) -> nn.Module:
             model = Gemma2ForCausalLM(Gemma2Config(**wide, **caps))
         else:
             model = Plain()
-    return model.eval().double()
+    return in_float64(model.eval())
 
 
 def make_subject(model: nn.Module, hook_point: str) -> Subject:
