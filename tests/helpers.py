@@ -10,11 +10,14 @@ import copy
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,19 +236,63 @@ def python(code: str, *arguments: str, environment: Mapping[str, str] | None = N
     return done
 
 
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["torch", "torchmetrics", "transformers.models.gpt2.modeling_gpt2", "saekit.runner.run"])
+
+
+class Running:
+    """A process that runs `saekit ARGUMENTS`, with the methods of a `subprocess.Popen` of text.
+
+    It is forked from one that has imported torch and transformers, since that takes longer than a tiny run.
+    """
+
+    def __init__(self, arguments: Sequence[str], place: Path) -> None:
+        self._out, self._err = place / "out", place / "err"
+        self._process = _FORKS.Process(target=self._main, args=(list(arguments), self._out, self._err))
+        self._process.start()
+
+    @staticmethod
+    def _main(arguments: list[str], out: Path, err: Path) -> None:
+        import torch
+
+        from saekit.cli import main
+
+        for number, path in ((1, out), (2, err)):
+            with path.open("wb") as file:
+                os.dup2(file.fileno(), number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they begin
+        torch.set_num_threads(1)
+        sys.argv = ["saekit", *arguments]
+        main()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"it still runs after {timeout} s"
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self._out.read_text(encoding="utf-8"), self._err.read_text(encoding="utf-8")
+
+
 @contextlib.contextmanager
-def running(*arguments: str | Path, environment: Mapping[str, str] | None = None):
+def running(*arguments: str | Path) -> Iterator[Running]:
     """`saekit ARGUMENTS` as a process of its own, killed in the end if it still runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "saekit", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**(environment or os.environ), "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    with tempfile.TemporaryDirectory() as place:
+        process = Running([*map(str, arguments)], Path(place))
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()
