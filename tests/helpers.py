@@ -143,6 +143,11 @@ class Fakes:
             self.modules.add(name)
         importlib.invalidate_caches()
 
+    def forget(self) -> None:
+        """Let the next command import the modules anew, as a process of its own would."""
+        for name in self.modules:
+            sys.modules.pop(name, None)
+
     @property
     def environment(self) -> dict[str, str]:
         """The environment of a subprocess that sees these distributions as well."""
@@ -157,8 +162,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[Fakes]:
     monkeypatch.syspath_prepend(str(site))
     made = Fakes(site, monkeypatch, set())
     yield made
-    for name in made.modules:
-        sys.modules.pop(name, None)
+    made.forget()
 
 
 def loss_plugin(name: str, body: str, target: str | None = None) -> str:
@@ -236,19 +240,17 @@ def python(code: str, *arguments: str, environment: Mapping[str, str] | None = N
     return done
 
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "torchmetrics", "transformers.models.gpt2.modeling_gpt2", "saekit.runner.run"])
+FORKS = multiprocessing.get_context("forkserver")
+"""Makes processes by forking one that has imported torch and transformers, which takes longer than a tiny run."""
+FORKS.set_forkserver_preload(["torch", "torchmetrics", "transformers.models.gpt2.modeling_gpt2", "saekit.runner.run"])
 
 
 class Running:
-    """A process that runs `saekit ARGUMENTS`, with the methods of a `subprocess.Popen` of text.
-
-    It is forked from one that has imported torch and transformers, since that takes longer than a tiny run.
-    """
+    """A process that runs `saekit ARGUMENTS`, with the methods of a `subprocess.Popen` of text."""
 
     def __init__(self, arguments: Sequence[str], place: Path) -> None:
         self._out, self._err = place / "out", place / "err"
-        self._process = _FORKS.Process(target=self._main, args=(list(arguments), self._out, self._err))
+        self._process = FORKS.Process(target=self._main, args=(list(arguments), self._out, self._err))
         self._process.start()
 
     @staticmethod

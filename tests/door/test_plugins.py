@@ -97,7 +97,7 @@ def test_a_plugin_joins_a_run_and_its_version_is_kept(
 
 
 def test_what_a_plugin_prints_while_it_loads_stays_out_of_the_document(
-    fakes: Fakes, run_file: Callable[..., Path], tmp_path: Path
+    fakes: Fakes, command: Callable[..., Outcome], run_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     """At its import, at its registration, at its target's import, and in the middle of a run."""
     declares = 'print("noise one")\n' + DECLARES.format(name="loud", target="loud_targets:loud", summary="Loud.").replace(
@@ -111,10 +111,9 @@ def test_what_a_plugin_prints_while_it_loads_stays_out_of_the_document(
     assert json.loads(done.stdout)["steps"] == 20
     for noise in ("one", "two", "three", "four"):
         assert f"noise {noise}" in done.stderr
-    listing = python(code, "plugins", "--json", environment=fakes.environment)
-    assert json.loads(listing.stdout)["plugins"]
-    shown = python(code, "plugins", "show", "loud", "--json", environment=fakes.environment)
-    assert json.loads(shown.stdout)[0]["qualified_name"] == "loud.loud"
+    assert json.loads(command("plugins", "--json").out)["plugins"]
+    fakes.forget()
+    assert json.loads(command("plugins", "show", "loud", "--json").out)[0]["qualified_name"] == "loud.loud"
 
 
 # --- two that claim one name -------------------------------------------------------------------------------------
