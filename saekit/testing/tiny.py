@@ -216,21 +216,35 @@ def save_tiny_model(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def save_tiny_gemma2(place: Path) -> Path:
-    """A random Gemma-2 of three 32-wide blocks whose tokens are bytes, in Hugging Face format; gives `place`."""
+def tiny_network(kind: str, vocabulary: int, **changes: Any) -> nn.Module:
+    """A random "gpt2", "llama" or "gemma2" of three 32-wide blocks with 64 positions; token 0 begins a text and 1 ends it.
+
+    changes: of the configuration. Every other block of Gemma-2 has a sliding window of 16.
+    """
     import torch
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1}
+    if kind == "gpt2":
+        options |= {"n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 2}
+    else:
+        options |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 64}
+        options |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    if kind == "gemma2":
+        options |= {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "pad_token_id": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options | changes))
+
+
+def save_tiny_gemma2(place: Path) -> Path:
+    """A `tiny_network` of Gemma-2's kind whose tokens are bytes, in Hugging Face format; gives `place`."""
+    from transformers import AutoTokenizer
 
     save_tiny_model(place)
     tokenizer = AutoTokenizer.from_pretrained(place)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), max_position_embeddings=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Gemma2ForCausalLM(config).save_pretrained(place)
+    model: Any = tiny_network("gemma2", len(tokenizer), initializer_range=0.2)
+    model.save_pretrained(place)
     return place
 
 
