@@ -18,7 +18,7 @@ from helpers import logged, weights
 
 pytestmark = pytest.mark.slow
 
-STEPS, BATCH = 240, 128
+STEPS, BATCH = 120, 128
 RUN = {
     "requires": ["saekit-hoyer"],
     "source": {"use": "organism", "hook_point": "blocks.1.hook_out"},
