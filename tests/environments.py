@@ -86,11 +86,11 @@ class Environment:
 
 
 @pytest.fixture(scope="session")
-def wheels(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, Path]:
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A wheel of each distribution of the repository, by the distribution's name with underscores; made by the first
     test process that asks for them."""
-    alone = worker_id == "master"
-    place = tmp_path_factory.getbasetemp().joinpath("wheels" if alone else "../wheels")
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheels"
     with FileLock(place.with_suffix(".lock")):
         if not (place / "done").exists():
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
