@@ -12,6 +12,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -246,26 +247,26 @@ FORKS.set_forkserver_preload(["torch", "torchmetrics", "transformers.models.gpt2
 
 
 class Running:
-    """A process that runs `saekit ARGUMENTS`, with the methods of a `subprocess.Popen` of text."""
+    """A process that runs `python -m MODULE ARGUMENTS` in a directory, with the methods of a `subprocess.Popen` of text."""
 
-    def __init__(self, arguments: Sequence[str], place: Path) -> None:
+    def __init__(self, module: str, arguments: Sequence[str | Path], at: Path | None, place: Path) -> None:
         self._out, self._err = place / "out", place / "err"
-        self._process = FORKS.Process(target=self._main, args=(list(arguments), self._out, self._err))
+        told = (module, [*map(str, arguments)], at or Path.cwd(), self._out, self._err)
+        self._process = FORKS.Process(target=self._main, args=told)
         self._process.start()
 
     @staticmethod
-    def _main(arguments: list[str], out: Path, err: Path) -> None:
+    def _main(module: str, arguments: list[str], at: Path, out: Path, err: Path) -> None:
         import torch
-
-        from saekit.cli import main
 
         for number, path in ((1, out), (2, err)):
             with path.open("wb") as file:
                 os.dup2(file.fileno(), number)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they begin
         torch.set_num_threads(1)
-        sys.argv = ["saekit", *arguments]
-        main()
+        os.chdir(at)
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__")
 
     @property
     def returncode(self) -> int | None:
@@ -288,10 +289,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(*arguments: str | Path) -> Iterator[Running]:
-    """`saekit ARGUMENTS` as a process of its own, killed in the end if it still runs."""
+def running(*arguments: str | Path, module: str = "saekit", at: Path | None = None) -> Iterator[Running]:
+    """`python -m MODULE ARGUMENTS` as a process of its own, killed in the end if it still runs."""
     with tempfile.TemporaryDirectory() as place:
-        process = Running([*map(str, arguments)], Path(place))
+        process = Running(module, arguments, at, Path(place))
         try:
             yield process
         finally:
