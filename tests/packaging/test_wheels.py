@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 STEPS, BATCH = 120, 128
 RUN = {
     "requires": ["saekit-hoyer"],
-    "source": {"use": "organism", "hook_point": "blocks.1.hook_out"},
+    "source": {"use": "organism", "hook_point": "blocks.1.hook_out", "kinds": ["facts", "sycophancy"]},  # soon parsed
     "architecture": {"use": "topk", "d_sae": 256, "k": 8},
     "loss": [{"use": "mse"}, {"use": "hoyer", "weight": 0.001}],
     "metric": [{"use": "hoyer_sparsity"}],
