@@ -10,6 +10,7 @@ DEV_READY := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Two test processes of one thread each: torch's threads of several processes slow one another many times over.
+# The tests of a file run in one of them, so that what they share is made once; files with slow tests come first.
 TEST_PROCESSES ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -24,8 +25,7 @@ run: $(RUN_READY)  ## Train a first SAE on the bundled model organism; ARGS="...
 	$(BIN)/saekit run $(ARGS)
 
 test: lint  ## Run every check: ruff, mypy, the tests, the documentation (built by tests/docs).
-	$(TEST) -n $(TEST_PROCESSES) -m "not slow"
-	$(TEST) -m slow
+	$(TEST) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(DEV_READY)  ## Run ruff and mypy.
 	$(BIN)/ruff check .

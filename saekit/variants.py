@@ -1,7 +1,7 @@
 """`[[variant]]`: other SAEs on the same pass over the activations, each a change to the run file that it stands in.
 
-A variant with its change made is a run file of its own, and that run alone trains the same SAE to the bit. So nothing
-that decides the activations may differ between variants: they all see one harvest.
+A variant with its change made is a run file of its own, and on one machine that run alone trains the same SAE to the
+bit. So nothing that decides the activations may differ between variants: they all see one harvest.
 """
 
 from __future__ import annotations

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from saekit.testing.tiny import tiny_network
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that several test processes end at about the same time."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
 
 VOCABULARY = 320
 BOS, EOS = "<s>", "</s>"
@@ -35,67 +46,35 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS)
 
 
-def _saved(model_class, config, tokenizer, directory: Path) -> Path:
-    import torch
+@pytest.fixture(scope="session")
+def _saved(tmp_path_factory, tiny_tokenizer) -> Callable[..., Path]:
+    """Saves a `tiny_network` with the tokenizer."""
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model_class(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    def save(kind: str, **changes: Any) -> Path:
+        directory = tmp_path_factory.mktemp("models") / f"tiny_{kind}"
+        tiny_network(kind, VOCABULARY, **changes).save_pretrained(directory)
+        tiny_tokenizer.save_pretrained(directory)
+        return directory
+
+    return save
 
 
 @pytest.fixture(scope="session")
-def tiny_gpt2(tmp_path_factory, tiny_tokenizer) -> Path:
+def tiny_gpt2(_saved: Callable[..., Path]) -> Path:
     """A GPT-2 of 3 blocks, 32 wide, 64 positions."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=1
-    )
-    return _saved(GPT2LMHeadModel, config, tiny_tokenizer, tmp_path_factory.mktemp("models") / "tiny_gpt2")
+    return _saved("gpt2")
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory, tiny_tokenizer) -> Path:
+def tiny_llama(_saved: Callable[..., Path]) -> Path:
     """A Llama of 3 blocks, 32 wide, 64 positions, with grouped queries."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    return _saved(LlamaForCausalLM, config, tiny_tokenizer, tmp_path_factory.mktemp("models") / "tiny_llama")
+    return _saved("llama", num_attention_heads=4, num_key_value_heads=2)
 
 
 @pytest.fixture(scope="session")
-def tiny_gemma2(tmp_path_factory, tiny_tokenizer) -> Path:
+def tiny_gemma2(_saved: Callable[..., Path]) -> Path:
     """A Gemma-2 of 3 blocks, 32 wide, 64 positions, every other block with a sliding window."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        query_pre_attn_scalar=16,
-        sliding_window=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    return _saved(Gemma2ForCausalLM, config, tiny_tokenizer, tmp_path_factory.mktemp("models") / "tiny_gemma2")
+    return _saved("gemma2")
 
 
 @pytest.fixture(scope="session")

@@ -5,21 +5,43 @@ Fixtures here are taken into a folder's conftest by importing their names.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
+from helpers import Outcome
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ROOT / "docs" / "examples" / "saekit-hoyer"
 PROJECTS = [ROOT, *(path.parent for path in sorted(ROOT.glob("plugins/*/pyproject.toml"))), OUTSIDE]
+
+
+EACH = """
+import contextlib, io, json, os, sys
+from saekit.cli import main
+
+said = []
+for place, arguments in json.loads(sys.argv[1]):
+    os.chdir(place)
+    sys.argv = ["saekit", *arguments]
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    said.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(said))
+"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,12 @@ class Environment:
         """`saekit ARGUMENTS`, by the script that pip wrote."""
         return self.python(self.path / "bin" / "saekit", *arguments, code=code, at=at)
 
+    def each(self, *commands: Sequence[Any], at: Sequence[Path] | None = None) -> list[Outcome]:
+        """What each `saekit ARGUMENTS` comes to, one after the other in one process, since each imports torch."""
+        places = at or [self.place] * len(commands)
+        told = [[str(place), [*map(str, command)]] for place, command in zip(places, commands, strict=True)]
+        return [Outcome(*said) for said in json.loads(self.python("-P", "-c", EACH, json.dumps(told)).stdout)]
+
     def install(self, *what: Path) -> None:
         """Install wheels or folders: nothing else, and nothing from a network."""
         self.python("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", *what)
@@ -59,11 +87,17 @@ class Environment:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A wheel of each distribution of the repository, by the distribution's name with underscores."""
-    place = tmp_path_factory.mktemp("wheels")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    made = subprocess.run([*pip, "--no-index", "--wheel-dir", place, *PROJECTS], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    """A wheel of each distribution of the repository, by the distribution's name with underscores; made by the first
+    test process that asks for them."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheels"
+    with FileLock(place.with_suffix(".lock")):
+        if not (place / "done").exists():
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
+            options = ["--no-build-isolation", "--no-index", "--wheel-dir", place]
+            made = subprocess.run([*pip, *options, *PROJECTS], capture_output=True, text=True)
+            assert made.returncode == 0, made.stderr
+            (place / "done").touch()
     return {path.name.partition("-")[0]: path for path in place.glob("*.whl")}
 
 

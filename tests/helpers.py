@@ -10,11 +10,15 @@ import copy
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +144,11 @@ class Fakes:
             self.modules.add(name)
         importlib.invalidate_caches()
 
+    def forget(self) -> None:
+        """Let the next command import the modules anew, as a process of its own would."""
+        for name in self.modules:
+            sys.modules.pop(name, None)
+
     @property
     def environment(self) -> dict[str, str]:
         """The environment of a subprocess that sees these distributions as well."""
@@ -154,8 +163,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[Fakes]:
     monkeypatch.syspath_prepend(str(site))
     made = Fakes(site, monkeypatch, set())
     yield made
-    for name in made.modules:
-        sys.modules.pop(name, None)
+    made.forget()
 
 
 def loss_plugin(name: str, body: str, target: str | None = None) -> str:
@@ -233,19 +241,61 @@ def python(code: str, *arguments: str, environment: Mapping[str, str] | None = N
     return done
 
 
+FORKS = multiprocessing.get_context("forkserver")
+"""Makes processes by forking one that has imported torch and transformers, which takes longer than a tiny run."""
+FORKS.set_forkserver_preload(["torch", "torchmetrics", "transformers.models.gpt2.modeling_gpt2", "saekit.runner.run"])
+
+
+class Running:
+    """A process that runs `python -m MODULE ARGUMENTS` in a directory, with the methods of a `subprocess.Popen` of text."""
+
+    def __init__(self, module: str, arguments: Sequence[str | Path], at: Path | None, place: Path) -> None:
+        self._out, self._err = place / "out", place / "err"
+        told = (module, [*map(str, arguments)], at or Path.cwd(), self._out, self._err)
+        self._process = FORKS.Process(target=self._main, args=told)
+        self._process.start()
+
+    @staticmethod
+    def _main(module: str, arguments: list[str], at: Path, out: Path, err: Path) -> None:
+        import torch
+
+        for number, path in ((1, out), (2, err)):
+            with path.open("wb") as file:
+                os.dup2(file.fileno(), number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and what they begin
+        torch.set_num_threads(1)
+        os.chdir(at)
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__")
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"it still runs after {timeout} s"
+        return self._process.exitcode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        self.wait(timeout)
+        return self._out.read_text(encoding="utf-8"), self._err.read_text(encoding="utf-8")
+
+
 @contextlib.contextmanager
-def running(*arguments: str | Path, environment: Mapping[str, str] | None = None):
-    """`saekit ARGUMENTS` as a process of its own, killed in the end if it still runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "saekit", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**(environment or os.environ), "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+def running(*arguments: str | Path, module: str = "saekit", at: Path | None = None) -> Iterator[Running]:
+    """`python -m MODULE ARGUMENTS` as a process of its own, killed in the end if it still runs."""
+    with tempfile.TemporaryDirectory() as place:
+        process = Running(module, arguments, at, Path(place))
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+            process.wait()

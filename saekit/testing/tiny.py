@@ -10,11 +10,11 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saekit.component import Component
 from saekit.plugins import Registry
@@ -23,6 +23,9 @@ from saekit.runner.context import RunContext
 from saekit.runner.plan import GRAPH, RunPlan
 from saekit.testing.fixtures import CONCEPTS, D_IN, D_SAE
 from saekit.testing.kit import NotApplicable
+
+if TYPE_CHECKING:
+    from torch import nn
 
 STEPS, BATCH = 12, 32
 _WORDS = ("harbour", "lamp", "winter", "salt", "copper", "bridge", "meadow", "clock")
@@ -213,19 +216,63 @@ def save_tiny_model(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def save_tiny_gemma2(place: Path) -> Path:
-    """A random Gemma-2 of three 32-wide blocks whose tokens are bytes, in Hugging Face format; gives `place`."""
+def tiny_network(kind: str, vocabulary: int, **changes: Any) -> nn.Module:
+    """A random "gpt2", "llama" or "gemma2" of three 32-wide blocks with 64 positions; token 0 begins a text and 1 ends it.
+
+    changes: of the configuration. Every other block of Gemma-2 has a sliding window of 16.
+    """
     import torch
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 1}
+    if kind == "gpt2":
+        options |= {"n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 2}
+    else:
+        options |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 64}
+        options |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    if kind == "gemma2":
+        options |= {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "pad_token_id": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options | changes))
+
+
+def save_tiny_gemma2(place: Path) -> Path:
+    """A `tiny_network` of Gemma-2's kind whose tokens are bytes, in Hugging Face format; gives `place`."""
+    from transformers import AutoTokenizer
 
     save_tiny_model(place)
     tokenizer = AutoTokenizer.from_pretrained(place)
-    config = Gemma2Config(
-        vocab_size=len(tokenizer), max_position_embeddings=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.2,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        Gemma2ForCausalLM(config).save_pretrained(place)
+    model: Any = tiny_network("gemma2", len(tokenizer), initializer_range=0.2)
+    model.save_pretrained(place)
     return place
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """`model` in float64 throughout, until it is moved to another dtype.
+
+    After `.double()` alone, transformers still computes norms, softmax and rotary tables in float32, and their last bit
+    depends on the processor and on how many positions are computed together.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class NeverFloat32(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            function = torch.Tensor.double if function is torch.Tensor.float else function
+            args = [torch.float64 if value is torch.float32 else value for value in args]
+            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+            return function(*args, **kwargs)
+
+    def throughout(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            float64 = next(model.parameters()).dtype is torch.float64
+            with NeverFloat32() if float64 else contextlib.nullcontext():
+                return forward(*args, **kwargs)
+
+        return call
+
+    for module in model.modules():
+        if type(module).__name__.endswith(("RMSNorm", "RotaryEmbedding", "Attention")):
+            module.forward = throughout(module.forward)
+    return model.double()

@@ -2,10 +2,6 @@
 
 import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -13,6 +9,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
+from helpers import FORKS
 from safetensors.torch import load_file
 
 import saekit
@@ -335,8 +332,8 @@ def test_writing_that_failed_goes_on_where_it_stopped(cached, tiny_gpt2, text_fi
     assert not first_time & set(harvested[11:-2]) - {0}  # 0 again in the sample and in the held-out rows
 
 
-KILLED = """
-    import sys, time
+WRITER = """
+    import time
     import torch
     from saekit.activations import cache
     from saekit.builtin.sources import SyntheticSource
@@ -345,43 +342,45 @@ KILLED = """
         def blocks(self, split, *, size, seed, start=0):
             for block in super().blocks(split, size=size, seed=seed, start=start):
                 yield block
-                time.sleep(float(sys.argv[2]))
+                time.sleep(pause)
 
     cache._SHARD_ROWS = (2048, 2048)
-    source = cache.CachedSource(Slow(d_in=16, n_features=8, probability=0.1, held_out=3000), sys.argv[1], tokens=20_000)
+    source = cache.CachedSource(Slow(d_in=16, n_features=8, probability=0.1, held_out=3000), directory, tokens=20_000)
     source.open(device=torch.device("cpu"), dtype=torch.float32)
     source.fill()
 """
 
 
-def process(directory, pause):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(directory), str(pause)], env=environment
-    )
+def writing(directory, pause):
+    process = FORKS.Process(target=exec, args=(textwrap.dedent(WRITER), {"directory": directory, "pause": pause}))
+    process.start()
+    return process
+
+
+def written(directory, *processes):
+    for process in processes or [writing(directory, 0)]:
+        process.join(60)
+        assert process.exitcode == 0
+    return content(directory)
 
 
 def test_a_kill_between_shards_leaves_whole_ones_and_the_rest_is_added(tmp_path):
-    assert process(tmp_path / "whole", 0).wait(60) == 0
-    killed = tmp_path / "killed"
-    writer = process(killed, 0.3)
+    whole, killed = written(tmp_path / "whole"), tmp_path / "killed"
+    writer = writing(killed, 0.3)
     deadline = time.monotonic() + 60
     while len(list(killed.glob("train-*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
+    writer.kill()
+    writer.join()
     done = {p.name: p.stat().st_mtime_ns for p in killed.glob("*.safetensors")}
     assert 3 <= len(done) < 10 and not (killed / "index.json").exists()
-    assert process(killed, 0).wait(60) == 0
+    assert written(killed) == whole
     assert {name: (killed / name).stat().st_mtime_ns for name in done} == done
-    assert content(killed) == content(tmp_path / "whole")
 
 
 def test_two_processes_write_one_cache(tmp_path):
-    writers = [process(tmp_path / "cache", 0.05) for _ in range(2)]
-    assert [writer.wait(60) for writer in writers] == [0, 0]
-    assert process(tmp_path / "whole", 0).wait(60) == 0
-    assert content(tmp_path / "cache") == content(tmp_path / "whole")
+    cache = tmp_path / "cache"
+    assert written(cache, writing(cache, 0.05), writing(cache, 0.05)) == written(tmp_path / "whole")
 
 
 def run_file(tmp_path, model, data, **changes):

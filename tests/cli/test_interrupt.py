@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, leftovers, logged, running, weights
+from helpers import Outcome, Running, leftovers, logged, running, weights
 
 STEPS = 400
 # The callback waits where the test asks it to, so that the signal meets a known phase whatever the machine is busy with.
@@ -48,7 +46,7 @@ def saekit_callbacks():
 '''
 
 
-def started(process: subprocess.Popen, file: Path) -> None:
+def started(process: Running, file: Path) -> None:
     """Wait until the run has come to the place where it waits."""
     for _ in range(12_000):
         if file.with_suffix(".there").exists():
@@ -138,7 +136,7 @@ def test_a_run_that_only_analyses_stops_at_once(
 
 def test_ctrl_c_before_the_run_begins_is_an_interruption_too(arguments: list, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
-    with running(*arguments, "--plugin", tmp_path / "slow.py", environment=dict(os.environ)) as process:
+    with running(*arguments, "--plugin", tmp_path / "slow.py") as process:
         _, err = process.communicate(timeout=180)
     assert process.returncode == 130, err
     assert "interrupted" in err

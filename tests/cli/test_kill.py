@@ -9,13 +9,12 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import Outcome, leftovers, logged, running, weights
+from helpers import Outcome, Running, leftovers, logged, running, weights
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +110,7 @@ def lines_of(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def seen(process: subprocess.Popen, condition: Callable[[], bool]) -> float:
+def seen(process: Running, condition: Callable[[], bool]) -> float:
     """Wait for a condition, or for the end of the process; when that was."""
     while not condition() and process.poll() is None:
         time.sleep(0.001)

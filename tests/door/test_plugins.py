@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import Fakes, Outcome, logged, loss_plugin, python, weights
+from helpers import Fakes, Outcome, logged, loss_plugin, weights
 
 import saekit
 from saekit.component import Component
@@ -97,7 +97,7 @@ def test_a_plugin_joins_a_run_and_its_version_is_kept(
 
 
 def test_what_a_plugin_prints_while_it_loads_stays_out_of_the_document(
-    fakes: Fakes, run_file: Callable[..., Path], tmp_path: Path
+    fakes: Fakes, command: Callable[..., Outcome], run_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     """At its import, at its registration, at its target's import, and in the middle of a run."""
     declares = 'print("noise one")\n' + DECLARES.format(name="loud", target="loud_targets:loud", summary="Loud.").replace(
@@ -105,16 +105,14 @@ def test_what_a_plugin_prints_while_it_loads_stays_out_of_the_document(
     ).replace("\n    ", "\n")
     targets = 'print("noise three")\ndef loud(step):\n    print("noise four")\n    return step.error.square().mean()\n'
     fakes.install("saekit-loud", "1.0", "loud", "loud_plugin", loud_plugin=declares, loud_targets=targets)
-    code = "import sys; from saekit.cli import main; sys.argv = ['saekit', *sys.argv[1:]]; main()"
-    arguments = ["run", str(run_file()), "--loss", "loud", "--directory", str(tmp_path / "run"), "--json"]
-    done = python(code, *arguments, environment=fakes.environment)
-    assert json.loads(done.stdout)["steps"] == 20
+    done = command("run", run_file(), "--loss", "loud", "--directory", tmp_path / "run", "--json")
+    assert json.loads(done.out)["steps"] == 20
     for noise in ("one", "two", "three", "four"):
-        assert f"noise {noise}" in done.stderr
-    listing = python(code, "plugins", "--json", environment=fakes.environment)
-    assert json.loads(listing.stdout)["plugins"]
-    shown = python(code, "plugins", "show", "loud", "--json", environment=fakes.environment)
-    assert json.loads(shown.stdout)[0]["qualified_name"] == "loud.loud"
+        assert f"noise {noise}" in done.err
+    fakes.forget()
+    assert json.loads(command("plugins", "--json").out)["plugins"]
+    fakes.forget()
+    assert json.loads(command("plugins", "show", "loud", "--json").out)[0]["qualified_name"] == "loud.loud"
 
 
 # --- two that claim one name -------------------------------------------------------------------------------------

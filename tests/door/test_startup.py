@@ -6,11 +6,12 @@ What it costs in seconds: `saekit bench startup`.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import Fakes, python
+from helpers import Fakes, Outcome, python
 
 PLUGINS = 50
 DECLARES = """
@@ -42,29 +43,26 @@ def many(fakes: Fakes) -> Fakes:
     return fakes
 
 
-def imported(many: Fakes, *arguments: str) -> tuple[list[str], list[str], str]:
-    """(targets, heavy libraries) that `saekit ARGUMENTS` has imported in the end, and its stdout."""
-    done = python(IMPORTED, *arguments, environment=many.environment)
-    targets, heavy = json.loads(done.stderr.splitlines()[-1])
-    return targets, heavy, done.stdout
-
-
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["plugins"], ["plugins", "--json"], ["plugins", "--requirements"], ["run", "--help"]]
 )
 def test_listing_imports_no_target_and_nothing_heavy(arguments: list[str], many: Fakes) -> None:
-    targets, heavy, out = imported(many, *arguments)
-    assert (targets, heavy) == ([], [])
+    done = python(IMPORTED, *arguments, environment=many.environment)
+    assert json.loads(done.stderr.splitlines()[-1]) == [[], []]
     if arguments[0] == "plugins":
-        assert all(f"loss_{n}" in out or f"saekit-many-{n}==1.0" in out for n in range(PLUGINS))
+        assert all(f"loss_{n}" in done.stdout or f"saekit-many-{n}==1.0" in done.stdout for n in range(PLUGINS))
 
 
 def test_a_plan_and_a_run_import_only_what_they_name(
-    many: Fakes, run_file: Callable[..., Path], tmp_path: Path
+    many: Fakes, command: Callable[..., Outcome], run_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     file = run_file(loss=[{"use": "mse"}, {"use": "loss_7"}, {"use": "many_23.loss_23"}])
-    for arguments in (["--dry-run"], ["--directory", str(tmp_path / "run")]):
-        targets, _, _ = imported(many, "run", str(file), *arguments)
-        assert targets == ["many_23_targets", "many_7_targets"]
-    targets, _, _ = imported(many, "plugins", "show", "loss_3")
-    assert targets == ["many_3_targets"]
+    named = {"many_7_targets", "many_23_targets"}
+    for arguments, expected in (
+        (["run", file, "--dry-run"], named),
+        (["run", file, "--directory", tmp_path / "run"], named),
+        (["plugins", "show", "loss_3"], {"many_3_targets"}),
+    ):
+        many.forget()
+        assert command(*arguments).code == 0
+        assert sys.modules.keys() & {f"many_{n}_targets" for n in range(PLUGINS)} == expected

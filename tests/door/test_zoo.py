@@ -237,24 +237,28 @@ def test_all_of_them_are_listed_with_what_is_wrong_and_one_command_leaves_one_ou
     assert command("run", twice, "--dry-run", "--no-plugin", "twin_two").code == 0
 
 
-def test_what_they_print_stays_out_of_every_document(zoo: Fakes, run_file: Callable[..., Path]) -> None:
-    code = "import sys; from saekit.cli import main; sys.argv = ['saekit', *sys.argv[1:]]; main()"
+def test_what_they_print_stays_out_of_every_document(
+    zoo: Fakes, command: Callable[..., Outcome], run_file: Callable[..., Path]
+) -> None:
     for arguments in (["plugins", "--json"], ["plugins", "show", "loud", "--json"], ["plugins", "--requirements", "--json"],
-                      ["run", str(run_file()), "--loss", "loud", "--dry-run", "--json"]):  # fmt: skip
-        done = python(code, *arguments, environment=zoo.environment)
-        json.loads(done.stdout)
-        assert "noise of an import" in done.stderr
+                      ["run", run_file(), "--loss", "loud", "--dry-run", "--json"]):  # fmt: skip
+        zoo.forget()
+        done = command(*arguments)
+        json.loads(done.out)
+        assert "noise of an import" in done.err
 
 
-def test_one_that_imports_torch_to_be_listed_is_found_out_by_name(fakes: Fakes, run_file: Callable[..., Path]) -> None:
+def test_one_that_imports_torch_to_be_listed_is_found_out_by_name(
+    fakes: Fakes, command: Callable[..., Outcome], run_file: Callable[..., Path]
+) -> None:
     fakes.install("saekit-heavy", "0.9", "heavy", "zoo_heavy", zoo_heavy="import torch\n" + loss("heavy", "heavy"))
-    code = "import sys; from saekit.cli import main; sys.argv = ['saekit', *sys.argv[1:]]; main()"
-    listed = python(code, "plugins", "--json", environment=fakes.environment)
+    code = "import sys; from saekit.cli import main; sys.argv = ['saekit', 'plugins', *sys.argv[1:]]; main()"
+    listed = python(code, "--json", environment=fakes.environment)
     (heavy,) = [p for p in json.loads(listed.stdout)["plugins"] if p["name"] == "heavy"]
     assert "torch" in heavy["imports"] and heavy["error"] is None
-    plain = python(code, "plugins", environment=fakes.environment).stdout
+    plain = python(code, environment=fakes.environment).stdout
     assert "plugin 'heavy' (saekit-heavy 0.9): imports torch" in plain and "Move what needs it" in plain
-    assert python(code, "run", str(run_file()), "--dry-run", environment=fakes.environment)
+    assert command("run", run_file(), "--dry-run").code == 0
 
 
 def test_no_animal_of_the_zoo_is_left_behind() -> None:

@@ -14,6 +14,7 @@ from saekit import Mode, SparseAutoencoder, UsageError
 from saekit.activations.sites import resolve
 from saekit.builtin.architectures import TopK
 from saekit.builtin.batchtopk import BatchTopK
+from saekit.testing.tiny import in_float64
 
 EDITS = {
     "add": (saekit.add(1.5), lambda v: v + 1.5),
@@ -219,7 +220,7 @@ def test_at_one_site_the_later_sae_sees_what_the_earlier_passes_on(case: Case) -
 @pytest.mark.parametrize("kind", SAES)
 @pytest.mark.parametrize("keep_error", [True, False])
 def test_the_gradient_is_that_of_the_dense_computation(case: Case, kind: str, keep_error: bool) -> None:
-    case.model.double()
+    in_float64(case.model)
     sae = make_sae(kind, case.activation(case.middle))
     probe = torch.zeros(*TOKENS.shape, D, dtype=torch.float64, requires_grad=True)
     strength = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saekit import UsageError
 from saekit.activations.sites import resolve
 from saekit.interventions.replay import Replay
+from saekit.testing.tiny import in_float64
 
 LENGTH = 24  # more than tiny Gemma-2's sliding window
 TEXT = torch.randint(2, 300, (3, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -169,7 +170,7 @@ def test_what_lies_below_does_not_run_again(named) -> None:
 
 def test_the_gradient_is_that_of_a_full_rerun_and_begins_at_the_site(named) -> None:
     model, _ = named
-    model.double()
+    in_float64(model)
     replay = Replay(model, resolve(model, "blocks.1.hook_out"))
     recording = replay.record(TEXT, past=True)
     assert not recording.activation.requires_grad

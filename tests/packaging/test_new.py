@@ -185,8 +185,8 @@ def installed(environment: Callable[[str], Environment], wheels: dict[str, Path]
     """An environment with the core's wheel and the packages of all kinds, written by its `saekit new`."""
     made = environment("new")
     made.install(wheels["saekit"])
-    for kind, name in NAMES.items():
-        made.saekit("new", kind.replace("_", "-"), name, "--dir", made.place)
+    done = made.each(*(["new", kind.replace("_", "-"), name] for kind, name in NAMES.items()))
+    assert [new.code for new in done] == [0] * len(NAMES), done
     made.install(*made.place.glob("saekit-*"))
     return made
 
@@ -209,13 +209,15 @@ def test_its_types_are_right(installed: Environment) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", NAMES)
-def test_it_passes_the_checks_of_its_kind(installed: Environment, kind: str) -> None:
-    (report,) = json.loads(installed.saekit("check", NAMES[kind], "--json").stdout)
-    assert report["kind"] == kind
-    assert report["ok"]
-    passed = [check for check in report["checks"] if check["status"] == "passed"]
-    assert len(passed) >= 3
+def test_it_passes_the_checks_of_its_kind(installed: Environment) -> None:
+    said = installed.each(*(["check", name, "--json"] for name in NAMES.values()))
+    for kind, done in zip(NAMES, said, strict=True):
+        assert done.code == 0, done.err
+        (report,) = json.loads(done.out)
+        assert report["kind"] == kind
+        assert report["ok"]
+        passed = [check for check in report["checks"] if check["status"] == "passed"]
+        assert len(passed) >= 3
 
 
 @pytest.mark.slow
@@ -225,18 +227,29 @@ def test_its_own_tests_pass(installed: Environment) -> None:
     pytest_quietly = ("-m", "pytest", "-p", "no:cacheprovider", "-rN")
     done = installed.python(*pytest_quietly, "--import-mode=importlib", *(package / "tests" for package in packages))
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 3 * len(NAMES)
-    done = installed.python(*pytest_quietly, at=installed.place / f"saekit-{NAMES['loss'].replace('_', '-')}")
+    done = installed.python(*pytest_quietly, at=folder(installed, "loss"))
     assert " passed" in done.stdout
+
+
+def folder(installed: Environment, kind: str) -> Path:
+    return installed.place / f"saekit-{NAMES[kind].replace('_', '-')}"
+
+
+@pytest.fixture(scope="module")
+def ran(installed: Environment) -> dict[str, Outcome]:
+    """What `saekit run run.toml` said in the folder of each kind's package."""
+    places = [folder(installed, kind) for kind in NAMES]
+    said = installed.each(*[["run", "run.toml", "--json", "--directory", "run"]] * len(NAMES), at=places)
+    return dict(zip(NAMES, said, strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NAMES)
-def test_its_run_file_runs_and_uses_it(installed: Environment, kind: str, tmp_path: Path) -> None:
-    name = NAMES[kind]
-    package = installed.place / f"saekit-{name.replace('_', '-')}"
-    done = installed.saekit("run", "run.toml", "--json", "--directory", tmp_path / "run", at=package)
-    summary = json.loads(done.stdout)
-    assert f"saekit-{name.replace('_', '-')}" in [plugin["distribution"] for plugin in summary["plugins"]]
+def test_its_run_file_runs_and_uses_it(installed: Environment, ran: dict[str, Outcome], kind: str) -> None:
+    name, run = NAMES[kind], folder(installed, kind) / "run"
+    assert ran[kind].code == 0, ran[kind].err
+    summary = json.loads(ran[kind].out)
+    assert run.parent.name in [plugin["distribution"] for plugin in summary["plugins"]]
     assert summary["warnings"] == []
     assert summary["metrics"]["explained_variance"] > 0.5
     works = {
@@ -244,10 +257,10 @@ def test_its_run_file_runs_and_uses_it(installed: Environment, kind: str, tmp_pa
         "architecture": lambda: summary["sae"]["architecture"] == name and summary["metrics"]["l0"] <= 8,
         "metric": lambda: 10 < summary["metrics"][name] <= summary["sae"]["d_sae"],
         "analyzer": lambda: 0 < summary["analysis"][name]["largest_cosine"] <= 1,
-        "callback": lambda: ends_with_the_average(tmp_path / "run", name),
+        "callback": lambda: ends_with_the_average(run, name),
         "source": lambda: summary["sae"]["d_in"] == 32,
-        "tracker": lambda: len(lines_of(tmp_path / "run" / f"{name}.csv")) > 5,
-        "graph_builder": lambda: saekit.FeatureGraph.load(tmp_path / "run" / "graph.safetensors").builder.endswith(name),
+        "tracker": lambda: len(lines_of(run / f"{name}.csv")) > 5,
+        "graph_builder": lambda: saekit.FeatureGraph.load(run / "graph.safetensors").builder.endswith(name),
     }
     assert works[kind]()
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import STEPS, Outcome, leftovers, listener_plugin, logged, weights
+import tomli_w
+from helpers import STEPS, Outcome, leftovers, listener_plugin, logged, tiny_table, weights
 
 import saekit
 from saekit.activations.shuffle import ShuffledBatches
@@ -75,6 +76,16 @@ def run_variants(command: Callable[..., Outcome], run_file: Callable[..., Path],
     return run
 
 
+@pytest.fixture(scope="module")
+def all_of_them(tiny_gpt2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run with all variants, for tests that only read it."""
+    place = tmp_path_factory.mktemp("variants")
+    table = tiny_table(tiny_gpt2, text_file, **{**BASE, "variant": VARIANTS, "analyzer": [{"use": "features"}]})
+    (place / "run.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+    (place / "draws.py").write_text(DRAWS, encoding="utf-8")
+    return saekit.run(place / "run.toml", plugins=[place / "draws.py"], directory=place / "run").directory
+
+
 def numbers(run: Path) -> list[dict[str, Any]]:
     """What was logged, but for what a clock says."""
     return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in logged(run)]
@@ -91,20 +102,18 @@ def same(one: Path, other: Path) -> bool:
 
 
 def test_a_variant_is_to_the_bit_what_its_run_file_gives_alone(
-    run_variants: Callable, command: Callable[..., Outcome], tmp_path: Path
+    all_of_them: Path, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    run = run_variants()
     for variant in VARIANTS:
-        place, alone = run / "variants" / variant["name"], tmp_path / variant["name"]
+        place, alone = all_of_them / "variants" / variant["name"], tmp_path / variant["name"]
         assert command("run", place / "run.toml", "--directory", alone).code == 0
         assert same(place, alone), variant["name"]
         assert (place / "run.toml").read_bytes() == (alone / "run.toml").read_bytes()
-    bits = [weights(run / "variants" / variant["name"]) for variant in VARIANTS]
+    bits = [weights(all_of_them / "variants" / variant["name"]) for variant in VARIANTS]
     assert len(set(bits)) == len(VARIANTS)
 
 
-def test_it_does_not_depend_on_its_neighbours(run_variants: Callable) -> None:
-    all_of_them = run_variants()
+def test_it_does_not_depend_on_its_neighbours(all_of_them: Path, run_variants: Callable) -> None:
     pair = run_variants("noisy", "wide", where="pair")
     turned = run_variants(where="turned", variant=VARIANTS[::-1])
     for name in ("noisy", "wide"):
@@ -123,11 +132,10 @@ def test_a_run_without_variants_leaves_torchs_generator_as_it_was(run_variants: 
 
 @pytest.mark.parametrize("step", [5, 15, 20])
 def test_all_variants_go_on_from_one_checkpoint_to_the_same_bits(
-    step: int, run_variants: Callable, command: Callable[..., Outcome], tmp_path: Path
+    step: int, all_of_them: Path, command: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    run = run_variants()
-    kept = tmp_path / "kept"
-    shutil.copytree(run, kept)
+    run = tmp_path / "run"
+    shutil.copytree(all_of_them, run)
     for path in checkpoint.found(run / "checkpoints"):
         if path.name > f"step-{step:08d}":
             shutil.rmtree(path)
@@ -136,7 +144,7 @@ def test_all_variants_go_on_from_one_checkpoint_to_the_same_bits(
     resumed = command("run", "--resume", run)
     assert resumed.code == 0, resumed.err
     for variant in VARIANTS:
-        assert same(run / "variants" / variant["name"], kept / "variants" / variant["name"])
+        assert same(run / "variants" / variant["name"], all_of_them / "variants" / variant["name"])
     assert not leftovers(run)
 
 
@@ -327,10 +335,18 @@ def test_a_mistake_that_shows_late_leaves_no_directory_behind(
 # --- showing them ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def finished(run_file: Callable[..., Path], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def shown(tiny_gpt2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("shown")
     variants = [{"name": "narrow"}, {"name": "wide", "architecture": {"d_sae": 128}, "loss": {"mse": {"weight": 2.0}}}]
-    return saekit.run(run_file(variant=variants), directory=tmp_path / "run").directory
+    (place / "run.toml").write_text(tomli_w.dumps(tiny_table(tiny_gpt2, text_file, variant=variants)), encoding="utf-8")
+    return saekit.run(place / "run.toml", directory=place / "run").directory
+
+
+@pytest.fixture
+def finished(shown: Path, tmp_path: Path) -> Path:
+    """The directory of a finished run of two variants."""
+    return Path(shutil.copytree(shown, tmp_path / "run"))
 
 
 def test_compare_shows_the_variants_of_a_run(finished: Path, command: Callable[..., Outcome]) -> None:

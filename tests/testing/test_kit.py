@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Fakes, Outcome, python
+from helpers import Fakes, Outcome, python, running
 
 import saekit.testing
 from saekit import Component, DenseCode, SparseCode
@@ -192,20 +192,14 @@ def test_conformance_and_the_fixtures_in_a_plugin_s_tests(tmp_path: Path, fakes:
     place = tmp_path / "project"
     place.mkdir()
     (place / "test_spread.py").write_text(textwrap.dedent(tests), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", str(place)],
-        capture_output=True,
-        text=True,
-        cwd=place,
-        env={**fakes.environment, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    lines = done.stdout.splitlines()
+    with running("-q", "-rA", "-p", "no:cacheprovider", place, module="pytest", at=place) as process:
+        out, _ = process.communicate(300)
+    lines = out.splitlines()
     failed = [line for line in lines if line.startswith("FAILED")]
-    assert len(failed) == 1, done.stdout
+    assert len(failed) == 1, out
     assert "test_crooked[scalar]" in failed[0]
-    assert "saekit-spread 0.1" in done.stdout
-    assert any("XFAIL" in line and "a spread is of several rows" in line for line in lines), done.stdout
+    assert "saekit-spread 0.1" in out
+    assert any("XFAIL" in line and "a spread is of several rows" in line for line in lines), out
     assert any(line.startswith("PASSED") and line.endswith("test_fixtures") for line in lines)
 
 

@@ -15,6 +15,7 @@ from saekit.activations.batch import TokenBatch
 from saekit.activations.sites import resolve
 from saekit.activations.subject import Subject
 from saekit.builtin.architectures import Standard, TopK
+from saekit.testing.tiny import in_float64, tiny_network
 
 D, D_SAE, VOCABULARY = 32, 48, 120
 MODELS = ["gpt2", "llama", "gemma2", "plain"]
@@ -47,32 +48,12 @@ class Plain(nn.Module):
 
 def make_model(kind: str) -> nn.Module:
     """A random model of three blocks, the same each time; Gemma-2 has a sliding window of 8 and both soft caps."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    wide = {
-        **common,
-        "hidden_size": D,
-        "intermediate_size": 2 * D,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-    }
-    caps = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 3.0}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if kind == "gpt2":
-            config = GPT2Config(**common, n_positions=64, n_embd=D, n_layer=3, n_head=2, initializer_range=0.2)
-            model: nn.Module = GPT2LMHeadModel(config)
-        elif kind == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**wide))
-        elif kind == "gemma2":
-            model = Gemma2ForCausalLM(Gemma2Config(**wide, **caps))
-        else:
-            model = Plain()
-    return model.eval().double()
+    if kind == "plain":
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return Plain().eval().double()
+    caps = {"sliding_window": 8, "final_logit_softcapping": 3.0} if kind == "gemma2" else {}
+    return in_float64(tiny_network(kind, VOCABULARY, pad_token_id=1, initializer_range=0.2, **caps).eval())
 
 
 def make_subject(model: nn.Module, hook_point: str) -> Subject:

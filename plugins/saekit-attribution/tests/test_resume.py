@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import multiprocessing
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,12 @@ from saekit.testing.tiny import finished_run
 OPTIONS: dict[str, Any] = {"methods": ["atp", "ig", "exact"], "save_interval": 2}
 SAMPLES = 9
 
+FORKS = multiprocessing.get_context("forkserver")  # whose processes are forked from one that has imported these
+FORKS.set_forkserver_preload(["torch", "torchmetrics", "transformers.models.gpt2.modeling_gpt2", "saekit_attribution.atp"])
+
 # Runs the analyzer in a directory and kills itself, as hard as can be, at one moment of it.
 KILLED = """
-import dataclasses, json, os, signal, sys
+import dataclasses, os, signal
 from pathlib import Path
 import torch
 from saekit.config import parse_config, read_toml
@@ -36,7 +38,6 @@ from saekit.testing.tiny import TinyRun
 from saekit_attribution import atp, progress
 import saekit.files
 
-run, directory, options, moment, number = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 registry = Registry()
 plan = plan_run(parse_config(read_toml(Path(run) / "run.toml"), "run.toml"), registry)
@@ -114,9 +115,11 @@ def within(context: RunContext, directory: Path) -> RunContext:
 
 
 def killed(run: Any, context: RunContext, options: dict[str, Any], moment: str, number: int) -> None:
-    argument = json.dumps([str(run.directory), str(context.directory), options, moment, number])
-    done = subprocess.run([sys.executable, "-c", KILLED, argument], capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    told = {"run": run.directory, "directory": context.directory, "options": options, "moment": moment, "number": number}
+    process = FORKS.Process(target=exec, args=(KILLED, told))
+    process.start()
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL
 
 
 def content(context: RunContext, result: Result) -> tuple[str, bytes]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,22 @@ import pytest
 MB = 1 << 20
 
 
+FORKS = multiprocessing.get_context("forkserver")  # whose processes are forked from one that has imported torch
+FORKS.set_forkserver_preload(["torch", "saekit_graph.benchmark"])
+MEASURE = """
+import torch
+from saekit_graph.benchmark import main
+torch.set_num_threads(1)
+main(arguments)
+"""
+
+
 def measured(place: Path, *arguments: str) -> dict[str, Any]:
     out = place / "card.json"
-    command = [sys.executable, "-m", "saekit_graph.benchmark", *arguments, "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = FORKS.Process(target=exec, args=(MEASURE, {"arguments": [*arguments, "--out", str(out)]}))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     return json.loads(out.read_text(encoding="utf-8"))
 
 

@@ -18,25 +18,10 @@ from saekit_steering.typical import typical_tokens
 from saekit import Subject
 from saekit.activations.sites import resolve
 from saekit.builtin.architectures import Standard
+from saekit.testing.tiny import tiny_network
 
 VOCABULARY, D = 60, 32
 ROWS = [(0, 5, 6, 7), (0, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18)]  # the longer is beyond the sliding window
-
-
-def model_of(kind: str) -> torch.nn.Module:
-    from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    shape: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": D, "intermediate_size": 2 * D, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.2,
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
-    }  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        if kind == "llama":
-            return LlamaForCausalLM(LlamaConfig(**shape)).eval()
-        caps = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "final_logit_softcapping": 3.0}
-        return Gemma2ForCausalLM(Gemma2Config(**shape, **caps)).eval()
 
 
 class Tokenizer(SimpleNamespace):
@@ -48,7 +33,8 @@ class Tokenizer(SimpleNamespace):
 
 @pytest.fixture(params=["gemma2", "llama"])
 def context(request: pytest.FixtureRequest) -> Any:
-    model = model_of(request.param)
+    caps = {"sliding_window": 8, "final_logit_softcapping": 3.0} if request.param == "gemma2" else {}
+    model = tiny_network(request.param, VOCABULARY, pad_token_id=1, initializer_range=0.2, **caps).eval()
     tokenizer = Tokenizer(bos_token_id=0, eos_token_id=1, pad_token_id=1)
     subject = Subject(model, tokenizer, resolve(model, "blocks.1.hook_out"), name="tiny")
     sae = Standard(D, 40)
