@@ -47,7 +47,7 @@ def tiny_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def _saved(tmp_path_factory, tiny_tokenizer) -> Callable[..., Path]:
+def saved_network(tmp_path_factory, tiny_tokenizer) -> Callable[..., Path]:
     """Saves a `tiny_network` with the tokenizer."""
 
     def save(kind: str, **changes: Any) -> Path:
@@ -60,21 +60,21 @@ def _saved(tmp_path_factory, tiny_tokenizer) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_gpt2(_saved: Callable[..., Path]) -> Path:
+def tiny_gpt2(saved_network: Callable[..., Path]) -> Path:
     """A GPT-2 of 3 blocks, 32 wide, 64 positions."""
-    return _saved("gpt2")
+    return saved_network("gpt2")
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(_saved: Callable[..., Path]) -> Path:
+def tiny_llama(saved_network: Callable[..., Path]) -> Path:
     """A Llama of 3 blocks, 32 wide, 64 positions, with grouped queries."""
-    return _saved("llama", num_attention_heads=4, num_key_value_heads=2)
+    return saved_network("llama", num_attention_heads=4, num_key_value_heads=2)
 
 
 @pytest.fixture(scope="session")
-def tiny_gemma2(_saved: Callable[..., Path]) -> Path:
+def tiny_gemma2(saved_network: Callable[..., Path]) -> Path:
     """A Gemma-2 of 3 blocks, 32 wide, 64 positions, every other block with a sliding window."""
-    return _saved("gemma2")
+    return saved_network("gemma2")
 
 
 @pytest.fixture(scope="session")
