@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from saekit.choice import Kind as Kind
     from saekit.commands import Command as Command
     from saekit.component import Component as Component
+    from saekit.errors import ComponentError as ComponentError
+    from saekit.errors import OptionError as OptionError
     from saekit.errors import SaekitError as SaekitError
     from saekit.errors import UsageError as UsageError
     from saekit.files import to_jsonable as to_jsonable
@@ -77,6 +79,8 @@ _HOME = {
     "Kind": "saekit.choice",
     "Command": "saekit.commands",
     "Component": "saekit.component",
+    "ComponentError": "saekit.errors",
+    "OptionError": "saekit.errors",
     "SaekitError": "saekit.errors",
     "UsageError": "saekit.errors",
     "to_jsonable": "saekit.files",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 
-from saekit.errors import UsageError
+from saekit.errors import ComponentError, UsageError
 
 if TYPE_CHECKING:
     from saekit.component import Component
@@ -38,6 +38,7 @@ class Choice(BaseModel):
     use: str
     _component: Component | None = PrivateAttr(default=None)
     _options: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _option: str = PrivateAttr(default="")
 
     @model_validator(mode="before")
     @classmethod
@@ -58,7 +59,10 @@ class Choice(BaseModel):
 
     def build(self, *args: Any) -> Any:
         """The component at work, as `Component.build` gives it."""
-        return self.component.build(self.options, *args)
+        try:
+            return self.component.build(self.options, *args)
+        except ComponentError as error:
+            raise error.within(self._option) from error
 
     def resolved(self, registry: Registry, kind: str, where: str) -> Choice:
         """The same with the component found; UsageError or PluginError as for one that stands in the run file itself."""
@@ -66,6 +70,7 @@ class Choice(BaseModel):
         given = self.model_extra or {}
         found = Choice(use=self.use, **given)
         found._component, found._options = component, component.validate(given, where)
+        found._option = where.rpartition(".")[2]
         return found
 
     def fits(self, made: Any) -> bool:

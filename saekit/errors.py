@@ -1,9 +1,10 @@
-"""What can go wrong, each with its exit code. Every message names what was wrong, where it came from, and the fix."""
+"""The errors of saekit, each with its exit code. A message says what was wrong, where it came from, and how to fix it."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 
 
@@ -18,19 +19,60 @@ class ExitCode(IntEnum):
 
 
 class SaekitError(Exception):
-    """A mistake or a failure with a message meant for the user; the command line prints it without a traceback."""
+    """An error with a message for the user; the command line prints it without a traceback."""
 
     exit_code: ExitCode = ExitCode.RUN_FAILED
 
 
 class UsageError(SaekitError):
-    """A configuration, a file or a name that cannot be used as it stands; nothing was started."""
+    """A configuration, a file or a name that cannot be used; nothing was started."""
 
     exit_code = ExitCode.USAGE
 
 
+class ComponentError(UsageError):
+    """A component that cannot work with the SAE, the model or the source it was given.
+
+    It says nothing of who raised it. In a run the component's key is put before it, as the run file has it:
+    `ComponentError("the SAE is a transcoder.")` becomes `analyzer.steer: the SAE is a transcoder.`
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def under(self, key: str) -> UsageError:
+        """The error as a run tells it: with the component's key."""
+        return UsageError(f"{key}: {self.message}")
+
+    def within(self, option: str) -> OptionError:
+        """The error of a component that another one was given as its `option`."""
+        return OptionError(option, self.message)
+
+
+class OptionError(ComponentError):
+    """A component that refuses one of its options.
+
+    It names only the option: `OptionError("prompts", "there is no such file.")` reads `prompts: there is no such file.`
+    In a run the component's key is put before it: `analyzer.steer.prompts: there is no such file.`
+    """
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.args = (f"{option}: {message}",)
+        self.option = option
+
+    def under(self, key: str) -> UsageError:
+        """The error as a run tells it: with the component's key."""
+        return UsageError(f"{key}.{self.option}: {self.message}")
+
+    def within(self, option: str) -> OptionError:
+        """The error of a component that another one was given as its `option`."""
+        return OptionError(f"{option}.{self.option}", self.message)
+
+
 class RunError(SaekitError):
-    """A run that could not go on; what it had saved is kept."""
+    """A run that could not continue; what it had saved is kept."""
 
     exit_code = ExitCode.RUN_FAILED
 
@@ -47,8 +89,17 @@ class Interrupted(SaekitError):
     exit_code = ExitCode.INTERRUPTED
 
 
+@contextlib.contextmanager
+def under_key(key: str) -> Iterator[None]:
+    """Put `key`, where a component stands in the run file, before what it refuses in the block."""
+    try:
+        yield
+    except ComponentError as error:
+        raise error.under(key) from error
+
+
 def near_names(wrong: str, known: Iterable[str], how_many: int = 3) -> str:
-    """A hint such as ` Did you mean 'topk'?`, or an empty string where nothing is near."""
+    """A hint such as ` Did you mean 'topk'?`, or an empty string if no known name is close."""
     near = difflib.get_close_matches(wrong, list(known), n=how_many, cutoff=0.55)
     if not near:
         return ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pluggy
 
-from saekit.errors import PluginError, SaekitError, UsageError, near_names
+from saekit.errors import PluginError, SaekitError, UsageError, near_names, under_key
 from saekit.hookspecs import PROJECT, Lifecycle, check_arguments
 
 
@@ -78,7 +78,8 @@ class Listeners:
             if listener.label not in self._listeners:  # dropped since the list was made
                 continue
             try:
-                function(*[values[name] for name in names])
+                with under_key(listener.label):
+                    function(*[values[name] for name in names])
             except Exception as error:
                 # What a listener says itself to the user is passed on as it is; a tracker may so refuse what it was given,
                 # but not stop a run because the disk is full or a server is away.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def validation_lines(error: Any, where: str = "", given: Any = None) -> list[str]:
-    """A pydantic error as lines `key: what is wrong (got VALUE)`; `given` is what was validated."""
+    """The lines `key: what is wrong (got VALUE)` of a pydantic error; `given` is what was validated."""
     lines = []
     for problem in error.errors():
         key = ".".join([where] * bool(where) + _keys(problem["loc"], given, problem["type"] == "missing"))
@@ -28,8 +29,8 @@ def validation_lines(error: Any, where: str = "", given: Any = None) -> list[str
 
 
 def _keys(loc: tuple[int | str, ...], given: Any, missing: bool) -> list[str]:
-    """pydantic's path to a value as the keys that a user wrote: entries of a list by their names, where they have one,
-    and without the names of a union's members, which pydantic puts in between."""
+    """The keys that a user wrote, from pydantic's path to a value: entries of a list by their names if they have one,
+    and without the names of a union's members, which pydantic inserts."""
     keys = []
     for position, part in enumerate(loc):
         if isinstance(given, Mapping) and part in given:
@@ -50,7 +51,7 @@ def _shown(value: Any) -> str:
 
 
 def no_true_for_a_number(model: type[BaseModel], given: Mapping[str, Any], where: str) -> None:
-    """UsageError for `true` or `false` where a number is wanted: pydantic would take them for 1 and 0."""
+    """UsageError for `true` or `false` where a number is wanted; pydantic would read them as 1 and 0."""
     for name, field_info in model.model_fields.items():
         key = field_info.alias or name
         if isinstance(given.get(key), bool) and _wants_number(field_info.annotation):
@@ -66,45 +67,75 @@ def _wants_number(annotation: Any) -> bool:
 
 @functools.cache
 def options_model(target: Callable[..., Any], name: str, origin: str) -> type[BaseModel]:
-    """A pydantic model of the options of `target`: one field for each keyword-only parameter.
+    """A pydantic model of the options of `target`: one field for each keyword-only parameter, the required ones first.
 
     name, origin: what the component is called, and who ships it, for messages."""
     from pydantic import ConfigDict, create_model
 
-    function = target.__init__ if inspect.isclass(target) else target
     fields: dict[str, Any] = {}
-    for parameter in option_parameters(function, origin):
+    for parameter in option_parameters(target, origin):
         if parameter.annotation is inspect.Parameter.empty:
             raise PluginError(
                 f"{origin}: option {parameter.name!r} has no type. "
                 f"Annotate it, for example `{parameter.name}: float`, so that it can be validated."
             )
-        annotation = _resolve(parameter.annotation, function, origin, parameter.name)
-        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-        fields[parameter.name] = (annotation, default)
+        fields[parameter.name] = (_resolve(parameter, target, origin), _default(parameter, target))
     settings = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
     return create_model(f"{name}_options", __config__=settings, **fields)
 
 
-def option_parameters(function: Callable[..., Any], origin: str) -> list[inspect.Parameter]:
-    """The keyword-only parameters of `function`; `**kwargs` is refused because it would swallow misspelt options."""
-    signature = inspect.signature(function)
-    parameters = list(signature.parameters.values())
+def option_parameters(target: Callable[..., Any], origin: str) -> list[inspect.Parameter]:
+    """The keyword-only parameters of a class or a function, the required ones first.
+
+    PluginError for `**kwargs`, which would swallow misspelt options."""
+    function = _function(target)
+    parameters = list(inspect.signature(function).parameters.values())
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         if function is object.__init__:
             return []
         raise PluginError(f"{origin}: its target takes **kwargs, which hides misspelt options. Name each option.")
-    return [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    options = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return sorted(options, key=lambda p: not _is_required(p))
 
 
-def _resolve(annotation: Any, function: Callable[..., Any], origin: str, name: str) -> Any:
+def _function(target: Callable[..., Any]) -> Callable[..., Any]:
+    return target.__init__ if inspect.isclass(target) else target
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is inspect.Parameter.empty
+
+
+def _default(parameter: inspect.Parameter, target: Callable[..., Any]) -> Any:
+    """The default as pydantic takes it. The signature of a dataclass holds only a placeholder for a `default_factory`;
+    what that gives is copied for each instance, as pydantic does with every default that can be changed."""
+    if _is_required(parameter):
+        return ...
+    field = getattr(target, "__dataclass_fields__", {}).get(parameter.name)
+    if field is not None and parameter.annotation is field.type and field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return parameter.default
+
+
+def _resolve(parameter: inspect.Parameter, target: Callable[..., Any], origin: str) -> Any:
     """An annotation written as a string (`from __future__ import annotations`) as the type it names."""
+    annotation = parameter.annotation
     if not isinstance(annotation, str):
         return annotation
-    module = sys.modules.get(function.__module__)
-    namespace = dict(vars(module)) if module else {}
-    namespace = {**vars(typing), **namespace, **getattr(inspect.unwrap(function), "__globals__", {})}
     try:
-        return eval(annotation, namespace)  # a plugin's own annotation: code that is already running
+        # a plugin's own annotation: code that is already running
+        return eval(annotation, {**vars(typing), **_names_around(parameter, target)})
     except Exception as error:
-        raise PluginError(f"{origin}: the type of option {name!r}, {annotation!r}, cannot be read: {error}") from error
+        raise PluginError(
+            f"{origin}: the type of option {parameter.name!r}, {annotation!r}, cannot be read: {error}"
+        ) from error
+
+
+def _names_around(parameter: inspect.Parameter, target: Callable[..., Any]) -> Mapping[str, Any]:
+    """The names known where a parameter's type was written: for a dataclass's field in the module of the class that
+    declares it, which may be a base class in another module; otherwise in the function's module."""
+    function = _function(target)
+    for cls in getattr(target, "__mro__", ()):
+        if inspect.get_annotations(cls).get(parameter.name) is parameter.annotation:
+            return vars(sys.modules[cls.__module__])
+    return getattr(inspect.unwrap(function), "__globals__", {})

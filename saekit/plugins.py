@@ -27,7 +27,7 @@ import pluggy
 
 from saekit import commands, stability
 from saekit.component import HOOKS, KINDS, OWN_DISTRIBUTION, Component
-from saekit.errors import PluginError, UsageError, near_names
+from saekit.errors import OptionError, PluginError, UsageError, near_names
 from saekit.hookspecs import PROJECT, Declaring, check_arguments
 
 DISABLE_VARIABLE = "SAEKIT_DISABLE_PLUGINS"
@@ -219,19 +219,19 @@ def _module_from_file(path: Path) -> ModuleType:
     return module
 
 
-def named_function(name: str, where: str, takes: str) -> Callable[..., Any]:
+def named_function(name: str, option: str, takes: str) -> Callable[..., Any]:
     """The function that `name` ("module:function") stands for, imported from the Python path.
 
-    where: the key it came from; takes: its arguments, for messages. UsageError where there is no such function."""
+    option: the option that names it; takes: its arguments, for messages. OptionError if there is no such function."""
     module, _, function = name.partition(":")
     if not module or not function:
-        raise UsageError(f"{where}: {name!r}: write module:function, for example my_judge:score.")
+        raise OptionError(option, f"{name!r}: write module:function, for example my_judge:score.")
     try:
         found: Any = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"{where}: {name!r} cannot be imported: {error}. Put its module on PYTHONPATH.") from None
+        raise OptionError(option, f"{name!r} cannot be imported: {error}. Put its module on PYTHONPATH.") from None
     if not callable(found):
-        raise UsageError(f"{where}: {name!r} is no function of {takes}.")
+        raise OptionError(option, f"{name!r} is not a function of {takes}.")
     return found
 
 

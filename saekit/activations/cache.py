@@ -22,7 +22,7 @@ from torch import Tensor
 from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
 from saekit.activations.shuffle import stop_point
 from saekit.activations.stored import Chunks, StoredTensor, read_blocks, rows_of, stored_tensors
-from saekit.errors import RunError, UsageError
+from saekit.errors import OptionError, RunError, UsageError
 from saekit.files import TEMPORARY, disk_errors, to_jsonable, whole_file, write_json
 from saekit.seeds import derived_seed
 
@@ -82,7 +82,7 @@ class CachedSource:
         """Check that the cache is this source's. Nothing of the source is loaded where its fingerprint says so."""
         self._device, self._dtype = torch.device(device), dtype
         if self.directory.exists() and not self.directory.is_dir():
-            raise UsageError(f"source.cache: {self.directory} is a file. Name a directory.")
+            raise OptionError("cache", f"{self.directory} is a file. Name a directory.")
         self._refuse_other()
         if self._index().is_file():
             self._read_index()
@@ -199,8 +199,8 @@ class CachedSource:
         path = self.directory / "source.json"
         if not path.is_file():
             if any(self.directory.glob("*.safetensors")):
-                raise UsageError(
-                    f"source.cache: {self.directory} holds files, but no cache. Name an empty directory or a new one."
+                raise OptionError(
+                    "cache", f"{self.directory} holds files, but no cache. Name an empty directory or a new one."
                 )
             return
         made_of = _read_json(path)
@@ -218,9 +218,10 @@ class CachedSource:
         for key, value in asked.items():
             if made_of[key] != value:
                 was = "left out" if made_of[key] is None else repr(made_of[key])
-                raise UsageError(
-                    f"source.cache: {self.directory} was written with source.{key} {was}, not {value!r}. Set it so, or name "
-                    "another directory."
+                raise OptionError(
+                    "cache",
+                    f"{self.directory} was written with source.{key} {was}, not {value!r}. Set it so, or name "
+                    "another directory.",
                 )
         fingerprint = self._fingerprint()
         if fingerprint is None or fingerprint != made_of.get("fingerprint"):
@@ -230,9 +231,10 @@ class CachedSource:
                 changes = "; ".join(
                     f"{key} was {_short(was.get(key))} and is {_short(now.get(key))}" for key in differs
                 )
-                raise UsageError(
-                    f"source.cache: {self.directory} holds other activations than this source's: {changes}. Name another "
-                    "directory, or bring back what it was written from."
+                raise OptionError(
+                    "cache",
+                    f"{self.directory} holds other activations than this source's: {changes}. Name another "
+                    "directory, or bring back what it was written from.",
                 )
         self._made_of = made_of
 
@@ -244,9 +246,10 @@ class CachedSource:
         need = row * max(0, self._expected() - sum(len(shard["x"]) for shard in self._shards("train")))
         free = shutil.disk_usage(self.directory).free
         if need > free:
-            raise UsageError(
-                f"source.cache: {self.directory} has {free / 1e9:.1f} GB of room, and the cache takes {need / 1e9:.1f} GB. "
-                'Set source.cache_tokens or source.cache_dtype = "float16", or name a directory on another disk.'
+            raise OptionError(
+                "cache",
+                f"{self.directory} has {free / 1e9:.1f} GB of room, and the cache takes {need / 1e9:.1f} GB. "
+                'Set source.cache_tokens or source.cache_dtype = "float16", or name a directory on another disk.',
             )
         if not self._made_of:
             self._made_of = {
@@ -265,8 +268,8 @@ class CachedSource:
         """About how many training activations the cache holds in the end."""
         whole = getattr(self._source(), "pass_size", None)
         if whole is None and self.tokens is None:
-            raise UsageError(
-                "source.cache: this source's data has no end. Say how much to keep: source.cache_tokens = 1_000_000."
+            raise OptionError(
+                "cache", "this source's data has no end. Say how much to keep: source.cache_tokens = 1_000_000."
             )
         return min(n for n in (whole, self.tokens) if n is not None)
 
@@ -330,9 +333,10 @@ class CachedSource:
         stop_point()
         columns = self._columns(block)
         if not torch.isfinite(columns["x"]).all() and torch.isfinite(block.x).all():
-            raise UsageError(
-                f"source.cache_dtype: activations of {float(block.x.abs().max()):.3g} do not fit into {self.dtype}. Set "
-                'source.cache_dtype = "bfloat16" or "float32", and name another directory.'
+            raise OptionError(
+                "cache_dtype",
+                f"activations of {float(block.x.abs().max()):.3g} do not fit into {self.dtype}. Set "
+                'source.cache_dtype = "bfloat16" or "float32", and name another directory.',
             )
         with whole_file(self._path(split, number)) as temporary:
             save_file(columns, temporary)

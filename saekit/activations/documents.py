@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from saekit.errors import UsageError, near_names
+from saekit.errors import OptionError, UsageError, near_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,26 +68,26 @@ def find_files(data: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path] | 
     kinds = ", ".join(suffixes)
     if path.is_file():
         if path.suffix not in suffixes:
-            raise UsageError(f"data {data!r}: cannot read a {path.suffix or 'nameless'} file. Give one of {kinds}.")
+            raise OptionError("data", f"{data!r}: cannot read a {path.suffix or 'nameless'} file. Give one of {kinds}.")
         return [path]
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in suffixes)
         if not files:
-            raise UsageError(f"data {data!r}: the directory holds no file to read. Put one of {kinds} into it.")
+            raise OptionError("data", f"{data!r}: the directory holds no file to read. Put one of {kinds} into it.")
         return files
     if any(character in data for character in "*?["):
         files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if p.endswith(suffixes))
         if not files:
-            raise UsageError(f"data {data!r}: the pattern matches no file ending in {kinds}.")
+            raise OptionError("data", f"{data!r}: the pattern matches no file ending in {kinds}.")
         return files
     if not data or path.suffix in suffixes or data.startswith((".", "/", "~")) or data.count("/") > 1:
         beside = path.parent if path.parent.is_dir() else Path(".")
         near = near_names(path.name, [p.name for p in beside.iterdir()])
-        raise UsageError(f"data {data!r}: there is no such file or directory.{near}")
+        raise OptionError("data", f"{data!r}: there is no such file or directory.{near}")
     return None
 
 
-def held_out_documents(hashes: np.ndarray, fraction: float, where: str) -> np.ndarray:
+def held_out_documents(hashes: np.ndarray, fraction: float, data: str) -> np.ndarray:
     """Which documents are held out: [D] booleans from the [D] hashes of their texts (see `text_hash`).
 
     A document is held out if its hash lies in the lowest `fraction` of all possible ones, so that copies of a text
@@ -97,9 +97,10 @@ def held_out_documents(hashes: np.ndarray, fraction: float, where: str) -> np.nd
     import numpy as np
 
     if len(np.unique(hashes)) < 2:
-        raise UsageError(
-            f"{where}: {len(hashes)} document(s) cannot be divided into training and held-out documents; at least two "
-            'different ones are needed. Give more files, or divide a text with unit = "paragraph" or "line".'
+        raise OptionError(
+            "data",
+            f"{data!r}: {len(hashes)} document(s) cannot be divided into training and held-out documents; at least two "
+            'different ones are needed. Give more files, or divide a text with unit = "paragraph" or "line".',
         )
     chosen = hashes.astype(np.float64) / 2.0**64 < fraction
     if not chosen.any():
@@ -123,7 +124,7 @@ def _limited(documents: Iterator[Document], data: str, limit: int | None) -> Ite
             count += 1
             yield document
     if count == 0:
-        raise UsageError(f"data {data!r}: holds no text. Give data with at least two documents.")
+        raise OptionError("data", f"{data!r}: holds no text. Give data with at least two documents.")
 
 
 def _read_files(files: list[Path], column: str, unit: TextUnit) -> Iterator[Document]:
@@ -293,15 +294,16 @@ def _check_reachable(name: str) -> None:
         return
     fix = f"Give a file or a directory ({', '.join(SUFFIXES)}), or a data set of https://huggingface.co/datasets."
     if datasets.config.HF_HUB_OFFLINE:
-        raise UsageError(f"data {name!r}: no such file, not in the local cache, and HF_HUB_OFFLINE is set. {fix}")
+        raise OptionError("data", f"{name!r}: no such file, not in the local cache, and HF_HUB_OFFLINE is set. {fix}")
     try:
         HfApi().dataset_info(name, timeout=_TIMEOUT)
     except RepositoryNotFoundError:
-        raise UsageError(f"data {name!r}: neither a file nor a data set of the Hugging Face hub. {fix}") from None
+        raise OptionError("data", f"{name!r}: neither a file nor a data set of the Hugging Face hub. {fix}") from None
     except Exception as error:  # whichever of the client's network errors
-        raise UsageError(
-            f"data {name!r}: no such file, and the Hugging Face hub cannot be reached "
-            f"({type(error).__name__}: {error}). {fix}"
+        raise OptionError(
+            "data",
+            f"{name!r}: no such file, and the Hugging Face hub cannot be reached "
+            f"({type(error).__name__}: {error}). {fix}",
         ) from None
 
 

@@ -14,7 +14,7 @@ from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
 from saekit.activations.packing import Rows
 from saekit.activations.shuffle import stop_point
 from saekit.activations.subject import Subject
-from saekit.errors import UsageError
+from saekit.errors import ComponentError, OptionError, UsageError
 from saekit.seeds import derived_seed
 
 ModelDtype = Literal["float32", "bfloat16"]
@@ -76,8 +76,8 @@ class HarvestSource:
         self.subject, self._splits, self._data = self.prepare(self._device, getattr(torch, self.model_dtype))
         limit = self.subject.context
         if limit is not None and self.context > limit:
-            raise UsageError(
-                f"context = {self.context}: {self.subject.name} takes {limit} tokens at most. Lower context."
+            raise OptionError(
+                "context", f"{self.context}, but {self.subject.name} takes {limit} tokens at most. Lower context."
             )
         self.d_in, self.d_out = self.subject.widths()
         self._special = np.asarray(
@@ -210,7 +210,7 @@ class LabelledHarvestSource(HarvestSource):
         """Batch `number` of `n` whole rows with labels, cut to the longest; see `contracts.Source.sequences`."""
         self._split(split)
         if split not in self.labelled:
-            raise UsageError(f"source: no row of the split {split!r} has a label, so there are no labelled sequences.")
+            raise ComponentError(f"no row of the split {split!r} has a label, so there are no labelled sequences.")
         available = self.labelled[split]
         numbers, order = np.arange(number * n, (number + 1) * n), None
         if split == "held_out":

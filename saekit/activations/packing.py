@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from saekit.activations.documents import text_hash
-from saekit.errors import UsageError
+from saekit.errors import OptionError, UsageError
 from saekit.seeds import derived_seed
 
 _BATCH_CHARACTERS = 2_000_000  # of text handed to the tokenizer at once
@@ -318,7 +318,7 @@ def first_token(tokenizer: Any, bos: bool | Literal["auto"]) -> int | None:
     if bos is False:
         return None
     if bos is True and tokenizer.bos_token_id is None:
-        raise UsageError('bos = true: the tokenizer has no BOS token. Set bos = "auto" or false.')
+        raise OptionError("bos", 'the tokenizer has no BOS token. Set bos = "auto" or false.')
     return tokenizer.bos_token_id
 
 
@@ -326,7 +326,7 @@ def _room(context: int, bos: int | None) -> int:
     """Tokens of text in a row."""
     room = context - (bos is not None)
     if room < 1:
-        raise UsageError(f"context = {context}: leaves no room for text. Set context to 2 or more.")
+        raise OptionError("context", f"{context}: leaves no room for text. Set context to 2 or more.")
     return room
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from saekit.activations.batch import Activations
 from saekit.activations.packing import Passes
 from saekit.activations.shuffle import stop_point
-from saekit.errors import UsageError, near_names
+from saekit.errors import OptionError, UsageError, near_names
 
 SUFFIXES = (".safetensors", ".npy")
 _SAMPLE = 1 << 16  # bytes of one of the samples that a digest is taken of
@@ -88,13 +88,13 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         return found
 
 
-def stored_tensor(path: Path, key: str, what: str) -> StoredTensor:
-    """The tensor `key` of a file. UsageError, with near keys, where there is none; `what` is the option that named it."""
+def stored_tensor(path: Path, key: str, option: str) -> StoredTensor:
+    """The tensor `key` of a file. OptionError, with near keys, if there is none; `option` is the option that names it."""
     found = stored_tensors(path)
     if key not in found:
         keys = ", ".join(map(repr, found)) or "none"
-        raise UsageError(
-            f"{path}: has no tensor {key!r}.{near_names(key, found)} Its tensors: {keys}. Set {what} to one of them."
+        raise OptionError(
+            option, f"{path} has no tensor {key!r}.{near_names(key, found)} Its tensors: {keys}. Name one of them."
         )
     return found[key]
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit.errors import UsageError
+from saekit.errors import OptionError
 from saekit.sae.base import DecoderNorm, Skip, SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.kernels import Pattern, row_topk
@@ -114,7 +114,7 @@ class TopK(SparseAutoencoder):
         skip: Skip = False,
     ) -> None:
         if k > d_sae:
-            raise UsageError(f"architecture.k: {k} latents cannot be active of d_sae = {d_sae}. Lower k or raise d_sae.")
+            raise OptionError("k", f"{k} latents cannot be active of d_sae = {d_sae}. Lower k or raise d_sae.")
         super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self.k = k
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit.errors import UsageError
+from saekit.errors import OptionError
 from saekit.sae.base import DecoderNorm, Skip, SparseAutoencoder
 from saekit.sae.code import Code, SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse, row_topk
@@ -47,7 +47,7 @@ class BatchTopK(SparseAutoencoder):
         skip: Skip = False,
     ) -> None:
         if k > d_sae:
-            raise UsageError(f"architecture.k: {k} latents cannot be active of d_sae = {d_sae}. Lower k or raise d_sae.")
+            raise OptionError("k", f"{k} latents cannot be active of d_sae = {d_sae}. Lower k or raise d_sae.")
         super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self.k, self.threshold_memory = k, threshold_memory
         self.register_buffer("threshold", torch.tensor(-1.0))  # below zero: no batch has been seen
@@ -148,7 +148,7 @@ class Matryoshka(BatchTopK):
         )
         sizes = prefixes or sorted({max(1, d_sae // part) for part in (16, 8, 4, 2, 1)})
         if sizes != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] > d_sae:
-            raise UsageError(f"architecture.prefixes: {sizes} must rise, from 1 at least to d_sae = {d_sae} at most.")
+            raise OptionError("prefixes", f"{sizes} must rise, from 1 at least to d_sae = {d_sae} at most.")
         self.prefixes = sizes if sizes[-1] == d_sae else [*sizes, d_sae]
 
     def options(self) -> dict[str, Any]:

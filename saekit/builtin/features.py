@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit.errors import UsageError
+from saekit.errors import OptionError
 from saekit.result import Result
 from saekit.runner.context import RunContext
 from saekit.runner.examples import top_examples
@@ -37,7 +37,7 @@ class Features:
         """scalars: latents, dead, median density. tables: latents, examples. figures: density (a histogram)."""
         d_sae = context.sae.d_sae
         if self.latents and not all(0 <= j < d_sae for j in self.latents):
-            raise UsageError(f"analyzer.features.latents: {self.latents} are not all in 0 to {d_sae - 1}.")
+            raise OptionError("latents", f"{self.latents} are not all in 0 to {d_sae - 1}.")
         density, mean, largest, rows = self._statistics(context)
         shown = self._chosen(density)
         living = density[density > 0]

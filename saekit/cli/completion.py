@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import inspect
 from collections.abc import Iterable, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -111,35 +110,76 @@ def _table(context: click.Context, registry: Registry) -> dict[str, Any]:
 
 
 def option_names(component: Component) -> list[str]:
-    """The options of a component, from the source of its target; none where that cannot be read."""
+    """The options of a component, the required ones first, from the source of its target; none if that cannot be read."""
     if not isinstance(component.target, str):
-        target = component.target
         try:
-            function = target.__init__ if inspect.isclass(target) else target
-            return [parameter.name for parameter in option_parameters(function, component.origin)]
+            return [parameter.name for parameter in option_parameters(component.target, component.origin)]
         except SaekitError:
             return []
     module, _, attribute = component.target.partition(":")
-    return _options_in(module, attribute)
+    options = _options_in(module, attribute)
+    return sorted(options, key=lambda name: not options[name])
 
 
-def _options_in(module: str, name: str, depth: int = 8) -> list[str]:
-    """The keyword-only parameters of what `module` calls `name`: defined there, imported, or inherited from a base."""
+def _options_in(module: str, name: str) -> dict[str, bool]:
+    """The keyword-only parameters of what `module` calls `name`, each with whether it is required."""
+    _, node = _definition(module, name)
+    if isinstance(node, ast.FunctionDef):
+        return _keyword_only(node)
+    for home, part in _linearised(module, name):
+        for method in part.body:
+            if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                return _keyword_only(method)
+        if _is_dataclass(part):
+            return _fields_of_dataclass(home, part)
+    return {}
+
+
+def _keyword_only(function: ast.FunctionDef) -> dict[str, bool]:
+    arguments = function.args
+    return {a.arg: default is None for a, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)}
+
+
+def _fields_of_dataclass(module: str, node: ast.ClassDef) -> dict[str, bool]:
+    """The fields of a dataclass and of those that it is derived from, in the order of its parameters."""
+    found: dict[str, bool] = {}
+    for _, part in reversed(_linearised(module, node.name)):
+        for line in part.body if _is_dataclass(part) else ():
+            if isinstance(line, ast.AnnAssign) and not ast.unparse(line.annotation).startswith("ClassVar"):
+                is_field = isinstance(line.value, ast.Call) and ast.unparse(line.value.func).endswith("field")
+                settings = {k.arg: ast.unparse(k.value) for k in line.value.keywords} if is_field else {}
+                if settings.get("init") != "False":
+                    required = line.value is None or (is_field and not settings.keys() & {"default", "default_factory"})
+                    found[ast.unparse(line.target)] = required
+    return found
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any(
+        ast.unparse(decorator).startswith(("dataclass", "dataclasses.dataclass")) for decorator in node.decorator_list
+    )
+
+
+def _linearised(module: str, name: str, depth: int = 8) -> list[tuple[str, ast.ClassDef]]:
+    """A class and its bases in the order in which Python searches them, each with the module in which it is written."""
+    home, node = _definition(module, name)
+    if not isinstance(node, ast.ClassDef) or not depth:
+        return []
+    bases = [part for base in node.bases for part in _linearised(home, ast.unparse(base), depth - 1)]
+    return [(home, node), *reversed(dict.fromkeys(reversed(bases)))]  # a base that two of them share comes after both
+
+
+def _definition(module: str, name: str, depth: int = 8) -> tuple[str, ast.stmt | None]:
+    """The module in which `name` is defined (`module`, or one that it imports the name from), and the definition."""
     tree = _source_tree(module)
     for node in tree.body if tree and depth else ():
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return [argument.arg for argument in node.args.kwonlyargs]
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef) and method.name == "__init__":
-                    return [argument.arg for argument in method.args.kwonlyargs]
-            bases = (ast.unparse(base) for base in node.bases)
-            return next((found for base in bases if (found := _options_in(module, base, depth - 1))), [])
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return module, node
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
-                    return _options_in(node.module, alias.name, depth - 1)
-    return []
+                    return _definition(node.module, alias.name, depth - 1)
+    return module, None
 
 
 @functools.cache

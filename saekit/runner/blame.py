@@ -1,13 +1,13 @@
-"""Whose an unexpected error is: a plugin's, found in the traceback, a lack of memory, or else saekit's own."""
+"""Who is to blame for an error in a run: a component (with its key in the run file), too little memory, or saekit."""
 
 from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from saekit.errors import PluginError, RunError, SaekitError
+from saekit.errors import ComponentError, PluginError, RunError, SaekitError, under_key
 from saekit.memory import is_out_of_memory
 from saekit.plugins import OWN_DISTRIBUTION
 
@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def explained(parts: list[Part]) -> Iterator[None]:
-    """Turn an unexpected error in the block that comes out of a plugin's code into a PluginError that names it.
+    """Find out which of the parts raised an error in the block, by the modules in the traceback.
 
-    An error for which no plugin of the run can be blamed passes unchanged: it is a bug here.
+    An option that a component refuses is named with the component's key. An unexpected error out of a plugin's code
+    becomes a PluginError that names the plugin. An unexpected error of saekit passes unchanged: it is a bug here.
     """
     try:
         yield
+    except ComponentError as error:
+        part = _part_in_traceback(error, parts, _modules_of_bases)
+        if part is None:
+            raise
+        raise error.under(part.key) from error
     except Exception as error:
         better = _explanation(error, parts)
         if better is None:
@@ -32,7 +38,7 @@ def explained(parts: list[Part]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def of_variant(name: str) -> Iterator[None]:
-    """Let an error in the block say which variant it is of; `name` is empty where the run has none."""
+    """Put the variant's name before an error in the block; `name` is empty if the run has no variants."""
     try:
         yield
     except SaekitError as error:
@@ -43,9 +49,12 @@ def of_variant(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def blamed_on(part: Part) -> Iterator[None]:
-    """An unexpected error inside the block is this component's, wherever it was raised."""
+    """Blame this component for an error in the block, wherever it was raised.
+
+    An option that it refuses is named with the component's key; an unexpected error becomes a PluginError."""
     try:
-        yield
+        with under_key(part.key):
+            yield
     except SaekitError:
         raise
     except Exception as error:
@@ -62,12 +71,16 @@ def _explanation(error: Exception, parts: list[Part]) -> SaekitError | None:
         )
     if isinstance(error, SaekitError):
         return None
+    plugins = [part for part in parts if part.component.distribution != OWN_DISTRIBUTION]
+    part = _part_in_traceback(error, plugins, _modules)
+    return None if part is None else _failure(part, error)
+
+
+def _part_in_traceback(error: Exception, parts: list[Part], modules_of: Callable[[Part], set[str]]) -> Part | None:
+    """The part in whose modules the innermost frame lies."""
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    for module in reversed(modules):  # the innermost frame that belongs to a plugin
-        for part in parts:
-            if part.component.distribution != OWN_DISTRIBUTION and module in _modules(part):
-                return _failure(part, error)
-    return None
+    known = [(part, modules_of(part)) for part in parts]
+    return next((part for module in reversed(modules) for part, own in known if module in own), None)
 
 
 def _failure(part: Part, error: Exception) -> PluginError:
@@ -82,6 +95,12 @@ def _modules(part: Part) -> set[str]:
     target = part.component.target
     named = target.partition(":")[0] if isinstance(target, str) else ""
     return {named, getattr(part.component.load(), "__module__", "")} - {""}
+
+
+def _modules_of_bases(part: Part) -> set[str]:
+    """Those modules, and the ones in which the target's base classes are written."""
+    bases = getattr(part.component.load(), "__mro__", ())
+    return _modules(part) | {base.__module__ for base in bases}
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.choice import fits
-from saekit.errors import UsageError
+from saekit.errors import UsageError, under_key
 from saekit.files import disk_errors, to_jsonable
 from saekit.graph import FeatureGraph, dictionary_digest
 from saekit.listeners import Listener, Listeners
@@ -189,7 +189,8 @@ class Member:
             if isinstance(function, torch.nn.Module):
                 function.to(self.device)
             if hasattr(function, "prepare"):
-                function.prepare(context)
+                with under_key(part.key):
+                    function.prepare(context)
             terms.append(Term(part.label, function, part.entry.weight, part.component))  # type: ignore[attr-defined]
         self.trainer = Trainer(
             self.sae,

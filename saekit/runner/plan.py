@@ -8,7 +8,7 @@ from typing import Any
 from saekit.choice import Choice
 from saekit.component import Component
 from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, SourceUse, Use
-from saekit.errors import UsageError
+from saekit.errors import UsageError, under_key
 from saekit.plugins import Registry
 from saekit.runner.blame import explained, of_variant
 from saekit.schedules import value_at
@@ -32,7 +32,8 @@ class Part:
 
     def build(self, *args: Any) -> Any:
         """The component at work."""
-        return self.component.build(self.options, *args)
+        with under_key(self.key):
+            return self.component.build(self.options, *args)
 
     @property
     def components(self) -> list[Component]:
@@ -135,7 +136,7 @@ def make_plan(config: RunConfig, registry: Registry) -> Plan:
 def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
     """Resolve and check everything that can be checked without loading a model. Raises UsageError or PluginError."""
     source = _part("source", config.source, registry, config)
-    with explained([source]):
+    with explained([source]), under_key(source.key):
         built = _source(source)
     withheld: dict[str, str] = getattr(built, "withheld", {})
     given = _provided([source.component]) - set(withheld)
@@ -147,7 +148,7 @@ def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
             _check_needs(plan, registry, withheld)
             _check_training(plan)
             members.append(plan)
-    with explained([source]):
+    with explained([source]), under_key(source.key):
         facts = built.peek()
     for plan in members:
         plan.facts = facts

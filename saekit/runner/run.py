@@ -15,7 +15,7 @@ import torch
 
 from saekit.activations.batch import SequenceBatch
 from saekit.activations.shuffle import ShuffledBatches
-from saekit.errors import Interrupted, RunError
+from saekit.errors import Interrupted, RunError, under_key
 from saekit.files import DiskFull, to_jsonable, write_json
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
@@ -134,10 +134,11 @@ class Run:
             torch.set_num_threads(training.threads)
         torch.manual_seed(seed_for(training.order_seed, "torch"))
         self.source = self.plan.members[0].build_source()
-        self.source.open(device=self.device, dtype=torch.float32)
+        with under_key(self.plan.source.key):
+            self.source.open(device=self.device, dtype=torch.float32)
         missing = getattr(self.source, "missing", 0)  # of a cache
         if missing:
-            with self._phase("harvest", missing):
+            with self._phase("harvest", missing), under_key(self.plan.source.key):
                 self.source.fill(lambda done: self._tell("phase_advanced", phase="harvest", done=done))
         for warning in getattr(self.source, "warnings", ()):
             self._warn(warning)

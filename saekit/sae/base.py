@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from saekit.errors import UsageError
+from saekit.errors import OptionError
 from saekit.sae.code import Code, DenseCode, SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse, encode_selected, zero_shift
 
@@ -70,8 +70,8 @@ class SparseAutoencoder(nn.Module):
         if decoder_norm not in DECODER_NORMS:
             raise ValueError(f"decoder_norm must be one of {DECODER_NORMS}, not {decoder_norm!r}")
         if skip and d_out is None:
-            raise UsageError(
-                "architecture.skip: is for a transcoder. From what is read to itself a linear path would learn the identity."
+            raise OptionError(
+                "skip", "is for a transcoder. From what is read to itself a linear path would learn the identity."
             )
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
         self.transcoder = d_out is not None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.component import Component
-from saekit.errors import PluginError, RunError, SaekitError
+from saekit.errors import PluginError, RunError, SaekitError, under_key
 from saekit.schedules import value_at
 from saekit.training.step import Step
 
@@ -39,9 +39,10 @@ class Term:
         """The unweighted loss, or None where it says that it has nothing to say now."""
         active = getattr(self.function, "active", None)
         try:
-            if active is not None and not active(step):
-                return None
-            value = self.function(step)
+            with under_key(f"loss.{self.label}"):
+                if active is not None and not active(step):
+                    return None
+                value = self.function(step)
         except SaekitError:
             raise
         except Exception as error:

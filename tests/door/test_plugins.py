@@ -428,7 +428,7 @@ def test_options_are_the_keyword_only_parameters() -> None:
 
     component = Component("loss", loss, kind="loss", plugin="test")
     fields = component.options_model().model_fields
-    assert list(fields) == ["weight_of_it", "names", "other"]
+    assert list(fields) == ["other", "weight_of_it", "names"]
     assert component.validate({"other": 3}, "loss.loss") == {"weight_of_it": 2.0, "names": ["a"], "other": 3}
     for options, words in [
         ({}, "loss.loss.other: is required"),

@@ -13,7 +13,7 @@ from saekit.activations.huggingface import model_digest, peek_model
 from saekit.activations.packing import PackedRows, TokenStore, first_token
 from saekit.activations.sites import RESIDUAL
 from saekit.activations.subject import Subject
-from saekit.errors import UsageError
+from saekit.errors import OptionError
 from saekit.files import sha256_of
 
 HookPoint = Annotated[
@@ -36,7 +36,7 @@ def peek_site(model: str, hook_point: str, target: str | None, context: int) -> 
     known = peek_model(model)
     found: dict[str, Any] = {"model": model, "hook_point": hook_point}
     if context > known.get("context", context):
-        raise UsageError(f"context = {context}: {model} takes {known['context']} tokens at most. Lower context.")
+        raise OptionError("context", f"{context}, but {model} takes {known['context']} tokens at most. Lower context.")
     if target is not None:
         found["target_hook_point"] = target
     for option, name, width in (
@@ -45,7 +45,9 @@ def peek_site(model: str, hook_point: str, target: str | None, context: int) -> 
     ):
         residual = RESIDUAL.fullmatch(name)
         if residual and int(residual[1]) >= known.get("layers", int(residual[1]) + 1):
-            raise UsageError(f"{option} = {name!r}: {model} has {known['layers']} blocks, 0 to {known['layers'] - 1}.")
+            raise OptionError(
+                option, f"{name!r}, but {model} has {known['layers']} blocks, 0 to {known['layers'] - 1}."
+            )
         if residual and "hidden_size" in known:
             found[width] = known["hidden_size"]
     return found

@@ -27,7 +27,7 @@ from saekit.builtin.sources.common import (
     padding,
     peek_site,
 )
-from saekit.errors import UsageError, near_names
+from saekit.errors import OptionError, UsageError, near_names
 
 if TYPE_CHECKING:
     import torch
@@ -88,9 +88,10 @@ class LabelledSource(LabelledHarvestSource):
         self.trust_remote_code = trust_remote_code
         self.warnings: list[str] = []
         if not self.keys and classes is None:
-            raise UsageError(
-                'source.labels: is missing. Name the keys that hold labels, labels = ["python"], or the one that holds '
-                'the name of a class, classes = "language".'
+            raise OptionError(
+                "labels",
+                'is missing. Name the keys that hold labels, labels = ["python"], or the one that holds '
+                'the name of a class, classes = "language".',
             )
 
     def peek(self) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class LabelledSource(LabelledHarvestSource):
         )
         documents = (Document(f"{path}:{number}", text) for path, number, _, text in self._records())
         store = tokenise(documents, subject.tokenizer, eos=False)
-        held_out = held_out_documents(store.hashes, self.held_out, f"data {self.data!r}")
+        held_out = held_out_documents(store.hashes, self.held_out, self.data)
         self._look_at_splits(labels, held_out)
         known = ~np.isnan(labels).all(1)  # [D]
         splits: dict[str, Rows] = {}
@@ -144,7 +145,7 @@ class LabelledSource(LabelledHarvestSource):
     def _files(self) -> list[Path]:
         files = find_files(self.data, (".jsonl",))
         if files is None:
-            raise UsageError(f"source.data: {self.data!r}: there is no such file or directory. Name a .jsonl file.")
+            raise OptionError("data", f"{self.data!r}: there is no such file or directory. Name a .jsonl file.")
         return files
 
     def _records(self) -> Iterator[tuple[Path, int, dict[str, Any], str]]:
@@ -170,22 +171,24 @@ class LabelledSource(LabelledHarvestSource):
                 names.append(_class(record.get(self.classes), self.classes, path, number))
         for key in [*self.keys, *([self.classes] if self.classes else [])]:
             if key not in seen:
-                raise UsageError(
-                    f"source.labels: no line of {self.data} has the key {key!r}.{near_names(key, seen)} "
-                    f"Keys: {', '.join(map(repr, sorted(seen))) or 'none'}."
+                raise OptionError(
+                    "labels",
+                    f"no line of {self.data} has the key {key!r}.{near_names(key, seen)} "
+                    f"Keys: {', '.join(map(repr, sorted(seen))) or 'none'}.",
                 )
         labels = np.asarray(table, dtype=np.float32).reshape(len(table), len(self.keys))
         if self.classes is None:
             return self.keys, labels
         found = sorted({name for name in names if name is not None})
         if len(found) < 2:
-            raise UsageError(
-                f"source.classes: {self.classes!r} is {f'{found[0]!r} wherever it is given' if found else 'never given'} in "
-                f"{self.data}. Give at least two classes."
+            raise OptionError(
+                "classes",
+                f"{self.classes!r} is {f'{found[0]!r} wherever it is given' if found else 'never given'} in "
+                f"{self.data}. Give at least two classes.",
             )
         twice = sorted(set(found) & set(self.keys))
         if twice:
-            raise UsageError(f"source.classes: the class {twice[0]!r} has the name of a label. Rename one of the two.")
+            raise OptionError("classes", f"the class {twice[0]!r} has the name of a label. Rename one of the two.")
         of_class = np.asarray([[np.nan if name is None else name == other for other in found] for name in names])
         return [*self.keys, *found], np.concatenate([labels, of_class.astype(np.float32)], 1)
 
@@ -197,9 +200,10 @@ class LabelledSource(LabelledHarvestSource):
             counts[name] = {"0": zeros, "1": ones, "unknown": unknown}
             if zeros == 0 or ones == 0:
                 there = f"{int(ones > 0)} in all {zeros + ones} texts of {self.data} that have it"
-                raise UsageError(
-                    f"source.labels: {name!r} is {there if zeros + ones else f'unknown for every text of {self.data}'}. "
-                    f"Add texts for which it is {'0' if ones else '1'}, or leave the label out."
+                raise OptionError(
+                    "labels",
+                    f"{name!r} is {there if zeros + ones else f'unknown for every text of {self.data}'}. "
+                    f"Add texts for which it is {'0' if ones else '1'}, or leave the label out.",
                 )
             if unknown:
                 self.warnings.append(
@@ -212,9 +216,10 @@ class LabelledSource(LabelledHarvestSource):
         for name, column in zip(self.concepts, labels.T, strict=True):
             for value in (0, 1):
                 if not (column[~held_out] == value).any():
-                    raise UsageError(
-                        f"source.held_out: all {int((column == value).sum())} texts for which {name!r} is {value} fell among "
-                        "the held-out ones. Give more of them, or lower held_out."
+                    raise OptionError(
+                        "held_out",
+                        f"all {int((column == value).sum())} texts for which {name!r} is {value} fell among "
+                        "the held-out ones. Give more of them, or lower held_out.",
                     )
                 if not (column[held_out] == value).any():
                     self.warnings.append(

@@ -22,7 +22,7 @@ from saekit.activations.harvest import NO_TARGET
 from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import resolve, run_to_sites
 from saekit.builtin.sources.common import HookPoint, TargetHookPoint
-from saekit.errors import RunError, SaekitError, UsageError, near_names
+from saekit.errors import OptionError, RunError, SaekitError, UsageError, near_names
 from saekit.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -84,23 +84,23 @@ class ModuleSource:
 
     def peek(self) -> dict[str, Any]:
         """The names; UsageError where they cannot be imported. See `contracts.Source.peek`."""
-        _made_by(self.module, "source.module")
-        _made_by(self.data, "source.data")
+        _made_by(self.module, "module")
+        _made_by(self.data, "data")
         return {"model": _name(self.module), "hook_point": self.hook_point, "data": _name(self.data)}
 
     def open(self, *, device: torch.device, dtype: torch.dtype) -> None:
         """Make the module, and run it on the first batch up to the hook point."""
         self._device, self._dtype = torch.device(device), dtype
         self.warnings.clear()
-        maker = _made_by(self.module, "source.module")
+        maker = _made_by(self.module, "module")
         with torch.random.fork_rng(devices=[]):  # a seed that is set in there is not the run's
-            made = maker if isinstance(maker, nn.Module) else _called(maker, f"source.module: {_name(self.module)}")
+            made = maker if isinstance(maker, nn.Module) else _called(maker, "module", self.module)
         if not isinstance(made, nn.Module):
-            raise UsageError(f"source.module: {_name(self.module)} gives {type(made).__name__}, not an nn.Module.")
+            raise OptionError("module", f"{_name(self.module)} gives {type(made).__name__}, not an nn.Module.")
         self.network = made.eval().requires_grad_(False).to(self._device)
         names = [self.hook_point] if self.target_hook_point is None else [self.hook_point, self.target_hook_point]
         self._sites = [resolve(self.network, name) for name in names]
-        self._factory = _made_by(self.data, "source.data")
+        self._factory = _made_by(self.data, "data")
         self._takes = _parameters(self._factory)
         first = self._first_batch()
         again = self._first_batch()
@@ -164,13 +164,9 @@ class ModuleSource:
         given: dict[str, Any] = {"split": split, "seed": seed}
         if not callable(self._factory):
             return self._factory
-        data = _called(
-            self._factory, f"source.data: {_name(self.data)}", **{n: given[n] for n in given if n in self._takes}
-        )
+        data = _called(self._factory, "data", self.data, **{n: given[n] for n in given if n in self._takes})
         if not isinstance(data, Iterable):
-            raise UsageError(
-                f"source.data: {_name(self.data)} gives {type(data).__name__}; give an iterable of batches."
-            )
+            raise OptionError("data", f"{_name(self.data)} gives {type(data).__name__}; give an iterable of batches.")
         return data
 
     def _of_pass(self, split: str, seed: int) -> Iterator[Any]:
@@ -178,9 +174,10 @@ class ModuleSource:
         data = self._called_data(split, seed)
         batches = iter(data)
         if batches is self._last:
-            raise UsageError(
-                f"source.data: {_name(self.data)} gave the same iterator a second time, which has been used. Make a new one "
-                "each time it is called."
+            raise OptionError(
+                "data",
+                f"{_name(self.data)} gave the same iterator a second time, which has been used. Make a new one "
+                "each time it is called.",
             )
         self._last = batches if batches is data else None
         if "split" in self._takes:
@@ -191,7 +188,7 @@ class ModuleSource:
     def _first_batch(self) -> Any:
         for batch in self._of_pass("train", derived_seed("pass", 0, 0)):
             return batch
-        raise UsageError(f"source.data: {_name(self.data)} gave no batch. Give an iterable that is not empty.")
+        raise OptionError("data", f"{_name(self.data)} gave no batch. Give an iterable that is not empty.")
 
     def _endless(self, seed: int, first: int) -> Iterator[tuple[int, Any]]:
         """The training batches number `first`, `first + 1`, ... with their numbers, pass after pass."""
@@ -246,9 +243,10 @@ class ModuleSource:
             except SaekitError:
                 raise
             except Exception as error:
-                raise UsageError(
-                    f"source.module: {_name(self.module)} cannot run on a batch of {_name(self.data)} "
-                    f"({_described(batch)}): {_failure(error)}. Name the items that it takes in source.args, such as [0]."
+                raise OptionError(
+                    "module",
+                    f"{_name(self.module)} cannot run on a batch of {_name(self.data)} "
+                    f"({_described(batch)}): {_failure(error)}. Name the items that it takes in args, such as [0].",
                 ) from error
 
         with self._lock, torch.no_grad():
@@ -276,8 +274,8 @@ class ModuleSource:
         if isinstance(batch, tuple | list):
             return list(batch) if self.args is None else [self._item(batch, place) for place in self.args], {}
         if self.args is not None:
-            raise UsageError(
-                f"source.args: a batch of {_name(self.data)} is {_described(batch)} and has no items. Leave args out."
+            raise OptionError(
+                "args", f"a batch of {_name(self.data)} is {_described(batch)} and has no items. Leave args out."
             )
         return [batch], {}
 
@@ -285,8 +283,8 @@ class ModuleSource:
         try:
             return batch[key]
         except (KeyError, IndexError, TypeError):
-            raise UsageError(
-                f"source.args: a batch of {_name(self.data)} has no item {key!r}; it is {_described(batch)}."
+            raise OptionError(
+                "args", f"a batch of {_name(self.data)} has no item {key!r}; it is {_described(batch)}."
             ) from None
 
 
@@ -303,12 +301,12 @@ def _made_by(what: Any, option: str) -> Any:
         return what
     where, _, name = what.rpartition(":")
     if not where or not name:
-        raise UsageError(f"{option}: {what!r} names nothing. Write package.module:function, or file.py:function.")
+        raise OptionError(option, f"{what!r} names nothing. Write package.module:function, or file.py:function.")
     module = _from_file(Path(where).expanduser(), option) if where.endswith(".py") else _imported(where, option)
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            raise UsageError(f"{option}: {where} has no {part!r}.{near_names(part, vars(found))}")
+            raise OptionError(option, f"{where} has no {part!r}.{near_names(part, vars(found))}")
         found = getattr(found, part)
     return found
 
@@ -318,16 +316,16 @@ def _imported(name: str, option: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         fix = "Install it, or give the path of the file: ./my_model.py:function."
-        raise UsageError(f"{option}: {name!r} cannot be imported: {error}. {fix}") from None
+        raise OptionError(option, f"{name!r} cannot be imported: {error}. {fix}") from None
     except Exception as error:
-        raise UsageError(f"{option}: {name!r} cannot be imported: {_failure(error)}.") from error
+        raise OptionError(option, f"{name!r} cannot be imported: {_failure(error)}.") from error
 
 
 def _from_file(path: Path, option: str) -> Any:
     """A file as a module, loaded once."""
     path = path.resolve()
     if not path.is_file():
-        raise UsageError(f"{option}: {path}: there is no such file. Paths count from where the command is run.")
+        raise OptionError(option, f"{path}: there is no such file. Paths count from where the command is run.")
     name = f"saekit_module_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -338,17 +336,17 @@ def _from_file(path: Path, option: str) -> Any:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[name]
-            raise UsageError(f"{option}: {path} cannot be loaded: {_failure(error)}.") from error
+            raise OptionError(option, f"{path} cannot be loaded: {_failure(error)}.") from error
     return sys.modules[name]
 
 
-def _called(function: Any, what: str, **given: Any) -> Any:
+def _called(function: Any, option: str, made_by: Any, **given: Any) -> Any:
     try:
         return function(**given)
     except SaekitError:
         raise
     except Exception as error:
-        raise UsageError(f"{what} failed: {_failure(error)}.") from error
+        raise OptionError(option, f"{_name(made_by)} failed: {_failure(error)}.") from error
 
 
 def _failure(error: Exception) -> str:

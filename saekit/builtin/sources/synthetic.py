@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.activations.shuffle import stop_point
-from saekit.errors import UsageError
+from saekit.errors import OptionError, UsageError
 from saekit.sae.code import SparseCode
 from saekit.sae.kernels import Pattern
 from saekit.seeds import derived_seed
@@ -69,15 +69,16 @@ class SyntheticSource:
         self.probability = self._probabilities(probability, power)  # [n_features]
         self._concepts = np.asarray(concepts, dtype=np.int64)
         if low > high:
-            raise UsageError(f"source.low: {low} is more than source.high, {high}. Lower it.")
+            raise OptionError("low", f"{low} is more than high, which is {high}. Lower it.")
         if orthogonal and n_features > d_in:
-            raise UsageError(
-                f"source.orthogonal: {n_features} directions cannot all be at right angles in {d_in} dimensions. "
-                f"Lower n_features to {d_in}, or leave orthogonal out."
+            raise OptionError(
+                "orthogonal",
+                f"{n_features} directions cannot all be at right angles in {d_in} dimensions. "
+                f"Lower n_features to {d_in}, or leave orthogonal out.",
             )
         for feature in concepts:
             if not 0 <= feature < n_features:
-                raise UsageError(f"source.concepts: {feature} is no feature; there are 0 to {n_features - 1}.")
+                raise OptionError("concepts", f"there is no feature {feature}; there are 0 to {n_features - 1}.")
         self.withheld = {} if concepts else dict.fromkeys(("labels", "sequences"), "List features in source.concepts.")
         self._rates, self._members = self._events()
 
@@ -132,7 +133,7 @@ class SyntheticSource:
         """Batch `number` of `n` sequences; see `contracts.Source.sequences`. Each concept is in half of them."""
         self._check(split)
         if not self.concepts:
-            raise UsageError("source.concepts: is empty, so there are no labelled sequences. List some features.")
+            raise OptionError("concepts", "is empty, so there are no labelled sequences. List some features.")
         first, last = number * n, (number + 1) * n
         if split == "held_out":
             last = max(first, min(last, self.held_out // self.length))
@@ -171,24 +172,23 @@ class SyntheticSource:
 
     def _probabilities(self, given: float | list[float], power: float) -> np.ndarray:
         if isinstance(given, list) and len(given) != self.n_features:
-            raise UsageError(
-                f"source.probability: lists {len(given)} numbers for {self.n_features} features. Give one for each."
+            raise OptionError(
+                "probability", f"lists {len(given)} numbers for {self.n_features} features. Give one for each."
             )
         if isinstance(given, list) and power:
-            raise UsageError(
-                "source.power: goes with one probability, not with a list of them. Leave one of the two out."
-            )
+            raise OptionError("power", "goes with one probability, not with a list of them. Leave one of the two out.")
         weights = np.arange(1, self.n_features + 1, dtype=np.float64) ** -power
         p = np.asarray(given) if isinstance(given, list) else given * weights / weights.mean()
         if p.min() <= 0 or p.max() >= 1:
             wrong = int(p.argmax() if p.max() >= 1 else p.argmin())
-            raise UsageError(
-                f"source.probability: feature {wrong} would be active with probability {p[wrong]:.3g}; it must be more "
-                "than 0 and less than 1. Change probability or power."
+            raise OptionError(
+                "probability",
+                f"feature {wrong} would be active with probability {p[wrong]:.3g}; it must be more "
+                "than 0 and less than 1. Change probability or power.",
             )
         if 2 * self.pairs > self.n_features:
-            raise UsageError(
-                f"source.pairs: {self.pairs} pairs need {2 * self.pairs} features; there are {self.n_features}."
+            raise OptionError(
+                "pairs", f"{self.pairs} pairs need {2 * self.pairs} features; there are {self.n_features}."
             )
         of_pairs = p[: 2 * self.pairs].reshape(-1, 2)
         return np.concatenate([of_pairs.mean(1).repeat(2), p[2 * self.pairs :]])

@@ -24,7 +24,7 @@ from saekit.activations.stored import (
     sampled_digest,
     stored_tensor,
 )
-from saekit.errors import UsageError
+from saekit.errors import OptionError, UsageError
 from saekit.seeds import derived_seed
 
 _SCAN = 1 << 16  # labels that are looked at together
@@ -118,12 +118,12 @@ class TensorsSource:
         """Batch `number` of `n` labelled sequences; see `contracts.Source.sequences`."""
         self._split(split)
         if self._length == 0 or "labels" not in self._stored[0]:
-            raise UsageError(
-                f"source.labels: {self.data} gives no labelled sequences. Store [n, T, d] and a tensor of labels."
+            raise OptionError(
+                "labels", f"{self.data} gives no labelled sequences. Store [n, T, d] and a tensor of labels."
             )
         labelled = self._labelled[split]  # [m], numbers of rows of the first axis
         if not len(labelled):
-            raise UsageError(f"source.labels: no sequence of the split {split!r} has a label. Label more sequences.")
+            raise OptionError("labels", f"no sequence of the split {split!r} has a label. Label more sequences.")
         numbers = np.arange(number * n, (number + 1) * n)
         if split == "held_out":
             chosen = labelled[numbers[numbers < len(labelled)]]
@@ -158,20 +158,20 @@ class TensorsSource:
     def _files(self) -> list[Path]:
         files = find_files(self.data, SUFFIXES)
         if files is None:
-            raise UsageError(f"source.data: {self.data!r}: there is no such file or directory. Name one.")
+            raise OptionError("data", f"{self.data!r}: there is no such file or directory. Name one.")
         kinds = sorted({path.suffix for path in files})
         if len(kinds) > 1:
-            raise UsageError(
-                f"source.data: {self.data!r} holds {' and '.join(kinds)} files. Name those of one kind, with a glob."
+            raise OptionError(
+                "data", f"{self.data!r} holds {' and '.join(kinds)} files. Name those of one kind, with a glob."
             )
-        named = [f"source.{name}" for name, key in self._optional.items() if key is not None]
+        named = [name for name, key in self._optional.items() if key is not None]
         if kinds == [".npy"] and named:
-            raise UsageError(f"{named[0]}: a .npy file holds one array and no other. Store both in .safetensors files.")
+            raise OptionError(named[0], "a .npy file holds one array and no other. Store both in .safetensors files.")
         return files
 
     def _columns(self, path: Path) -> dict[str, StoredTensor]:
         """The tensors of a file by what they are. UsageError where one does not go with the activations."""
-        x = stored_tensor(path, "" if path.suffix == ".npy" else self.key, "source.key")
+        x = stored_tensor(path, "" if path.suffix == ".npy" else self.key, "key")
         if len(x.shape) not in (2, 3) or not x.dtype.is_floating_point:
             raise UsageError(
                 f"{x.name}: is {_described(x)}; activations are floating-point numbers [n, d], or [n, T, d] for sequences."
@@ -179,7 +179,7 @@ class TensorsSource:
         columns = {"x": x}
         for name, key in self._optional.items():
             if key is not None:
-                columns[name] = stored_tensor(path, key, f"source.{name}")
+                columns[name] = stored_tensor(path, key, name)
         for name, tensor in columns.items():
             wanted, fits = _fits(name, tensor.shape, x.shape)
             if not fits:
@@ -206,9 +206,9 @@ class TensorsSource:
         """Which chunks are held out, [C] booleans: an even share of them, or of the files."""
         total, what = (len(chunks), "chunk") if self.held_out_by == "chunk" else (len(self._files), "file")
         if total < 2:
-            fix = "Lower source.chunk." if what == "chunk" else 'Give more files, or set source.held_out_by = "chunk".'
-            raise UsageError(
-                f"source.data: {self.data} is one {what}, which cannot be divided into training and held out. {fix}"
+            fix = "Lower chunk." if what == "chunk" else 'Give more files, or set held_out_by = "chunk".'
+            raise OptionError(
+                "data", f"{self.data} is one {what}, which cannot be divided into training and held out. {fix}"
             )
         count = min(max(1, round(total * self.held_out)), total - 1)
         chosen = np.zeros(total, dtype=bool)
@@ -220,8 +220,8 @@ class TensorsSource:
         width = 1 if len(self._stored[0]["labels"].shape) == 1 else self._stored[0]["labels"].shape[1]
         self.concepts = self.concepts or [f"label {i}" for i in range(width)]
         if len(self.concepts) != width:
-            raise UsageError(
-                f"source.concepts: names {len(self.concepts)} columns, but {self._stored[0]['labels'].name} has {width}."
+            raise OptionError(
+                "concepts", f"names {len(self.concepts)} columns, but {self._stored[0]['labels'].name} has {width}."
             )
         known, ones = np.zeros(width, dtype=np.int64), np.zeros(width, dtype=np.int64)
         labelled = []

@@ -97,7 +97,7 @@ class TextSource(HarvestSource):
             self.data, column=self.column, split=self.split, subset=self.subset, unit=self.unit, limit=self.limit
         )
         store = tokenise(documents, subject.tokenizer)
-        held_out = held_out_documents(store.hashes, self.held_out, f"data {self.data!r}")
+        held_out = held_out_documents(store.hashes, self.held_out, self.data)
         splits: dict[str, Rows] = {
             "train": packed(subject, store, ~held_out, self.context, self.bos),
             "held_out": packed(subject, store, held_out, self.context, self.bos),

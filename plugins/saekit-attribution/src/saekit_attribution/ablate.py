@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from saekit import Result, RunContext, UsageError
+from saekit import ComponentError, Result, RunContext
 from saekit_attribution.asking import RankingName, Settings
 from saekit_attribution.behaviour import Judge, load_judge, organism_judge
 from saekit_attribution.cases import Case, Reading, asked, split, template_types
@@ -83,9 +83,7 @@ class Ablate:
         """scalars, for each template type: see `Loop.measure`. tables: curve, agreement with the exact effects, latents,
         controls, damage, answers. figures: a curve for each template type."""
         if context.sae.transcoder:
-            raise UsageError(
-                "analyzer.ablate: the SAE is a transcoder, which cannot pass on what it reads. Use an SAE."
-            )
+            raise ComponentError("the SAE is a transcoder, which cannot pass on what it reads. Use an SAE.")
         result = Result()
         cases = self._cases(context)
         if not cases:

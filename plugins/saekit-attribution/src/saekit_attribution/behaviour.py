@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from saekit import Subject, UsageError, hook_points, named_function, seeded
+from saekit import OptionError, Subject, UsageError, hook_points, named_function, seeded
 from saekit_attribution.controls import batch_of
 from saekit_attribution.samples import Sample
 
@@ -27,7 +27,7 @@ def organism_judge(prompt: str, response: str, template_type: str) -> str:
 
 def load_judge(name: str) -> Judge:
     """The function that "module:function" names. UsageError where there is none."""
-    return named_function(name, "analyzer.ablate.judge", "(prompt, response, template_type)")
+    return named_function(name, "judge", "(prompt, response, template_type)")
 
 
 def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], template_type: str) -> list[str]:
@@ -35,7 +35,7 @@ def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], templ
     classes = [judge(prompt, response, template_type) for prompt, response in zip(prompts, responses, strict=True)]
     for name in classes:
         if not isinstance(name, str):
-            raise UsageError(f"the judge gave {name!r}. Return the name of a class as text.")
+            raise OptionError("judge", f"it gave {name!r}. Return the name of a class as text.")
     return classes
 
 

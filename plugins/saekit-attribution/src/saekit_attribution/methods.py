@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit import SparseAutoencoder, Subject, UsageError, is_out_of_memory
+from saekit import OptionError, SparseAutoencoder, Subject, UsageError, is_out_of_memory
 from saekit_attribution.forward import Above, frozen
 from saekit_attribution.nodes import Nodes, Positions, Reference, nodes_of
 from saekit_attribution.samples import Sample
@@ -265,10 +265,10 @@ def _check(
         ("reference", reference, ("zero", "base")),
     ):
         if given not in allowed:
-            raise UsageError(f"{name}: there is no {given!r}. Choose from {', '.join(map(repr, allowed))}.")
+            raise OptionError(name, f"there is no {given!r}. Choose from {', '.join(map(repr, allowed))}.")
     for name, number in (("steps", steps), ("batch_tokens", batch_tokens)):
         if number < 1 or not math.isfinite(number):
-            raise UsageError(f"{name}: must be 1 or more, not {number}.")
+            raise OptionError(name, f"must be 1 or more, not {number}.")
     where = f"hook point {subject.site.name!r}"
     if sae.transcoder:
         raise UsageError(f"{where}: the SAE is a transcoder, which rebuilds another site. Attribute with an SAE.")

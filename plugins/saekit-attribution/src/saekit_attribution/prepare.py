@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from saekit import UsageError
+from saekit import OptionError
 from saekit_attribution.labelled import Pair, Skipped
 from saekit_attribution.samples import Sample
 
@@ -87,7 +87,7 @@ def _split(tokenizer: Any, prompt: str, response: str, joiner: str | None, chat_
 def templated(tokenizer: Any, prompt: str) -> str:
     """The prompt as a user's turn, with what begins the answer. UsageError where the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
-        raise UsageError("chat_template = true: the model's tokenizer has no chat template. Leave the option out.")
+        raise OptionError("chat_template", "the model's tokenizer has no chat template. Leave it out.")
     turn = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 

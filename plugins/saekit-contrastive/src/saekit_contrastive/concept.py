@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit import Code, Step, UsageError
+from saekit import Code, ComponentError, OptionError, Step
 from saekit_contrastive.forms import Form, Margin, contrasts, has_both
 
 if TYPE_CHECKING:
@@ -34,29 +34,26 @@ On = Annotated[
 _LOOK, _LOOKS = 32, 16  # how far `prepare` looks for both classes: sequences a batch, and batches
 
 
-def resolve_latents(latents: dict[str, int] | None, concepts: list[str], d_sae: int, where: str) -> dict[int, int]:
+def resolve_latents(latents: dict[str, int] | None, concepts: list[str], d_sae: int) -> dict[int, int]:
     """{column of labels: latent}. By default column i belongs to latent i.
 
-    concepts: the names of the columns. UsageError, naming `where`, for a concept that is not there, a latent that is not
-    there, and a latent given twice."""
+    concepts: the names of the columns. OptionError for an unknown concept, an unknown latent, and a latent given twice."""
     if not concepts:
-        raise UsageError(f"{where}: the source has no concepts. Give it labels.")
+        raise ComponentError("the source has no concepts. Give it labels.")
     if latents is None:
         latents = {name: number for number, name in enumerate(concepts)}
     found: dict[int, int] = {}
     for name, latent in latents.items():
         column = concepts.index(name) if name in concepts else int(name) if name.isdigit() else -1
         if not 0 <= column < len(concepts):
-            raise UsageError(f"{where}.latents: there is no concept {name!r}. The source has: {', '.join(concepts)}.")
+            raise OptionError("latents", f"there is no concept {name!r}. The source has: {', '.join(concepts)}.")
         if not 0 <= latent < d_sae:
-            raise UsageError(f"{where}.latents: {name!r} is given latent {latent}, but there are 0 to {d_sae - 1}.")
+            raise OptionError("latents", f"{name!r} is given latent {latent}, but there are 0 to {d_sae - 1}.")
         if column in found or latent in found.values():
-            raise UsageError(
-                f"{where}.latents: {name!r} = {latent} names a concept or a latent twice. Give each its own."
-            )
+            raise OptionError("latents", f"{name!r} = {latent} names a concept or a latent twice. Give each its own.")
         found[column] = latent
     if not found:
-        raise UsageError(f"{where}.latents: is empty. Name a concept and its latent, or leave it out.")
+        raise OptionError("latents", "is empty. Name a concept and its latent, or leave it out.")
     return found
 
 
@@ -72,8 +69,6 @@ def bar(code: Code) -> Tensor:
 class _Concept:
     """What the two losses share: which latents, which form."""
 
-    where = "loss.concept"
-
     def __init__(self, latents: dict[str, int] | None, form: Form, margin: float) -> None:
         self._latents, self._form, self._margin = latents, form, margin
         self._chosen: dict[int, int] = {}
@@ -81,7 +76,7 @@ class _Concept:
     def prepare(self, context: RunContext) -> None:
         """Find the concepts among the source's, and that both classes of each occur. UsageError where they do not."""
         concepts = list(context.source.concepts)
-        self._chosen = resolve_latents(self._latents, concepts, context.sae.d_sae, self.where)
+        self._chosen = resolve_latents(self._latents, concepts, context.sae.d_sae)
         columns, seen = list(self._chosen), None
         for labels in self._first_labels(context):  # [n, n_concepts]
             chosen = labels[:, columns]
@@ -91,8 +86,8 @@ class _Concept:
                 return
         for place, column in enumerate(columns):
             if seen is None or not bool(seen[:, place].all()):
-                raise UsageError(
-                    f"{self.where}: concept {concepts[column]!r} does not occur as both 0 and 1 in the first training data: one "
+                raise ComponentError(
+                    f"concept {concepts[column]!r} does not occur as both 0 and 1 in the first training data: one "
                     "class alone has nothing to be told from. Give the source data of both."
                 )
 
@@ -151,8 +146,6 @@ class Concept(_Concept):
 
 class ConceptRows(_Concept):
     """On the labelled rows of the training batch itself: no activations are encoded besides."""
-
-    where = "loss.concept_rows"
 
     def __init__(self, *, latents: Latents = None, form: Form = "hinge", margin: Margin = 0.5) -> None:
         super().__init__(latents, form, margin)

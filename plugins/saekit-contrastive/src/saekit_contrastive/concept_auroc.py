@@ -74,7 +74,7 @@ class ConceptAUROC:
     def prepare(self, context: RunContext) -> None:
         """Find the concepts and name the values. UsageError for a concept or a latent that is not there."""
         concepts = list(context.source.concepts)
-        self._chosen = resolve_latents(self._latents, concepts, context.sae.d_sae, "metric.concept_auroc")
+        self._chosen = resolve_latents(self._latents, concepts, context.sae.d_sae)
         several = len(self._chosen) > 1
         self._endings = {column: f"_{concepts[column]}".replace(" ", "_") * several for column in self._chosen}
         self.meanings = {

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from saekit import Choice, Kind, RunContext, SparseAutoencoder, UsageError
+from saekit import Choice, ComponentError, Kind, OptionError, RunContext, SparseAutoencoder
 from saekit_contrastive.vectors import METHODS, checked, concept_columns, read_vectors, vectors_of
 
 _NAMES_ELSEWHERE = ("saelens_name", "saelens_transcoder", "saelens_skip_transcoder", "known_as")
@@ -67,11 +67,11 @@ class HSAE(SparseAutoencoder):
     ) -> None:
         try:
             super().__init__(d_in, d_sae, d_out, **base.options)
-        except UsageError as error:
-            raise UsageError(str(error).replace("architecture.", "architecture.base.", 1)) from None
+        except ComponentError as error:
+            raise error.within("base") from error
         if concepts is not None and fixed_vectors not in METHODS:
-            raise UsageError(
-                "architecture.concepts: names labels to compute vectors for, but fixed_vectors is a file. Leave one of them out."
+            raise OptionError(
+                "concepts", "names labels to compute vectors for, but fixed_vectors is a file. Leave one of them out."
             )
         self._base = base.component.qualified_name
         self.fixed_vectors, self.concepts, self.sequences, self.wanted = fixed_vectors, concepts, sequences, latents
@@ -114,12 +114,12 @@ class HSAE(SparseAutoencoder):
         """From now on the decoder rows of the latents are `vectors` [n, d_out], each divided by its norm.
 
         The encoder of an SAE starts as it would from those rows: their transpose, as long as its columns are now."""
-        vectors = checked(vectors, self.d_out, "architecture.fixed_vectors")
+        vectors = checked(vectors, self.d_out)
         latents = list(range(len(vectors))) if self.wanted is None else self.wanted
         _check_latents(latents, self.d_sae)
         if len(latents) != len(vectors):
-            raise UsageError(
-                f"architecture.latents: names {len(latents)} latents for {len(vectors)} vectors. Name as many, or leave it out."
+            raise OptionError(
+                "latents", f"names {len(latents)} latents for {len(vectors)} vectors. Name as many, or leave it out."
             )
         rows = functional.normalize(vectors.to(self.W_dec), dim=1)
         index = torch.tensor(latents, device=rows.device)
@@ -163,7 +163,7 @@ class HSAE(SparseAutoencoder):
 def _over(base: type[SparseAutoencoder]) -> type[HSAE]:
     """The class of an HSAE over `base`; computing what `base` does, it has the base's names in other libraries."""
     if not isinstance(base, type) or not issubclass(base, SparseAutoencoder) or issubclass(base, HSAE):
-        raise UsageError("architecture.base: is no architecture that hsae can stand on. Name another, such as topk.")
+        raise OptionError("base", "is not an architecture that hsae can stand on. Name another, such as topk.")
     names = {name: getattr(base, name) for name in _NAMES_ELSEWHERE}
     return type(f"HSAE over {base.__name__}", (HSAE, base), {**names, "__doc__": HSAE.__doc__, "__module__": __name__})
 
@@ -175,6 +175,6 @@ def _hold_what_was_loaded(sae: Any, _: Any) -> None:
 def _check_latents(latents: list[int], d_sae: int) -> None:
     for latent in latents:
         if not 0 <= latent < d_sae:
-            raise UsageError(f"architecture.latents: {latent} is no latent; there are 0 to {d_sae - 1}.")
+            raise OptionError("latents", f"there is no latent {latent}; there are 0 to {d_sae - 1}.")
     if len(set(latents)) < len(latents):
-        raise UsageError(f"architecture.latents: {latents} names one twice. A row can be one vector only.")
+        raise OptionError("latents", f"{latents} names one twice. A row can be one vector only.")

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from saekit import Step, UsageError
+from saekit import OptionError, Step
 from saekit_contrastive.forms import has_both
 from saekit_contrastive.pooling import Pool, halves, pooled
 from saekit_contrastive.tiled import LEFT_OUT, contrastive_loss
@@ -67,15 +67,11 @@ class InfoNCE:
         names = list(context.source.concepts)
         for name in self._concepts or []:
             if name not in names:
-                raise UsageError(
-                    f"loss.infonce.concepts: there is no concept {name!r}. The source has: {', '.join(names)}."
-                )
+                raise OptionError("concepts", f"there is no concept {name!r}. The source has: {', '.join(names)}.")
         self._columns = [names.index(name) for name in (names if self._concepts is None else self._concepts)]
         for latent in self._focus:
             if not 0 <= latent < context.sae.d_sae:
-                raise UsageError(
-                    f"loss.infonce.focus: there is no latent {latent}; there are 0 to {context.sae.d_sae - 1}."
-                )
+                raise OptionError("focus", f"there is no latent {latent}; there are 0 to {context.sae.d_sae - 1}.")
 
     def active(self, step: Step) -> bool:
         """Only where there is something to compare: sequences of both labels of a concept, or two sequences."""

@@ -43,7 +43,7 @@ class Leakage:
 
     def prepare(self, context: RunContext) -> None:
         """Find the concepts among the source's. UsageError for a concept or a latent that is not there."""
-        self._chosen = resolve_latents(self._latents, list(context.source.concepts), context.sae.d_sae, "loss.leakage")
+        self._chosen = resolve_latents(self._latents, list(context.source.concepts), context.sae.d_sae)
 
     def active(self, step: Step) -> bool:
         """Only where some concept has sequences of both classes."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saekit import UsageError
+from saekit import OptionError
 from saekit_contrastive.probes import difference_of_means, logistic
 
 if TYPE_CHECKING:
@@ -39,25 +39,27 @@ def read_vectors(path: str | Path, width: int) -> Tensor:
     UsageError where the file is missing, cannot be read, or holds what `checked` refuses.
     """
     path = Path(path)
-    where = f"architecture.fixed_vectors: {path}"
     if not path.is_file():
-        raise UsageError(
-            f"{where}: there is no such file. Name one that ends in .npy or .safetensors, or {' or '.join(METHODS)}."
+        raise refused(
+            f"{path}: there is no such file. Name one that ends in .npy or .safetensors, or {' or '.join(METHODS)}."
         )
     rows = []
-    for name, tensor in _tensors(path, where):
+    for name, tensor in _tensors(path):
         if tensor.dim() not in (1, 2) or not tensor.is_floating_point():
             shape = f"{tuple(tensor.shape)} of {tensor.dtype}"
-            raise UsageError(
-                f"{where}{name}: is {shape}, but numbers of shape (n, {width}) are wanted, one vector a row."
-            )
-        rows.append(checked(tensor.float().reshape(-1, tensor.shape[-1]), width, f"{where}{name}"))
+            raise refused(f"{path}{name}: is {shape}, but numbers of shape (n, {width}) are wanted, one vector a row.")
+        rows.append(checked(tensor.float().reshape(-1, tensor.shape[-1]), width, f"{path}{name}: "))
     if not any(map(len, rows)):
-        raise UsageError(f"{where}: holds no vector.")
+        raise refused(f"{path}: holds no vector.")
     return torch.cat(rows)
 
 
-def _tensors(path: Path, where: str) -> Iterator[tuple[str, Tensor]]:
+def refused(message: str) -> OptionError:
+    """The error of vectors that cannot be used."""
+    return OptionError("fixed_vectors", message)
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(how to call it in a message, tensor) of everything in the file. Nothing is unpickled."""
     try:
         if path.suffix == ".npy":
@@ -69,41 +71,39 @@ def _tensors(path: Path, where: str) -> Iterator[tuple[str, Tensor]]:
 
             loaded = {f": tensor {name!r}": tensor for name, tensor in load_file(path).items()}
         else:
-            raise UsageError(f"{where}: ends in {path.suffix!r}. Save the vectors as .npy or .safetensors.")
-    except UsageError:
+            raise refused(f"{path}: ends in {path.suffix!r}. Save the vectors as .npy or .safetensors.")
+    except OptionError:
         raise
     except Exception as error:  # each format has its own ways to be damaged
-        raise UsageError(f"{where}: cannot be read: {type(error).__name__}: {error}.") from None
+        raise refused(f"{path}: cannot be read: {type(error).__name__}: {error}.") from None
     yield from sorted(loaded.items())
 
 
-def checked(vectors: Tensor, width: int, where: str) -> Tensor:
-    """`vectors` [n, width] as they are; UsageError, which begins with `where`, if they cannot be decoder rows."""
+def checked(vectors: Tensor, width: int, source: str = "") -> Tensor:
+    """`vectors` [n, width] as they are. OptionError if they cannot be decoder rows; `source` begins its message."""
     if vectors.shape[1] != width:
-        raise UsageError(
-            f"{where}: the vectors have width {vectors.shape[1]}, but decoder rows have width {width} here. Take vectors of "
+        raise refused(
+            f"{source}the vectors have width {vectors.shape[1]}, but decoder rows have width {width} here. Take vectors of "
             "the model and hook point of this run."
         )
     for number, vector in enumerate(vectors):
         if not bool(torch.isfinite(vector).all()):
-            raise UsageError(f"{where}: vector {number} holds NaN or infinity. Make it anew.")
+            raise refused(f"{source}vector {number} holds NaN or infinity. Make it anew.")
         if not bool(vector.any()):
-            raise UsageError(
-                f"{where}: vector {number} is zero, so it has no direction. Leave it out, or make it anew."
-            )
+            raise refused(f"{source}vector {number} is zero, so it has no direction. Leave it out, or make it anew.")
     return vectors
 
 
 def concept_columns(names: list[str], wanted: list[str] | None) -> list[int]:
     """Which columns of a source's labels `wanted` names; all of them by default. UsageError for one that is missing."""
     if not names:
-        raise UsageError(
-            "architecture.fixed_vectors: are to be computed from labelled sequences, but the source has none. Take a source "
+        raise refused(
+            "are to be computed from labelled sequences, but the source has none. Take a source "
             "with labels (see: saekit plugins, sources that provide 'sequences'), or give a file."
         )
     for name in wanted or []:
         if name not in names:
-            raise UsageError(f"architecture.concepts: the source has no label {name!r}. It has: {', '.join(names)}.")
+            raise OptionError("concepts", f"the source has no label {name!r}. It has: {', '.join(names)}.")
     return [names.index(name) for name in (names if wanted is None else wanted)]
 
 
@@ -123,7 +123,7 @@ def vectors_of(
         vectors = torch.stack(
             [_vector(METHODS[method], x, labels[:, i], source.concepts[c]) for i, c in enumerate(columns)]
         )
-        known[key] = functional.normalize(checked(vectors, x.shape[1], "architecture.fixed_vectors"), dim=1)
+        known[key] = functional.normalize(checked(vectors, x.shape[1]), dim=1)
     return known[key]
 
 
@@ -146,9 +146,10 @@ def _vector(method: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels: Tenso
     """The vector [width] of one concept; positions whose label is unknown take no part."""
     for value in (0, 1):
         if not bool((labels == value).any()):
-            raise UsageError(
-                f"architecture.fixed_vectors: no labelled sequence that was read has {name} = {value}, so there is nothing to "
-                "tell apart. Raise architecture.sequences, or give data of both classes."
+            raise OptionError(
+                "fixed_vectors",
+                f"no labelled sequence that was read has {name} = {value}, so there is nothing to "
+                "tell apart. Raise sequences, or give data of both classes.",
             )
     known = ~labels.isnan()
     return method(x[known], labels[known])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from saekit import FeatureGraph, Result, RunContext, UsageError
+from saekit import ComponentError, FeatureGraph, OptionError, Result, RunContext
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -38,7 +38,7 @@ class Communities:
 
     def __call__(self, context: RunContext) -> Result:
         """scalars: communities, modularity, modularity_rewired, ... tables: communities, members, rewired."""
-        graph = usable(context.graph, self.latents, "communities", context)
+        graph = usable(context.graph, self.latents, context)
         G = undirected(graph)
         found = self._louvain(G, context.seed)
         modularity = _modularity(G, found, self.resolution)
@@ -116,18 +116,18 @@ class Communities:
         return rows[: self.members]
 
 
-def usable(graph: FeatureGraph | None, latents: list[int], name: str, context: RunContext) -> FeatureGraph:
-    """The graph of the run's SAE; UsageError where it is stale or empty, or a latent is not in it."""
+def usable(graph: FeatureGraph | None, latents: list[int], context: RunContext) -> FeatureGraph:
+    """The graph of the run's SAE. UsageError if it is stale or empty, or if it lacks a latent."""
     assert graph is not None  # promised by the need `graph`
     graph.require(context.sae)
     if not graph.edge_index.shape[1]:
-        raise UsageError(
-            f"analyzer.{name}: the feature graph of {graph.builder or 'this SAE'} has no edges, so there is nothing to see. "
+        raise ComponentError(
+            f"the feature graph of {graph.builder or 'this SAE'} has no edges, so there is nothing to see. "
             "Give it more graph.tokens, or a smaller graph.above, or another builder."
         )
     wrong = [j for j in latents if not 0 <= j < graph.nodes]
     if wrong:
-        raise UsageError(f"analyzer.{name}.latents: {wrong} are not in 0 to {graph.nodes - 1}.")
+        raise OptionError("latents", f"{wrong} are not in 0 to {graph.nodes - 1}.")
     return graph.to("cpu")
 
 

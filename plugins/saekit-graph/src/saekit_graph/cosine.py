@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saekit import Code, FeatureGraph, SparseAutoencoder, UsageError
+from saekit import Code, ComponentError, FeatureGraph, SparseAutoencoder
 from saekit_graph.strongest import Above, Neighbours, rows_in_a_block, strongest
 
 BLOCK = 1 << 26  # cosines held at a time: 256 MB of float32. Smaller blocks make the matrix products slower.
@@ -26,14 +26,14 @@ class Cosine:
         self.k, self.above = k, above
 
     def __call__(self, sae: SparseAutoencoder, codes: Iterator[Code]) -> FeatureGraph:
-        """The graph; UsageError where the decoder is not finite."""
+        """The graph. UsageError if the decoder is not finite."""
         rows = sae.W_dec.detach()  # [d_sae, d_out]
         if rows.dtype not in (torch.float32, torch.float64):
             rows = rows.float()
         norms = rows.norm(dim=1)
         if not bool(torch.isfinite(norms).all()):
             latent = int((~torch.isfinite(norms)).nonzero()[0])
-            raise UsageError(f"graph.cosine: decoder row {latent} is not finite, so it has no direction.")
+            raise ComponentError(f"decoder row {latent} is not finite, so it has no direction.")
         inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(rows.dtype).tiny), 0.0)  # [d_sae]
         return strongest(sae, cosine_blocks(rows, inverse), k=self.k, above=self.above)
 

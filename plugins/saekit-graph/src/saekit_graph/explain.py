@@ -38,7 +38,7 @@ class ExplainNeighbours:
 
     def __call__(self, context: RunContext) -> Result:
         """scalars: explained, rank_agreement, rank_agreement_of_weights. tables: neighbours."""
-        graph = usable(context.graph, self.latents, "explain_neighbours", context)
+        graph = usable(context.graph, self.latents, context)
         shares = normalised_weight(graph)
         of = {k: (graph.edge_index[1] == k).nonzero().squeeze(1) for k in self.latents}  # edges into each
         codes = self._codes(context, {k: graph.edge_index[0, edges] for k, edges in of.items()})

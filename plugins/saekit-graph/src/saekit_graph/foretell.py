@@ -41,7 +41,7 @@ class Foretell:
 
     def __call__(self, context: RunContext) -> Result:
         """scalars: latents, r2, r2_control. tables: latents."""
-        graph = usable(context.graph, self.latents, "propagation", context)
+        graph = usable(context.graph, self.latents, context)
         draws = torch.Generator().manual_seed(context.seed)
         drawn = graph.edge_index[1].unique()
         drawn = drawn[torch.randperm(len(drawn), generator=draws)[: self.sample]]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from saekit import Subject, TokenBatch, UsageError
+from saekit import OptionError, Subject, TokenBatch
 
 DEFAULT = Path(__file__).parent / "prompts" / "default.json"
 NEUTRAL, UNRELATED = "neutral", "unrelated"
@@ -30,24 +30,26 @@ def load_prompts(path: str | None) -> dict[str, list[str]]:
 
     The kinds "neutral" and "unrelated" must be there: effect and damage are compared on them."""
     file = DEFAULT if path is None else Path(path).expanduser()
-    where = f"analyzer.steer.prompts: {file}"
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UsageError(f"{where}: cannot be read: {error.strerror}. Name a JSON file {{kind: [texts]}}.") from None
+        raise OptionError(
+            "prompts", f"{file}: cannot be read: {error.strerror}. Name a JSON file {{kind: [texts]}}."
+        ) from None
     except ValueError as error:
-        raise UsageError(f"{where}: is not valid JSON: {error}. Write {{kind: [texts]}}.") from None
+        raise OptionError("prompts", f"{file}: is not valid JSON: {error}. Write {{kind: [texts]}}.") from None
     if not isinstance(content, dict) or not content:
-        raise UsageError(f"{where}: holds no kinds of prompts. Write {{kind: [texts]}}.")
+        raise OptionError("prompts", f"{file}: holds no kinds of prompts. Write {{kind: [texts]}}.")
     for kind, texts in content.items():
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise UsageError(
-                f"{where}: {kind!r} is no list of texts. Give each kind at least one prompt that says something."
+            raise OptionError(
+                "prompts",
+                f"{file}: {kind!r} is not a list of texts. Give each kind at least one prompt that says something.",
             )
     for kind in (NEUTRAL, UNRELATED):
         if kind not in content:
-            raise UsageError(
-                f"{where}: has no kind {kind!r}, on which directions are compared. Add some prompts of it."
+            raise OptionError(
+                "prompts", f"{file}: has no kind {kind!r}, on which directions are compared. Add some prompts of it."
             )
     return content
 
@@ -61,14 +63,16 @@ def tokenised(texts: dict[str, list[str]], subject: Subject, new_tokens: int) ->
             ids = (*first, *subject.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             prompts.append(Prompt(kind, text, ids))
             if subject.context is not None and len(ids) + new_tokens > subject.context:
-                raise UsageError(
-                    f"analyzer.steer.prompts: {text[:60]!r} ({kind}) has {len(ids)} tokens, and {new_tokens} are to follow "
-                    f"(max_new_tokens), but the model takes {subject.context}. Shorten the prompt or max_new_tokens."
+                raise OptionError(
+                    "prompts",
+                    f"{text[:60]!r} ({kind}) has {len(ids)} tokens, and {new_tokens} are to follow "
+                    f"(max_new_tokens), but the model takes {subject.context}. Shorten the prompt or max_new_tokens.",
                 )
             if len(ids) < 2:
-                raise UsageError(
-                    f"analyzer.steer.prompts: {text[:60]!r} ({kind}) is a single token, and the first position is left "
-                    "alone. Write a longer prompt."
+                raise OptionError(
+                    "prompts",
+                    f"{text[:60]!r} ({kind}) is a single token, and the first position is left "
+                    "alone. Write a longer prompt.",
                 )
     return prompts
 

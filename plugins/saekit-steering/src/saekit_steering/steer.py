@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from saekit import Result, RunContext, UsageError
+from saekit import ComponentError, OptionError, Result, RunContext
 from saekit_steering.prompts import load_prompts, tokenised
 from saekit_steering.push import Unit
 from saekit_steering.session import Session, Settings
@@ -109,11 +109,9 @@ class Steer:
         there, a prompt that does not fit, an unknown concept. UsageError."""
         sae, latent = context.sae, self.settings.latent
         if sae.transcoder:
-            raise UsageError("analyzer.steer: the SAE is a transcoder, which cannot pass on what it reads. Use an SAE.")
+            raise ComponentError("the SAE is a transcoder, which cannot pass on what it reads. Use an SAE.")
         if latent >= sae.d_sae:
-            raise UsageError(
-                f"analyzer.steer.latent: there is no latent {latent}; the SAE has {sae.d_sae}, 0 to {sae.d_sae - 1}."
-            )
+            raise OptionError("latent", f"there is no latent {latent}; the SAE has {sae.d_sae}, 0 to {sae.d_sae - 1}.")
         concept_column(context, self.settings.concept)
         tokenised(self.texts, context.source.subject, self.settings.max_new_tokens)
 
@@ -123,9 +121,7 @@ class Steer:
         self.prepare(context)
         latent = self.settings.latent
         if not float(context.sae.W_dec[latent].detach().norm()) > 0:
-            raise UsageError(
-                f"analyzer.steer.latent: the decoder row of latent {latent} is zero, so nothing can be added."
-            )
+            raise OptionError("latent", f"the decoder row of latent {latent} is zero, so nothing can be added.")
         result = Session(context, self.settings, self.texts).run()
         for note in result.notes:
             context.warn(f"steer: {note}")
@@ -134,5 +130,5 @@ class Steer:
 
 def _strengths(given: Sequence[float]) -> list[float]:
     if not any(given):
-        raise UsageError("analyzer.steer.strengths: all are 0, which changes nothing. Give some that are not.")
+        raise OptionError("strengths", "all are 0, which changes nothing. Give some that are not.")
     return sorted(set(given))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from saekit import GeneratedPair, Subject, UsageError, named_function, paired_generation
+from saekit import GeneratedPair, OptionError, Subject, named_function, paired_generation
 from saekit_steering.matched import mean
 from saekit_steering.prompts import Prompt, batch_of
 from saekit_steering.push import Push
@@ -119,7 +119,7 @@ def averaged(found: Sequence[Continuation], pushes: Sequence[Push]) -> list[dict
 
 def load_judge(name: str) -> Judge:
     """The function that "module:function" names. UsageError where there is none."""
-    return named_function(name, "analyzer.steer.judge", "(prompt, before, after)")
+    return named_function(name, "judge", "(prompt, before, after)")
 
 
 def judged(judge: Judge, prompt: str, before: str, after: str) -> dict[str, float | None]:
@@ -128,5 +128,5 @@ def judged(judge: Judge, prompt: str, before: str, after: str) -> dict[str, floa
     if not isinstance(given, dict) or not all(
         isinstance(k, str) and isinstance(v, int | float) and math.isfinite(v) for k, v in given.items()
     ):
-        raise UsageError(f"analyzer.steer.judge: it gave {given!r}. Return a dictionary of names and finite numbers.")
+        raise OptionError("judge", f"it gave {given!r}. Return a dictionary of names and finite numbers.")
     return {f"judge_{name}": float(value) for name, value in given.items()}

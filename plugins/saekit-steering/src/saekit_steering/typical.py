@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saekit import RunContext, SequenceBatch, UsageError
+from saekit import ComponentError, OptionError, RunContext, SequenceBatch
 
 SMOOTHING = 0.5
 """Added to every token's count (Jeffreys' prior), so that a token of one class alone has a finite log-odds ratio."""
@@ -70,8 +70,8 @@ def typical_tokens(counts: Tensor, size: int, min_count: int) -> TypicalTokens:
         order = score.argsort(descending=True, stable=True)[:size]
         chosen = order[score[order] > 0].tolist()
         if not chosen:
-            raise UsageError(
-                f"analyzer.steer: no token is typical of the texts {name} the concept among those seen at least "
+            raise ComponentError(
+                f"no token is typical of the texts {name} the concept among those seen at least "
                 f"{min_count} times. Raise set_sequences, or lower min_count."
             )
         sides.append(chosen)
@@ -105,16 +105,15 @@ def held_out_sequences(context: RunContext, column: int, n: int, size: int = 32)
         if not len(batch):
             break
         if batch.tokens is None:
-            raise UsageError(
-                "analyzer.steer: the source's labelled sequences have no tokens. Use a source that reads text."
-            )
+            raise ComponentError("the source's labelled sequences have no tokens. Use a source that reads text.")
         seen = [seen[label] + int(of_class(batch, column, label).sum()) for label in (0, 1)]
         yield batch
     for label, positions in enumerate(seen):
         if not positions:
-            raise UsageError(
-                f"analyzer.steer.concept: no held-out sequence has the label {context.source.concepts[column]} = {label} "
-                f"among the first {n}. Label texts of both classes, or raise set_sequences."
+            raise OptionError(
+                "concept",
+                f"no held-out sequence has the label {context.source.concepts[column]} = {label} "
+                f"among the first {n}. Label texts of both classes, or raise set_sequences.",
             )
 
 
@@ -124,7 +123,5 @@ def concept_column(context: RunContext, name: str | None) -> int:
     if name is None and concepts:
         return 0
     if name not in concepts:
-        raise UsageError(
-            f"analyzer.steer.concept: the source has no label {name!r}. Its labels: {', '.join(concepts) or 'none'}."
-        )
+        raise OptionError("concept", f"the source has no label {name!r}. Its labels: {', '.join(concepts) or 'none'}.")
     return concepts.index(name)
