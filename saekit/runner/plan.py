@@ -138,7 +138,7 @@ def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
     source = _part("source", config.source, registry, config)
     with explained([source]), under_key(source.key):
         built = _source(source)
-    withheld: dict[str, str] = getattr(built, "withheld", {})
+        withheld: dict[str, str] = getattr(built, "withheld", {})
     given = _provided([source.component]) - set(withheld)
     resolved = _with_defaults(config, registry, given)
     members = []

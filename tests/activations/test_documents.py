@@ -189,5 +189,5 @@ def test_neither_side_is_ever_empty(fraction):
 
 @pytest.mark.parametrize("words", [[], ["a"], ["a", "a"]])
 def test_too_few_documents_to_divide(words):
-    with pytest.raises(UsageError, match=r"data 'x': \d document\(s\) cannot be divided .*unit = \"paragraph\""):
-        held_out_documents(hashes(words), 0.5, "data 'x'")
+    with pytest.raises(UsageError, match=r"^data: 'x': \d document\(s\) cannot be divided .*unit = \"paragraph\""):
+        held_out_documents(hashes(words), 0.5, "x")

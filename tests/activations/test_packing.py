@@ -80,7 +80,7 @@ def test_only_the_documents_chosen():
 
 
 def test_no_room_and_no_tokens():
-    with pytest.raises(UsageError, match="context = 1: leaves no room"):
+    with pytest.raises(UsageError, match="^context: 1: leaves no room"):
         rows_of([3], 1)
     with pytest.raises(UsageError, match="no tokens at all"):
         rows_of([0, 0], 8)

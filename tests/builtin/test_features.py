@@ -79,5 +79,5 @@ def test_nothing_alive_is_said_plainly(context: RunContext) -> None:
 
 
 def test_a_latent_out_of_range_is_refused(context: RunContext) -> None:
-    with pytest.raises(UsageError, match=r"analyzer.features.latents.*0 to 2"):
+    with pytest.raises(UsageError, match=r"^latents: .*0 to 2"):
         Features(latents=[3])(context)

@@ -239,7 +239,7 @@ def changed(**changes):
 @pytest.mark.parametrize(
     ("records", "options", "message"),
     [
-        (TEXTS, {"labels": []}, "source.labels: is missing"),
+        (TEXTS, {"labels": []}, "^labels: is missing"),
         (TEXTS, {"labels": ["z"]}, r"no line of .*texts.jsonl has the key 'z'\..* Keys: 'c', 'text', 'y'"),
         (TEXTS, {"labels": [], "classes": "cc"}, r"has the key 'cc'. Did you mean 'c'"),
         (changed(y="yes"), {}, r"texts.jsonl, line 4: the label 'y' is 'yes'. Write 0, 1, true or false, or null"),

@@ -250,9 +250,9 @@ ITERATOR = iter([ROWS[:4]] * 50)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"module": "nothing"}, "source.module: 'nothing' names nothing. Write package.module:function"),
+        ({"module": "nothing"}, "^module: 'nothing' names nothing. Write package.module:function"),
         ({"module": "no_such_module:make"}, "'no_such_module' cannot be imported: No module named .* ./my_model.py"),
-        ({"module": "torch.nn:Linaer"}, "source.module: torch.nn has no 'Linaer'. Did you mean 'Linear'"),
+        ({"module": "torch.nn:Linaer"}, "^module: torch.nn has no 'Linaer'. Did you mean 'Linear'"),
         ({"module": "nowhere.py:make"}, "nowhere.py: there is no such file"),
         ({"module": failing}, r"failing failed: ValueError: no weights here \(.*test_module.py, line \d+\)"),
         ({"module": lambda: 3}, "gives int, not an nn.Module"),
@@ -267,15 +267,15 @@ ITERATOR = iter([ROWS[:4]] * 50)
         ),
         (
             {"data": lambda: [(ROWS[:4], 1.0, 2)]},
-            r"cannot run on a batch of .* \(tuple .*\): TypeError.* source.args, such as \[0\]",
+            r"cannot run on a batch of .* \(tuple .*\): TypeError.* in args, such as \[0\]",
         ),
         ({"module": narrow, "hook_point": "0"}, r"narrow cannot run on a batch .* \(float32 \[4, 3\]\): RuntimeError"),
         (
             {"data": lambda: [(ROWS[:4],)], "args": [1]},
-            r"source.args: a batch of .* has no item 1; it is tuple \[0\] float32",
+            r"^args: a batch of .* has no item 1; it is tuple \[0\] float32",
         ),
-        ({"data": lambda: [{"y": ROWS[:4]}], "args": ["x"]}, "source.args: a batch of .* has no item 'x'"),
-        ({"data": lambda: [ROWS[:4]], "args": [0]}, "source.args: a batch of .* has no items. Leave args out"),
+        ({"data": lambda: [{"y": ROWS[:4]}], "args": ["x"]}, "^args: a batch of .* has no item 'x'"),
+        ({"data": lambda: [ROWS[:4]], "args": [0]}, "^args: a batch of .* has no items. Leave args out"),
     ],
 )
 def test_what_cannot_be_used(options, message):

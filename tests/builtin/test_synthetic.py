@@ -136,14 +136,14 @@ def test_a_training_stream_restarts_bit_for_bit():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"low": 2.0}, "source.low: 2.0 is more than source.high"),
-        ({"n_features": 17, "orthogonal": True}, "source.orthogonal: 17 directions .* Lower n_features to 16"),
-        ({"concepts": [12]}, "source.concepts: 12 is no feature; there are 0 to 11"),
-        ({"probability": [0.1, 0.2]}, "source.probability: lists 2 numbers for 12 features"),
-        ({"probability": 0.9, "power": 2.0}, "source.probability: feature 0 would be active with probability"),
+        ({"low": 2.0}, "^low: 2.0 is more than high"),
+        ({"n_features": 17, "orthogonal": True}, "^orthogonal: 17 directions .* Lower n_features to 16"),
+        ({"concepts": [12]}, "^concepts: there is no feature 12; there are 0 to 11"),
+        ({"probability": [0.1, 0.2]}, "^probability: lists 2 numbers for 12 features"),
+        ({"probability": 0.9, "power": 2.0}, "^probability: feature 0 would be active with probability"),
         ({"probability": 0.0}, "must be more than 0 and less than 1"),
-        ({"probability": [0.1] * 12, "power": 1.0}, "source.power: goes with one probability"),
-        ({"pairs": 7}, "source.pairs: 7 pairs need 14 features"),
+        ({"probability": [0.1] * 12, "power": 1.0}, "^power: goes with one probability"),
+        ({"pairs": 7}, "^pairs: 7 pairs need 14 features"),
     ],
 )
 def test_what_cannot_be_made(options, message):
@@ -152,7 +152,7 @@ def test_what_cannot_be_made(options, message):
 
 
 def test_without_concepts_there_are_no_sequences():
-    with pytest.raises(UsageError, match="source.concepts: is empty"):
+    with pytest.raises(UsageError, match="^concepts: is empty"):
         opened().sequences("train", 4, 0, 0)
     with pytest.raises(UsageError, match="split 'test'"):
         some(opened(), "test", 1)

@@ -226,9 +226,9 @@ X = numbered(0, 40)
         (
             [{"activations": X, "y": X.sign()}],
             {"labels": "y", "concepts": ["a"]},
-            ["source.concepts: names 1 columns", "has 4"],
+            ["concepts: names 1 columns", "has 4"],
         ),
-        ([{"activations": X}], {"chunk": 100}, ["is one chunk", "Lower source.chunk"]),
+        ([{"activations": X}], {"chunk": 100}, ["is one chunk", "Lower chunk"]),
         ([{"activations": X}], {"held_out_by": "file"}, ["is one file", "Give more files"]),
     ],
 )
@@ -249,7 +249,7 @@ def test_a_truncated_file_is_named(tmp_path, suffix, cut):
 
 def test_other_wrong_files(tmp_path):
     np.save(tmp_path / "x.npy", X.numpy())
-    with pytest.raises(UsageError, match=r"source.labels: a .npy file holds one array"):
+    with pytest.raises(UsageError, match=r"^labels: a .npy file holds one array"):
         opened(tmp_path, labels="y")
     save_file({"activations": X}, tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match=r".npy and .safetensors files. Name those of one kind"):

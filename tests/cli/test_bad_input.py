@@ -102,7 +102,7 @@ def test_an_unknown_name_comes_with_near_ones(
         ({"architecture": {"use": "topk"}}, ("architecture.d_sae", "is missing")),
         ({"architecture__d_sae": -4}, ("architecture.d_sae", "greater than 0")),
         ({"source__held_out": 1.0}, ("source.held_out", "less than 1")),
-        ({"source__context": 100}, ("context = 100", "64 tokens at most", "Lower context")),
+        ({"source__context": 100}, ("source.context: 100", "64 tokens at most", "Lower context")),
         ({"source__unit": "sentence"}, ("source.unit", "'paragraph'")),
         ({"callback": [{"use": "resample", "until": 1.5}]}, ("callback.resample.until", "less than or equal to 1")),
         ({"training__lr": -1.0}, ("training.lr", "negative")),

@@ -302,7 +302,7 @@ def test_the_run_file_for_gemma_on_a_small_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"latents": [64]}, r"architecture.latents: 64 is no latent; there are 0 to 63"),
+        ({"latents": [64]}, r"architecture.latents: there is no latent 64; there are 0 to 63"),
         ({"latents": [1, 1]}, r"architecture.latents: .* names one twice"),
         ({"latents": [0]}, r"architecture.latents: names 1 latents for 2 vectors"),
         ({"concepts": ["feature 9"]}, r"architecture.concepts: the source has no label 'feature 9'"),

@@ -111,7 +111,7 @@ def test_one_class_alone_says_nothing(kit) -> None:
 
 def test_what_is_not_there_is_refused(kit) -> None:
     sae = kit.step_of().sae
-    with pytest.raises(UsageError, match=r"loss\.infonce\.concepts.*'poetry'.*code, prose"):
+    with pytest.raises(UsageError, match=r"^concepts: .*'poetry'.*code, prose"):
         kit.prepared(InfoNCE(concepts=["poetry"]), sae)
-    with pytest.raises(UsageError, match=r"loss\.infonce\.focus.*64.*0 to 63"):
+    with pytest.raises(UsageError, match=r"^focus: .*64.*0 to 63"):
         kit.prepared(InfoNCE(focus=[64]), sae)
