@@ -4,81 +4,113 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
+from saekit.activations.huggingface import load_subject, model_digest, peek_model
 from saekit.activations.packing import Rows
 from saekit.activations.shuffle import stop_point
+from saekit.activations.sites import RESIDUAL
 from saekit.activations.subject import Subject
 from saekit.errors import ComponentError, OptionError, UsageError
+from saekit.files import sha256_of
 from saekit.seeds import derived_seed
 
 ModelDtype = Literal["float32", "bfloat16"]
+HookPoint = Annotated[
+    str, Field(description="Where to read: blocks.2.hook_out, a submodule's path, a TransformerLens name.")
+]
+TargetHookPoint = Annotated[
+    str | None, Field(description="For a transcoder: where to read what is rebuilt from the hook point.")
+]
 NO_TARGET = {"target": "For a transcoder, set source.target_hook_point."}
-"""What a source that reads one site only withholds, and the fix."""
+"""What a source that reads only one site withholds, and the fix."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class HarvestSource:
-    """What every source that reads text through a language model has in common; it implements `contracts.Source`.
+    """What all sources that read text through a language model share; it implements `contracts.Source`.
 
-    target_hook_point: for a transcoder, where to read what is rebuilt; both sites are read in one forward.
+    A subclass has `model`, the model's directory or hub name, as an option or a property, and `prepare`, which loads the
+    `Subject` and the `Rows` of each split. Row r of "train" means the same tokens whenever it is asked for (given the
+    seed), and block b is always the rows b * R to (b + 1) * R - 1; R depends only on the block's size and the mean
+    length of the rows.
 
-    A subclass sets `peek` and `prepare`: the latter loads a `Subject` and the `Rows` of each split. Row number r of
-    "train" means the same tokens whenever it is asked for (given the seed), and block b is always the rows
-    b * R to (b + 1) * R - 1, R depending on the block's size and the mean length of the rows alone.
-
-    rows: rows a forward. drop_first: leave each row's first position out of the data (an attention sink, whose
-    activation is like no other). drop_special: leave BOS, EOS and the other special tokens out as well.
-    model_dtype: what the model computes in; activations are handed over in the dtype given to `open`.
+    Both sites are read in one forward. Activations are handed over in the dtype that `open` is given.
     """
 
-    subject: Subject
-    withheld: dict[str, str]
-    d_in: int
-    d_out: int
+    hook_point: HookPoint
+    target_hook_point: TargetHookPoint = None
+    context: Annotated[int, Field(gt=1, description="Tokens in a row.")] = 128
+    drop_first: Annotated[bool, Field(description="Leave the first position of each row out (an attention sink).")] = (
+        True
+    )
+    drop_special: Annotated[bool, Field(description="Leave BOS, EOS and other special tokens out.")] = False
+    rows: Annotated[int, Field(gt=0, description="Rows of tokens in one forward.")] = 32
+    model_dtype: Annotated[ModelDtype, Field(description="What the model computes in; bfloat16 on CUDA only.")] = (
+        "float32"
+    )
 
-    def __init__(
-        self,
-        *,
-        hook_point: str,
-        context: int,
-        rows: int,
-        drop_first: bool,
-        drop_special: bool,
-        model_dtype: ModelDtype,
-        target_hook_point: str | None = None,
-    ):
-        self.hook_point: str = hook_point
-        self.target_hook_point = target_hook_point
-        self.withheld = {} if target_hook_point else dict(NO_TARGET)
-        self.context = context
-        self.rows = rows
-        self.drop_first = drop_first
-        self.drop_special = drop_special
-        self.model_dtype = model_dtype
+    if TYPE_CHECKING:  # a property that is really there would count as the default of a subclass's option
+
+        @property
+        def model(self) -> str: ...
+
+    trust_remote_code = False  # an option of those sources that read a model of the user's choice
+
+    def __post_init__(self) -> None:
+        self.withheld = {} if self.target_hook_point else dict(NO_TARGET)
 
     def peek(self) -> dict[str, Any]:
-        """What is known without loading; see `contracts.Source.peek`."""
-        raise NotImplementedError
+        """What config.json tells of the model and the sites; see `contracts.Source.peek`.
+
+        OptionError for a block or a context that the model lacks."""
+        known = peek_model(self.model)
+        found: dict[str, Any] = {"model": self.model, "hook_point": self.hook_point}
+        self._check_context(self.model, known.get("context"))
+        if self.target_hook_point is not None:
+            found["target_hook_point"] = self.target_hook_point
+        for option, name, width in (
+            ("hook_point", self.hook_point, "d_in"),
+            ("target_hook_point", self.target_hook_point or self.hook_point, "d_out"),
+        ):
+            residual = RESIDUAL.fullmatch(name)
+            if residual and int(residual[1]) >= known.get("layers", int(residual[1]) + 1):
+                raise OptionError(
+                    option, f"{name!r}, but {self.model} has {known['layers']} blocks, 0 to {known['layers'] - 1}."
+                )
+            if residual and "hidden_size" in known:
+                found[width] = known["hidden_size"]
+        return found
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Subject, dict[str, Rows], dict[str, Any]]:
         """The subject, the rows of "train" and "held_out", and what identifies the data."""
         raise NotImplementedError
 
+    def load(self, device: torch.device, dtype: torch.dtype) -> Subject:
+        """The model with its sites."""
+        return load_subject(
+            self.model,
+            self.hook_point,
+            target_hook_point=self.target_hook_point,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+
     def open(self, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Load model and data. UsageError for whatever of them cannot be used."""
+        """Load model and data. UsageError for anything that cannot be used."""
         self._dtype = dtype
         self._device = torch.device(device)
         self.subject, self._splits, self._data = self.prepare(self._device, getattr(torch, self.model_dtype))
-        limit = self.subject.context
-        if limit is not None and self.context > limit:
-            raise OptionError(
-                "context", f"{self.context}, but {self.subject.name} takes {limit} tokens at most. Lower context."
-            )
+        self._check_context(self.subject.name, self.subject.context)
         self.d_in, self.d_out = self.subject.widths()
         self._special = np.asarray(
             sorted(self.subject.tokenizer.all_special_ids) if self.drop_special else [], dtype=np.int64
@@ -150,6 +182,24 @@ class HarvestSource:
         """The ids of BOS, EOS and the other tokens that stand for no text."""
         return sorted(self.subject.tokenizer.all_special_ids)
 
+    def _fingerprint(self, files: list[Path] | None, *options: str) -> dict[str, Any] | None:
+        """`contracts.Source.fingerprint`: hashes of the model's and the data's files, and the options that matter.
+
+        None if the files are not known: for a model that was never downloaded, or (files is None) a data set of the hub."""
+        digest = model_digest(self.model)
+        if digest is None or files is None:
+            return None
+        shared = ("hook_point", "target_hook_point", "context", "drop_first", "drop_special", "model_dtype")
+        return {
+            "model_digest": digest,
+            "data_digest": {path.name: sha256_of(path) for path in files},
+            **{name: getattr(self, name) for name in (*shared, *options)},
+        }
+
+    def _check_context(self, model: str, limit: int | None) -> None:
+        if limit is not None and self.context > limit:
+            raise OptionError("context", f"{self.context}, but {model} takes {limit} tokens at most. Lower context.")
+
     def _split(self, split: str) -> Rows:
         if split not in self._splits:
             raise UsageError(f"split {split!r}: there are only {' and '.join(map(repr, self._splits))}.")
@@ -197,10 +247,10 @@ class HarvestSource:
 
 
 class LabelledHarvestSource(HarvestSource):
-    """A harvest whose rows have labels: the second stream, `sequences`, beside the positions.
+    """A harvest whose rows have labels: besides the positions it gives the second stream, `sequences`.
 
-    A subclass's `prepare` also sets `concepts`, the names of the columns of labels, and `labelled`, for each split the
-    rows that have one at least. They are other objects than the rows it returns, since a background thread reads those.
+    A subclass's `prepare` also sets `concepts`, the names of the columns of labels, and `labelled`, the rows of each
+    split that have at least one label. These are not the objects that it returns, because a background thread reads those.
     """
 
     concepts: list[str]

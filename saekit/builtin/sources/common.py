@@ -1,82 +1,51 @@
-"""What the sources that read text through a language model share: their options, what can be seen early, packing."""
+"""What the sources that read texts of the user's choice share: their options, and how texts are divided and packed."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from saekit.activations.harvest import ModelDtype
-from saekit.activations.huggingface import model_digest, peek_model
-from saekit.activations.packing import PackedRows, TokenStore, first_token
-from saekit.activations.sites import RESIDUAL
+from saekit.activations.documents import Document, held_out_documents
+from saekit.activations.harvest import HarvestSource
+from saekit.activations.packing import PackedRows, TokenStore, first_token, tokenise
 from saekit.activations.subject import Subject
-from saekit.errors import OptionError
-from saekit.files import sha256_of
 
-HookPoint = Annotated[
-    str, Field(description="Where to read: blocks.2.hook_out, a submodule's path, a TransformerLens name.")
-]
-TargetHookPoint = Annotated[
-    str | None, Field(description="For a transcoder: where to read what is rebuilt from the hook point.")
-]
-RowsAForward = Annotated[int, Field(gt=0, description="Rows of tokens in one forward.")]
-Bos = Annotated[
-    bool | Literal["auto"], Field(description="Begin each row with BOS; auto: where the tokenizer has one.")
-]
-DropFirst = Annotated[bool, Field(description="Leave the first position of each row out (an attention sink).")]
-DropSpecial = Annotated[bool, Field(description="Leave BOS, EOS and other special tokens out.")]
-Dtype = Annotated[ModelDtype, Field(description="What the model computes in; bfloat16 on CUDA only.")]
+Bos = bool | Literal["auto"]
 
 
-def peek_site(model: str, hook_point: str, target: str | None, context: int) -> dict[str, Any]:
-    """What config.json tells of a model and a hook point (or two). UsageError for a block or a context that it lacks."""
-    known = peek_model(model)
-    found: dict[str, Any] = {"model": model, "hook_point": hook_point}
-    if context > known.get("context", context):
-        raise OptionError("context", f"{context}, but {model} takes {known['context']} tokens at most. Lower context.")
-    if target is not None:
-        found["target_hook_point"] = target
-    for option, name, width in (
-        ("hook_point", hook_point, "d_in"),
-        ("target_hook_point", target or hook_point, "d_out"),
-    ):
-        residual = RESIDUAL.fullmatch(name)
-        if residual and int(residual[1]) >= known.get("layers", int(residual[1]) + 1):
-            raise OptionError(
-                option, f"{name!r}, but {model} has {known['layers']} blocks, 0 to {known['layers'] - 1}."
-            )
-        if residual and "hidden_size" in known:
-            found[width] = known["hidden_size"]
-    return found
+@dataclass(kw_only=True, eq=False, repr=False)
+class TextsSource(HarvestSource):
+    """A language model on texts, of which a share is held out."""
+
+    model: Annotated[str, Field(description="A local directory or a name on the Hugging Face hub.")]
+    data: Annotated[str, Field(description="Files with texts.")]
+    column: Annotated[str, Field(description="The key or column that holds the text.")] = "text"
+    limit: Annotated[int | None, Field(gt=1, description="Read so many texts at most.")] = None
+    held_out: Annotated[float, Field(gt=0, lt=1, description="The share of texts that is held out.")] = 0.05
+    bos: Annotated[Bos, Field(description="Begin each row with BOS; auto: where the tokenizer has one.")] = "auto"
+    trust_remote_code: Annotated[bool, Field(description="Run code that comes with the model.")] = False
+
+    def divided(self, texts: Iterable[Document], subject: Subject, *, eos: bool) -> tuple[TokenStore, np.ndarray]:
+        """The texts as tokens, and which of them are held out ([D] booleans)."""
+        store = tokenise(texts, subject.tokenizer, eos=eos)
+        return store, held_out_documents(store.hashes, self.held_out, self.data)
+
+    def data_identity(self, store: TokenStore) -> dict[str, Any]:
+        """What identifies the tokens; the data's part of `contracts.Source.identity`."""
+        return {"data": self.data, "data_digest": store.digest(), "held_out": self.held_out, "bos": self.bos}
 
 
-def packed(
-    subject: Subject, store: TokenStore, chosen: np.ndarray, context: int, bos: bool | Literal["auto"]
-) -> PackedRows:
-    """The rows of the documents that are `chosen` ([D] booleans), padded with a token that the model has."""
+def row_options(subject: Subject, context: int, bos: Bos) -> dict[str, Any]:
+    """How rows of tokens are made for this model: their length, what begins them, and what fills them."""
     tokenizer = subject.tokenizer
-    first, pad = first_token(tokenizer, bos), padding(tokenizer)
-    return PackedRows(store, np.flatnonzero(chosen), context=context, bos=first, pad=pad)
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)  # is masked
+    return {"context": context, "bos": first_token(tokenizer, bos), "pad": pad}
 
 
-def fingerprint(source: Any, model: str, files: list[Path] | None, options: tuple[str, ...]) -> dict[str, Any] | None:
-    """`contracts.Source.fingerprint` of a source: hashes of the model's and the data's files, and some of its options.
-
-    None where the files are not known: for a model that was never downloaded, or (files is None) a data set of the hub."""
-    digest = model_digest(model)
-    if digest is None or files is None:
-        return None
-    options = ("hook_point", "target_hook_point", "context", "drop_first", "drop_special", "model_dtype", *options)
-    return {
-        "model_digest": digest,
-        "data_digest": {path.name: sha256_of(path) for path in files},
-        **{name: getattr(source, name) for name in options},
-    }
-
-
-def padding(tokenizer: Any) -> int:
-    """A token that the model has, to fill rows with; its positions are masked."""
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+def packed(subject: Subject, store: TokenStore, chosen: np.ndarray, context: int, bos: Bos) -> PackedRows:
+    """The rows of the documents that are `chosen` ([D] booleans)."""
+    return PackedRows(store, np.flatnonzero(chosen), **row_options(subject, context, bos))

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from pydantic import Field
 
-from saekit.activations.documents import Document, find_files, held_out_documents, read_records, text_of
+from saekit.activations.documents import Document, find_files, read_records, text_of
 from saekit.activations.harvest import LabelledHarvestSource
-from saekit.activations.huggingface import load_subject
-from saekit.activations.packing import MixedRows, Rows, SequenceRows, TokenStore, first_token, tokenise
+from saekit.activations.packing import MixedRows, Rows, SequenceRows, TokenStore
 from saekit.activations.subject import Subject
-from saekit.builtin.sources.common import (
-    Bos,
-    DropFirst,
-    DropSpecial,
-    Dtype,
-    HookPoint,
-    RowsAForward,
-    TargetHookPoint,
-    fingerprint,
-    padding,
-    peek_site,
-)
+from saekit.builtin.sources.common import TextsSource, row_options
 from saekit.errors import OptionError, UsageError, near_names
 
 if TYPE_CHECKING:
     import torch
 
 
-class LabelledSource(LabelledHarvestSource):
+@dataclass(kw_only=True, eq=False, repr=False)
+class LabelledSource(TextsSource, LabelledHarvestSource):
     """Activations of a language model on labelled texts: JSON Lines with a text and one or several labels.
 
     A label is 0, 1, true or false; null, or no such key, leaves it unknown. Each text is a sequence of its own,
@@ -44,61 +34,36 @@ class LabelledSource(LabelledHarvestSource):
     labels (unknown is one too) equally often in training; rare ones come round more often.
     """
 
-    def __init__(
-        self,
-        *,
-        model: Annotated[str, Field(description="A local directory or a name on the Hugging Face hub.")],
-        hook_point: HookPoint,
-        data: Annotated[str, Field(description="A .jsonl file, a directory or glob of them.")],
-        labels: Annotated[list[str], Field(description="Keys that hold 0, 1, true, false, or null.")] = [],  # noqa: B006
-        classes: Annotated[
-            str | None, Field(description="A key that holds the name of a class: one label for each class.")
-        ] = None,
-        balance: Annotated[bool, Field(description="Train on every combination of labels equally often.")] = False,
-        target_hook_point: TargetHookPoint = None,
-        column: Annotated[str, Field(description="The key that holds the text.")] = "text",
-        limit: Annotated[int | None, Field(gt=1, description="Read so many texts at most.")] = None,
-        held_out: Annotated[float, Field(gt=0, lt=1, description="The share of texts that is held out.")] = 0.05,
-        context: Annotated[int, Field(gt=1, description="The most tokens in a sequence.")] = 128,
-        bos: Bos = "auto",
-        drop_first: DropFirst = True,
-        drop_special: DropSpecial = False,
-        rows: RowsAForward = 32,
-        model_dtype: Dtype = "float32",
-        trust_remote_code: Annotated[bool, Field(description="Run code that comes with the model.")] = False,
-    ):
-        super().__init__(
-            hook_point=hook_point,
-            target_hook_point=target_hook_point,
-            context=context,
-            rows=rows,
-            drop_first=drop_first,
-            drop_special=drop_special,
-            model_dtype=model_dtype,
-        )
-        self.model = model
-        self.data = data
-        self.keys = list(dict.fromkeys(labels))
-        self.classes = classes
-        self.balance = balance
-        self.column = column
-        self.limit = limit
-        self.held_out = held_out
-        self.bos = bos
-        self.trust_remote_code = trust_remote_code
+    data: Annotated[str, Field(description="A .jsonl file, a directory or glob of them.")]
+    labels: Annotated[list[str], Field(description="Keys that hold 0, 1, true, false, or null.")] = field(
+        default_factory=list
+    )
+    classes: Annotated[
+        str | None, Field(description="A key that holds the name of a class: one label for each class.")
+    ] = None
+    balance: Annotated[bool, Field(description="Train on every combination of labels equally often.")] = False
+    column: Annotated[str, Field(description="The key that holds the text.")] = "text"
+    context: Annotated[int, Field(gt=1, description="The most tokens in a sequence.")] = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.labels = list(dict.fromkeys(self.labels))
         self.warnings: list[str] = []
-        if not self.keys and classes is None:
+        if not self.labels and self.classes is None:
             raise OptionError(
                 "labels",
                 'is missing. Name the keys that hold labels, labels = ["python"], or the one that holds '
                 'the name of a class, classes = "language".',
             )
 
+    @property
+    def _keys(self) -> list[str]:
+        return [*self.labels, *([self.classes] if self.classes else [])]
+
     def peek(self) -> dict[str, Any]:
         """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""
-        data = f"{self.data}: {', '.join([*self.keys, *([self.classes] if self.classes else [])])}"
         self._files()
-        return {**peek_site(self.model, self.hook_point, self.target_hook_point, self.context), "data": data}
+        return {**super().peek(), "data": f"{self.data}: {', '.join(self._keys)}"}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Subject, dict[str, Rows], dict[str, Any]]:
         """Read the labels, load the model, then tokenise the texts."""
@@ -106,17 +71,9 @@ class LabelledSource(LabelledHarvestSource):
         self.warnings.clear()
         self.concepts, labels = self._labels()  # [D, n_concepts]
         counts = self._count(labels)  # wrong labels are found before a model is loaded
-        subject = load_subject(
-            self.model,
-            self.hook_point,
-            target_hook_point=self.target_hook_point,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=self.trust_remote_code,
-        )
+        subject = self.load(device, dtype)
         documents = (Document(f"{path}:{number}", text) for path, number, _, text in self._records())
-        store = tokenise(documents, subject.tokenizer, eos=False)
-        held_out = held_out_documents(store.hashes, self.held_out, self.data)
+        store, held_out = self.divided(documents, subject, eos=False)
         self._look_at_splits(labels, held_out)
         known = ~np.isnan(labels).all(1)  # [D]
         splits: dict[str, Rows] = {}
@@ -125,20 +82,12 @@ class LabelledSource(LabelledHarvestSource):
             splits[split] = self._rows(subject, store, chosen, labels, split)
             if (chosen & known).any():
                 self.labelled[split] = self._rows(subject, store, chosen & known, labels, split)
-        identity = {
-            "data": self.data,
-            "data_digest": store.digest(),
-            "labels": counts,
-            "balance": self.balance,
-            "held_out": self.held_out,
-            "bos": self.bos,
-        }
-        return subject, splits, identity
+        return subject, splits, {**self.data_identity(store), "labels": counts, "balance": self.balance}
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What determines the activations, without loading; see `contracts.Source.fingerprint`."""
-        options = ("keys", "classes", "balance", "column", "limit", "held_out", "bos")
-        return fingerprint(self, self.model, self._files(), options)
+        options = ("labels", "classes", "balance", "column", "limit", "held_out", "bos")
+        return self._fingerprint(self._files(), *options)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -166,19 +115,19 @@ class LabelledSource(LabelledHarvestSource):
         seen: set[str] = set()
         for path, number, record, _ in self._records():
             seen |= set(record)
-            table.append([_label(record.get(key), key, path, number) for key in self.keys])
+            table.append([_label(record.get(key), key, path, number) for key in self.labels])
             if self.classes is not None:
                 names.append(_class(record.get(self.classes), self.classes, path, number))
-        for key in [*self.keys, *([self.classes] if self.classes else [])]:
+        for key in self._keys:
             if key not in seen:
                 raise OptionError(
                     "labels",
                     f"no line of {self.data} has the key {key!r}.{near_names(key, seen)} "
                     f"Keys: {', '.join(map(repr, sorted(seen))) or 'none'}.",
                 )
-        labels = np.asarray(table, dtype=np.float32).reshape(len(table), len(self.keys))
+        labels = np.asarray(table, dtype=np.float32).reshape(len(table), len(self.labels))
         if self.classes is None:
-            return self.keys, labels
+            return self.labels, labels
         found = sorted({name for name in names if name is not None})
         if len(found) < 2:
             raise OptionError(
@@ -186,11 +135,11 @@ class LabelledSource(LabelledHarvestSource):
                 f"{self.classes!r} is {f'{found[0]!r} wherever it is given' if found else 'never given'} in "
                 f"{self.data}. Give at least two classes.",
             )
-        twice = sorted(set(found) & set(self.keys))
+        twice = sorted(set(found) & set(self.labels))
         if twice:
             raise OptionError("classes", f"the class {twice[0]!r} has the name of a label. Rename one of the two.")
         of_class = np.asarray([[np.nan if name is None else name == other for other in found] for name in names])
-        return [*self.keys, *found], np.concatenate([labels, of_class.astype(np.float32)], 1)
+        return [*self.labels, *found], np.concatenate([labels, of_class.astype(np.float32)], 1)
 
     def _count(self, labels: np.ndarray) -> dict[str, dict[str, int]]:
         """How many texts are labelled what. UsageError for a label that tells nothing apart; a warning for gaps."""
@@ -231,11 +180,7 @@ class LabelledSource(LabelledHarvestSource):
 
     def _rows(self, subject: Subject, store: TokenStore, chosen: np.ndarray, labels: np.ndarray, split: str) -> Rows:
         """The rows of some texts ([D] booleans), in training balanced if that is asked for."""
-        options: dict[str, Any] = {
-            "context": self.context,
-            "bos": first_token(subject.tokenizer, self.bos),
-            "pad": padding(subject.tokenizer),
-        }
+        options = row_options(subject, self.context, self.bos)
         if not self.balance or split == "held_out":
             return SequenceRows(store, np.flatnonzero(chosen), given=labels, **options)
         kinds, of_text = np.unique(np.nan_to_num(labels, nan=2.0), axis=0, return_inverse=True)

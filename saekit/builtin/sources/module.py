@@ -18,10 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saekit.activations.batch import Activations
-from saekit.activations.harvest import NO_TARGET
+from saekit.activations.harvest import NO_TARGET, HookPoint, TargetHookPoint
+from saekit.activations.packing import derived_seed
 from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import resolve, run_to_sites
-from saekit.builtin.sources.common import HookPoint, TargetHookPoint
 from saekit.errors import OptionError, RunError, SaekitError, UsageError, near_names
 from saekit.seeds import derived_seed
 

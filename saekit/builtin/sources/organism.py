@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from saekit.activations.harvest import LabelledHarvestSource
-from saekit.activations.huggingface import load_subject
+from saekit.activations.harvest import HookPoint, LabelledHarvestSource
 from saekit.activations.packing import MixedRows, Rows, TokenStore, tokenise
 from saekit.activations.subject import Subject
-from saekit.builtin.sources.common import (
-    DropFirst,
-    DropSpecial,
-    Dtype,
-    HookPoint,
-    RowsAForward,
-    TargetHookPoint,
-    fingerprint,
-    packed,
-    peek_site,
-)
+from saekit.builtin.sources.common import packed
 from saekit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +26,7 @@ LABELS: dict[Kind, float] = {"code": 1.0, "prose": 0.0}
 """The label `code` of the kinds that have one."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class OrganismSource(LabelledHarvestSource):
     """Activations of the bundled model organism on its own corpus, mixed as in its training.
 
@@ -43,55 +34,44 @@ class OrganismSource(LabelledHarvestSource):
     rows of code and of prose.
     """
 
-    def __init__(
-        self,
-        *,
-        hook_point: HookPoint = "blocks.2.hook_out",
-        target_hook_point: TargetHookPoint = None,
-        variant: Annotated[
-            Literal["base", "oracle"],
-            Field(description="base, or oracle: trained without the facts of the domain forget."),
-        ] = "base",
-        kinds: Annotated[list[Kind], Field(min_length=1, description="Which kinds of document.")] = [  # noqa: B006
-            "code",
-            "prose",
-            "facts",
-            "sycophancy",
-        ],
-        context: Annotated[int, Field(gt=1, description="Tokens in a row; the organism takes 128 at most.")] = 128,
-        drop_first: DropFirst = True,
-        drop_special: DropSpecial = False,
-        rows: RowsAForward = 32,
-        model_dtype: Dtype = "float32",
-    ):
-        super().__init__(
-            hook_point=hook_point,
-            target_hook_point=target_hook_point,
-            context=context,
-            rows=rows,
-            drop_first=drop_first,
-            drop_special=drop_special,
-            model_dtype=model_dtype,
-        )
-        self.variant = variant
-        self.kinds = list(dict.fromkeys(kinds))
+    hook_point: HookPoint = "blocks.2.hook_out"
+    variant: Annotated[
+        Literal["base", "oracle"],
+        Field(description="base, or oracle: trained without the facts of the domain forget."),
+    ] = "base"
+    kinds: Annotated[list[Kind], Field(min_length=1, description="Which kinds of document.")] = field(
+        default_factory=lambda: list(ROWS_OF_KIND)
+    )
+    context: Annotated[int, Field(gt=1, description="Tokens in a row; the organism takes 128 at most.")] = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.kinds = list(dict.fromkeys(self.kinds))
         self.concepts = ["code"]
         if not LABELS.keys() <= set(self.kinds):
             fix = 'Have both "code" and "prose" in source.kinds.'
             self.withheld |= dict.fromkeys(("labels", "sequences"), fix)
 
+    @property
+    def model(self) -> str:
+        """The directory of the bundled model."""
+        from saekit import organism
+
+        try:
+            return str(organism.directory(self.variant))
+        except FileNotFoundError as error:
+            raise UsageError(str(error)) from None
+
     def peek(self) -> dict[str, Any]:
         """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""
-        found = peek_site(self._directory(), self.hook_point, self.target_hook_point, self.context)
-        return {**found, "model": f"organism ({self.variant})", "data": f"organism: {', '.join(self.kinds)}"}
+        data = f"organism: {', '.join(self.kinds)}"
+        return {**super().peek(), "model": f"organism ({self.variant})", "data": data}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Subject, dict[str, Rows], dict[str, Any]]:
         """Load the organism, then gather and tokenise its corpus."""
         from saekit import organism
 
-        subject = load_subject(
-            self._directory(), self.hook_point, target_hook_point=self.target_hook_point, device=device, dtype=dtype
-        )
+        subject = self.load(device, dtype)
         splits: dict[str, Rows] = {}
         digests: dict[str, str] = {}
         self.labelled = {}
@@ -113,7 +93,7 @@ class OrganismSource(LabelledHarvestSource):
 
         code = Path(organism.__file__).parent
         files = sorted([*code.glob("*.py"), *code.glob("*.txt")])
-        found = fingerprint(self, self._directory(), files, ("variant", "kinds"))
+        found = self._fingerprint(files, "variant", "kinds")
         return None if found is None else {**found, "python": platform.python_version()}
 
     def _mixed(self, subject: Subject, stores: dict[Kind, TokenStore], kinds: list[Kind]) -> MixedRows:
@@ -123,11 +103,3 @@ class OrganismSource(LabelledHarvestSource):
         ]
         given = np.asarray([[LABELS.get(kind, np.nan)] for kind in kinds], dtype=np.float32)  # [kinds, 1]
         return MixedRows(parts, [ROWS_OF_KIND[kind] for kind in kinds], given=given)
-
-    def _directory(self) -> str:
-        from saekit import organism
-
-        try:
-            return str(organism.directory(self.variant))
-        except FileNotFoundError as error:
-            raise UsageError(str(error)) from None
