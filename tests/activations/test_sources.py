@@ -139,7 +139,7 @@ def test_peek_knows_the_width_without_loading(tiny_llama, jsonl_file):
     ("options", "message"),
     [
         ({"context": 65}, r"^context: 65, but .* takes 64 tokens at most"),
-        ({"hook_point": "blocks.3.hook_out"}, r"hook_point = 'blocks.3.hook_out': .* has 3 blocks, 0 to 2"),
+        ({"hook_point": "blocks.3.hook_out"}, r"^hook_point: 'blocks.3.hook_out', but .* has 3 blocks, 0 to 2"),
         ({"data": "/nowhere/x.txt"}, r"there is no such file"),
         ({"model": "/nowhere/model"}, r"there is no such directory"),
     ],

@@ -121,7 +121,7 @@ def test_a_target_that_does_not_exist_is_seen_early(tiny_gpt2, jsonl_file):
         target_hook_point="blocks.7.hook_out",
         context=16,
     )
-    with pytest.raises(UsageError, match="target_hook_point = 'blocks.7.hook_out': .* has 3 blocks"):
+    with pytest.raises(UsageError, match="^target_hook_point: 'blocks.7.hook_out', but .* has 3 blocks"):
         source.peek()
 
 

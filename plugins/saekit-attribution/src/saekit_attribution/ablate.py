@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from saekit import ComponentError, Result, RunContext
-from saekit_attribution.asking import RankingName, Settings
+from saekit_attribution.asking import RankingName
 from saekit_attribution.behaviour import Judge, load_judge, organism_judge
 from saekit_attribution.cases import Case, Reading, asked, split, template_types
 from saekit_attribution.labelled import Labelled
@@ -16,6 +17,7 @@ from saekit_attribution.options import ORGANISM, BatchTokens, ChatTemplate, Data
 from saekit_attribution.synthesis import organism_data
 
 
+@dataclass(kw_only=True, eq=False)
 class Ablate:
     """Ranks the latents on some questions, ablates the first ones at every position (the SAE's error is kept), and has
     the model answer other questions again: how often it still follows the stated preference, whether it gives the answer
@@ -26,58 +28,46 @@ class Ablate:
     questions that the curve was not drawn on.
     """
 
-    def __init__(
-        self,
-        *,
-        data: Data = ORGANISM,
-        rankings: Annotated[
-            list[RankingName], Field(min_length=1, description="By which scores latents are taken.")
-        ] = ["atp", "atp_weighted", "ig", "exact", "greedy"],  # noqa: B006
-        numbers: Annotated[
-            list[Annotated[int, Field(gt=0)]], Field(min_length=1, description="How many latents are ablated.")
-        ] = [5, 10, 20, 30, 40],  # noqa: B006
-        rank_samples: Annotated[int, Field(gt=0, description="Questions to rank by; at most half of a file's.")] = 48,
-        samples: Annotated[
-            int, Field(gt=0, description="Questions, for data organism, for the curve, and as many for the test.")
-        ] = 50,
-        mode: Annotated[
-            Literal["scale", "base_mean"],
-            Field(description="Multiply activations by `factor`, or cap them at their mean in base prompts."),
-        ] = "scale",
-        factor: Annotated[float, Field(description="For mode scale; 0 ablates, a negative one reverses.")] = 0.0,
-        keep_error: Annotated[bool, Field(description="Keep what the SAE does not rebuild.")] = True,
-        judge: Annotated[
-            str | None,
-            Field(description="module:function of (prompt, response, template_type) that names the answer's class."),
-        ] = None,
-        max_new_tokens: Annotated[int, Field(gt=0, description="Tokens of an answer.")] = 24,
-        draws: Annotated[int, Field(gt=0, description="Draws of random latents.")] = 3,
-        steps: Steps = 8,
-        answer_tokens: Annotated[
-            int, Field(gt=0, description="Tokens of the base answer that greedy selection brings back.")
-        ] = 8,
-        damage_tokens: Annotated[int, Field(gt=0, description="Held-out tokens of each kind for KL and CE.")] = 4000,
-        max_tokens_to_check: MaxTokensToCheck = 20,
-        joiner: Joiner = None,
-        chat_template: ChatTemplate = False,
-        batch_tokens: BatchTokens = 8192,
-    ) -> None:
-        self.data, self.rank_samples, self.samples = data, rank_samples, samples
-        self.judge: Judge | None = load_judge(judge) if judge else organism_judge if data == ORGANISM else None
-        self.reading = Reading(joiner, chat_template, max_tokens_to_check, max_new_tokens)
-        self.settings = Settings(
-            rankings=list(dict.fromkeys(rankings)),
-            numbers=sorted(set(numbers)),
-            mode=mode,
-            factor=factor,
-            keep_error=keep_error,
-            max_new_tokens=max_new_tokens,
-            draws=draws,
-            steps=steps,
-            answer_tokens=answer_tokens,
-            damage_tokens=damage_tokens,
-            batch_tokens=batch_tokens,
-        )
+    data: Data = ORGANISM
+    rankings: Annotated[list[RankingName], Field(min_length=1, description="By which scores latents are taken.")] = (
+        field(default_factory=lambda: ["atp", "atp_weighted", "ig", "exact", "greedy"])
+    )
+    numbers: Annotated[
+        list[Annotated[int, Field(gt=0)]], Field(min_length=1, description="How many latents are ablated.")
+    ] = field(default_factory=lambda: [5, 10, 20, 30, 40])
+    rank_samples: Annotated[int, Field(gt=0, description="Questions to rank by; at most half of a file's.")] = 48
+    samples: Annotated[
+        int, Field(gt=0, description="Questions, for data organism, for the curve, and as many for the test.")
+    ] = 50
+    mode: Annotated[
+        Literal["scale", "base_mean"],
+        Field(description="Multiply activations by `factor`, or cap them at their mean in base prompts."),
+    ] = "scale"
+    factor: Annotated[float, Field(description="For mode scale; 0 ablates, a negative one reverses.")] = 0.0
+    keep_error: Annotated[bool, Field(description="Keep what the SAE does not rebuild.")] = True
+    judge: Annotated[
+        str | None,
+        Field(description="module:function of (prompt, response, template_type) that names the answer's class."),
+    ] = None
+    max_new_tokens: Annotated[int, Field(gt=0, description="Tokens of an answer.")] = 24
+    draws: Annotated[int, Field(gt=0, description="Draws of random latents.")] = 3
+    steps: Steps = 8
+    answer_tokens: Annotated[
+        int, Field(gt=0, description="Tokens of the base answer that greedy selection brings back.")
+    ] = 8
+    damage_tokens: Annotated[int, Field(gt=0, description="Held-out tokens of each kind for KL and CE.")] = 4000
+    max_tokens_to_check: MaxTokensToCheck = 20
+    joiner: Joiner = None
+    chat_template: ChatTemplate = False
+    batch_tokens: BatchTokens = 8192
+
+    def __post_init__(self) -> None:
+        self.rankings = list(dict.fromkeys(self.rankings))
+        self.numbers = sorted(set(self.numbers))
+        self.judge_function: Judge | None = organism_judge if self.data == ORGANISM else None
+        if self.judge:
+            self.judge_function = load_judge(self.judge)
+        self.reading = Reading(self.joiner, self.chat_template, self.max_tokens_to_check, self.max_new_tokens)
 
     def __call__(self, context: RunContext) -> Result:
         """scalars, for each template type: see `Loop.measure`. tables: curve, agreement with the exact effects, latents,
@@ -89,7 +79,7 @@ class Ablate:
         if not cases:
             result.notes.append("Nothing was ablated: no answer is flagged, so there is nothing to bring down.")
         for case in cases:
-            Loop(context, self.judge, self.settings, case, result, self.data == ORGANISM).measure()
+            Loop(context, self.judge_function, self, case, result, self.data == ORGANISM).measure()
         for note in result.notes:
             context.warn(f"ablate: {note}")
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import saekit
 from saekit import Attachment, RunContext
@@ -13,27 +13,13 @@ from saekit_attribution.cases import Asked, Case
 from saekit_attribution.controls import Activity, activity, batch_of
 from saekit_attribution.samples import Sample
 
+if TYPE_CHECKING:
+    from saekit_attribution.ablate import Ablate
+
 RankingName = Literal["atp", "atp_weighted", "ig", "exact", "greedy"]
 RATE, NEUTRAL, KEPT = 0.10, 0.90, 0.95
 """A set of latents is enough where the rate is at most RATE, the base answer is given by at least NEUTRAL, and prompts
 without a preference keep theirs in at least KEPT."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of the analyzer `ablate` of the same names."""
-
-    rankings: list[RankingName]
-    numbers: list[int]
-    mode: Literal["scale", "base_mean"]
-    factor: float
-    keep_error: bool
-    max_new_tokens: int
-    draws: int
-    steps: int
-    answer_tokens: int
-    damage_tokens: int
-    batch_tokens: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +51,7 @@ class Nothing(Exception):
 class Asking:
     """One template type: its questions, the judge's classes, and the edits. `Nothing` where nothing can be measured."""
 
-    def __init__(self, context: RunContext, judge: Judge | None, settings: Settings, case: Case) -> None:
+    def __init__(self, context: RunContext, judge: Judge | None, settings: Ablate, case: Case) -> None:
         self.settings, self.judge, self.case = settings, judge, case
         self.subject, self.sae = context.source.subject, context.sae
         self.skip_first = self.subject.bos_token_id is not None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from saekit import Result, RunContext
-from saekit_attribution.asking import KEPT, NEUTRAL, RATE, Asking, Nothing, Rates, Settings
+from saekit_attribution.asking import KEPT, NEUTRAL, RATE, Asking, Nothing, Rates
 from saekit_attribution.behaviour import Judge, drawn_answers
 from saekit_attribution.cases import Asked, Case
 from saekit_attribution.controls import matched
@@ -18,6 +18,9 @@ from saekit_attribution.damage import damage, organism_text, source_text
 from saekit_attribution.greedy import Question, select
 from saekit_attribution.methods import attribute
 from saekit_attribution.ranking import Ranking, agreement, by_weight, ranked
+
+if TYPE_CHECKING:
+    from saekit_attribution.ablate import Ablate
 
 SHOWN = 5  # answers before and after
 
@@ -35,7 +38,7 @@ class Loop:
     """One template type, and the `Result` that what is found goes into."""
 
     def __init__(
-        self, context: RunContext, judge: Judge | None, settings: Settings, case: Case, result: Result, organism: bool
+        self, context: RunContext, judge: Judge | None, settings: Ablate, case: Case, result: Result, organism: bool
     ) -> None:
         self.context, self.settings, self.case, self.result, self.organism = context, settings, case, result, organism
         self.subject, self.sae = context.source.subject, context.sae

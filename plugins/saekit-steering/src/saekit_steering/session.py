@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,12 +12,15 @@ from saekit_steering.cluster import Classes, ClassMoments, Cluster
 from saekit_steering.measure import Measure, Measured, held_out_text, logit_lens
 from saekit_steering.pages import page
 from saekit_steering.prompts import Prompt, batch_of, batches, tokenised
-from saekit_steering.push import Push, Strength, Unit, latent_pushes, other_pushes, random_pushes, strengths
+from saekit_steering.push import Push, Strength, latent_pushes, other_pushes, random_pushes, strengths
 from saekit_steering.record import layer_of, record
 from saekit_steering.spread import Spread, spread
 from saekit_steering.summary import Found, summarised
-from saekit_steering.texts import Continuation, Judge, continuations
+from saekit_steering.texts import Continuation, continuations
 from saekit_steering.typical import TokenCounts, TypicalTokens, concept_column, held_out_sequences, typical_tokens
+
+if TYPE_CHECKING:
+    from saekit_steering.steer import Steer
 
 REACH = (2.0, 4.0)
 """Random directions are also added at so many times the largest strength, to see whether they ever have the effect."""
@@ -26,38 +28,14 @@ LENS_TOKENS = 10
 """Logit-lens tokens of a direction, of which the likeliest counts in the output score."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The options of `steer`, checked."""
-
-    latent: int
-    strengths: list[float]
-    unit: Unit
-    concept: str | None
-    neighbours: int
-    controls: int
-    effect: float | None
-    continued: int
-    max_new_tokens: int
-    temperature: float
-    set_size: int
-    min_count: int
-    set_sequences: int
-    held_out_tokens: int
-    statistics_tokens: int
-    pages: bool
-    judge: Judge | None
-    batch_tokens: int
-
-
 class Session:
-    """context: the finished run. texts: {kind: prompts}."""
+    """context: the finished run. settings: the analyzer with its options."""
 
-    def __init__(self, context: RunContext, settings: Settings, texts: dict[str, list[str]]) -> None:
+    def __init__(self, context: RunContext, settings: Steer) -> None:
         self.context, self.settings = context, settings
         self.subject = context.source.subject
         self.column = concept_column(context, settings.concept)
-        self.prompts = tokenised(texts, self.subject, settings.max_new_tokens)
+        self.prompts = tokenised(settings.texts, self.subject, settings.max_new_tokens)
         self.cluster = Cluster(context, settings.latent, settings.neighbours)
 
     def run(self) -> Result:
@@ -185,7 +163,7 @@ class Session:
                 push,
                 number,
                 typical,
-                settings.judge,
+                settings.judge_function,
                 max_new_tokens=settings.max_new_tokens,
                 temperature=settings.temperature,
                 seed=self.context.seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from saekit import ComponentError, OptionError, Result, RunContext
 from saekit_steering.prompts import load_prompts, tokenised
 from saekit_steering.push import Unit
-from saekit_steering.session import Session, Settings
+from saekit_steering.session import Session
 from saekit_steering.texts import load_judge
 from saekit_steering.typical import concept_column
 
@@ -22,6 +22,7 @@ def _existing(path: str) -> str:
     return path
 
 
+@dataclass(kw_only=True, eq=False)
 class Steer:
     """Adds strength x decoder row of one latent at the site that the SAE reads, for a sweep of strengths, and measures: the
     log-odds of the concept's tokens next, KL divergence, the latent and its graph neighbours (f, and g propagated over the
@@ -31,104 +32,80 @@ class Steer:
     Every position but the first is steered. Nothing is judged by a model; `judge` is the place to put one.
     """
 
-    def __init__(
-        self,
-        *,
-        latent: Annotated[int, Field(ge=0, description="Which latent to steer by.")] = 0,
-        strengths: Annotated[
-            list[float], Field(min_length=1, description="Strengths, in `unit`; negative ones steer away.")
-        ] = [0.1, 0.2, 0.4, 0.6, 0.8],  # noqa: B006
-        unit: Annotated[
-            Unit,
-            Field(
-                description="norm: of the activations' mean norm; absolute: of the latent's activation as it is; max, rms: "
-                "of its largest or RMS activation."
-            ),
-        ] = "norm",
-        concept: Annotated[
-            str | None, Field(description="The label whose typical tokens are scored; the source's first by default.")
-        ] = None,
-        prompts: Annotated[
-            str | None,
-            AfterValidator(lambda path: None if path is None else _existing(path)),
-            Field(description="JSON {kind: [texts]} with kinds neutral and unrelated; by default those of the plugin."),
-        ] = None,
-        neighbours: Annotated[int, Field(ge=0, description="Graph neighbours to read beside the latent (top_k).")] = 10,
-        controls: Annotated[
-            int, Field(ge=0, description="Random directions, and as many other latents, of the same norm.")
-        ] = 10,
-        effect: Annotated[
-            float | None,
-            Field(gt=0, description="Log-odds gain at which KL is compared; by default half of the latent's largest."),
-        ] = None,
-        continued: Annotated[int, Field(ge=0, description="Prompts of each kind from which text is generated.")] = 2,
-        max_new_tokens: Annotated[int, Field(gt=0, description="Tokens of a continuation.")] = 32,
-        temperature: Annotated[float, Field(gt=0, description="Of sampled continuations.")] = 1.0,
-        set_size: Annotated[int, Field(gt=0, description="Tokens typical of the concept, and of its absence.")] = 50,
-        min_count: Annotated[int, Field(gt=0, description="A typical token is seen so often in all.")] = 20,
-        set_sequences: Annotated[
-            int, Field(gt=0, description="Held-out labelled sequences to estimate both sets and the classes on.")
-        ] = 256,
-        held_out_tokens: Annotated[int, Field(gt=0, description="Held-out tokens on which KL is measured too.")] = 1000,
-        statistics_tokens: Annotated[
-            int, Field(gt=0, description="Held-out activations for units and standard deviations.")
-        ] = 20_000,
-        pages: Annotated[bool, Field(description="Write an HTML page (5 MB) for each strength.")] = True,
-        judge: Annotated[
-            str | None,
-            Field(description="module:function of (prompt, before, after) that gives a dictionary of numbers."),
-        ] = None,
-        batch_tokens: Annotated[
-            int, Field(gt=0, description="Tokens of prompts that go through the model at a time.")
-        ] = 512,
-    ) -> None:
-        self.texts = load_prompts(prompts)
-        self.settings = Settings(
-            latent=latent,
-            strengths=_strengths(strengths),
-            unit=unit,
-            concept=concept,
-            neighbours=neighbours,
-            controls=controls,
-            effect=effect,
-            continued=continued,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            set_size=set_size,
-            min_count=min_count,
-            set_sequences=set_sequences,
-            held_out_tokens=held_out_tokens,
-            statistics_tokens=statistics_tokens,
-            pages=pages,
-            judge=load_judge(judge) if judge else None,
-            batch_tokens=batch_tokens,
-        )
+    latent: Annotated[int, Field(ge=0, description="Which latent to steer by.")] = 0
+    strengths: Annotated[
+        list[float], Field(min_length=1, description="Strengths, in `unit`; negative ones steer away.")
+    ] = field(default_factory=lambda: [0.1, 0.2, 0.4, 0.6, 0.8])
+    unit: Annotated[
+        Unit,
+        Field(
+            description="norm: of the activations' mean norm; absolute: of the latent's activation as it is; max, rms: "
+            "of its largest or RMS activation."
+        ),
+    ] = "norm"
+    concept: Annotated[
+        str | None, Field(description="The label whose typical tokens are scored; the source's first by default.")
+    ] = None
+    prompts: Annotated[
+        str | None,
+        AfterValidator(lambda path: None if path is None else _existing(path)),
+        Field(description="JSON {kind: [texts]} with kinds neutral and unrelated; by default those of the plugin."),
+    ] = None
+    neighbours: Annotated[int, Field(ge=0, description="Graph neighbours to read beside the latent (top_k).")] = 10
+    controls: Annotated[
+        int, Field(ge=0, description="Random directions, and as many other latents, of the same norm.")
+    ] = 10
+    effect: Annotated[
+        float | None,
+        Field(gt=0, description="Log-odds gain at which KL is compared; by default half of the latent's largest."),
+    ] = None
+    continued: Annotated[int, Field(ge=0, description="Prompts of each kind from which text is generated.")] = 2
+    max_new_tokens: Annotated[int, Field(gt=0, description="Tokens of a continuation.")] = 32
+    temperature: Annotated[float, Field(gt=0, description="Of sampled continuations.")] = 1.0
+    set_size: Annotated[int, Field(gt=0, description="Tokens typical of the concept, and of its absence.")] = 50
+    min_count: Annotated[int, Field(gt=0, description="A typical token is seen so often in all.")] = 20
+    set_sequences: Annotated[
+        int, Field(gt=0, description="Held-out labelled sequences to estimate both sets and the classes on.")
+    ] = 256
+    held_out_tokens: Annotated[int, Field(gt=0, description="Held-out tokens on which KL is measured too.")] = 1000
+    statistics_tokens: Annotated[
+        int, Field(gt=0, description="Held-out activations for units and standard deviations.")
+    ] = 20_000
+    pages: Annotated[bool, Field(description="Write an HTML page (5 MB) for each strength.")] = True
+    judge: Annotated[
+        str | None,
+        Field(description="module:function of (prompt, before, after) that gives a dictionary of numbers."),
+    ] = None
+    batch_tokens: Annotated[int, Field(gt=0, description="Tokens of prompts that go through the model at a time.")] = (
+        512
+    )
+
+    def __post_init__(self) -> None:
+        self.texts = load_prompts(self.prompts)
+        self.judge_function = load_judge(self.judge) if self.judge else None
+        if not any(self.strengths):
+            raise OptionError("strengths", "all are 0, which changes nothing. Give some that are not.")
+        self.strengths = sorted(set(self.strengths))
 
     def prepare(self, context: RunContext) -> None:
         """Refuse what cannot be done with this model, SAE and source, before anything is measured: a latent that is not
         there, a prompt that does not fit, an unknown concept. UsageError."""
-        sae, latent = context.sae, self.settings.latent
+        sae, latent = context.sae, self.latent
         if sae.transcoder:
             raise ComponentError("the SAE is a transcoder, which cannot pass on what it reads. Use an SAE.")
         if latent >= sae.d_sae:
             raise OptionError("latent", f"there is no latent {latent}; the SAE has {sae.d_sae}, 0 to {sae.d_sae - 1}.")
-        concept_column(context, self.settings.concept)
-        tokenised(self.texts, context.source.subject, self.settings.max_new_tokens)
+        concept_column(context, self.concept)
+        tokenised(self.texts, context.source.subject, self.max_new_tokens)
 
     def __call__(self, context: RunContext) -> Result:
         """scalars: see `summary.scalars`. tables: sweep, controls, cluster, texts, examples. figures: effect, damage.
         files: one JSON (and page) for each strength, and the typical tokens."""
         self.prepare(context)
-        latent = self.settings.latent
+        latent = self.latent
         if not float(context.sae.W_dec[latent].detach().norm()) > 0:
             raise OptionError("latent", f"the decoder row of latent {latent} is zero, so nothing can be added.")
-        result = Session(context, self.settings, self.texts).run()
+        result = Session(context, self).run()
         for note in result.notes:
             context.warn(f"steer: {note}")
         return result
-
-
-def _strengths(given: Sequence[float]) -> list[float]:
-    if not any(given):
-        raise OptionError("strengths", "all are 0, which changes nothing. Give some that are not.")
-    return sorted(set(given))

@@ -16,7 +16,7 @@ from saekit_steering.spread import Spread
 from saekit_steering.texts import Continuation, averaged
 
 if TYPE_CHECKING:
-    from saekit_steering.session import Settings
+    from saekit_steering.steer import Steer
 
 KINDS = ("latent", "random", "other latent")
 EXAMPLES = 40
@@ -30,7 +30,7 @@ HEADLINE = [
 class Found:
     """Everything that was measured."""
 
-    settings: Settings
+    settings: Steer
     kinds: list[str]
     concept: str
     cluster: Cluster
