@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from saekit.activations.hub import ask_hub
 from saekit.errors import OptionError, UsageError, near_names
 
 if TYPE_CHECKING:
     import numpy as np
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-_TIMEOUT = 10.0  # seconds for the hub to say whether it has a data set
 _CHARACTERS = 60  # of a text or a line shown in an error
 
 TextUnit = Literal["auto", "file", "paragraph", "line"]
@@ -261,7 +261,9 @@ def _read_dataset(name: str, column: str, split: str, subset: str | None, limit:
     """Whole and cached on disk; streamed where a limit makes the whole of it needless."""
     import datasets
 
-    _check_reachable(name)
+    if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
+        fix = f"Give a file or a directory ({', '.join(SUFFIXES)}), or a data set of https://huggingface.co/datasets."
+        ask_hub("data", name, fix)
     where = f"data set {name!r}" + (f" ({subset})" if subset else "")
     try:
         rows = datasets.load_dataset(name, subset, split=split, streaming=limit is not None)
@@ -282,29 +284,6 @@ def _read_dataset(name: str, column: str, split: str, subset: str | None, limit:
                 "Set column to one that holds text."
             )
         yield Document(f"{name}/{split}:{number}", row[column])
-
-
-def _check_reachable(name: str) -> None:
-    """Ask the hub, briefly, about a data set that is not cached: `datasets` retries for more than twenty seconds."""
-    import datasets
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    if (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():
-        return
-    fix = f"Give a file or a directory ({', '.join(SUFFIXES)}), or a data set of https://huggingface.co/datasets."
-    if datasets.config.HF_HUB_OFFLINE:
-        raise OptionError("data", f"{name!r}: no such file, not in the local cache, and HF_HUB_OFFLINE is set. {fix}")
-    try:
-        HfApi().dataset_info(name, timeout=_TIMEOUT)
-    except RepositoryNotFoundError:
-        raise OptionError("data", f"{name!r}: neither a file nor a data set of the Hugging Face hub. {fix}") from None
-    except Exception as error:  # whichever of the client's network errors
-        raise OptionError(
-            "data",
-            f"{name!r}: no such file, and the Hugging Face hub cannot be reached "
-            f"({type(error).__name__}: {error}). {fix}",
-        ) from None
 
 
 def _decoded(raw: bytes, path: Path, offset: int, line: int | None = None) -> str:

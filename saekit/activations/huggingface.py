@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from saekit.activations.hub import ask_hub
 from saekit.activations.sites import RESIDUAL, Site, resolve
 from saekit.activations.subject import Subject, directory_digest, hub_digest
-from saekit.errors import SaekitError, UsageError
-
-_TIMEOUT = 10.0  # seconds for the hub to say whether it has a model
+from saekit.errors import OptionError, SaekitError, UsageError
 
 
 def load_subject(
@@ -40,7 +38,7 @@ def load_subject(
 
     device = torch.device(device)
     if dtype == torch.bfloat16 and device.type != "cuda":
-        raise UsageError(f"model {model!r}: bfloat16 is for CUDA; on {device.type} it is far slower. Use float32.")
+        raise OptionError("model", f"{model!r}: bfloat16 is for CUDA; on {device.type} it is far slower. Use float32.")
     directory = _local_directory(model)
     if directory is not None:
         peek_model(model)
@@ -161,9 +159,9 @@ def _local_directory(model: str) -> Path | None:
     if path.is_dir():
         return path
     if path.is_file():
-        raise UsageError(f"model {model!r}: is a file. Name the directory that holds config.json and the weights.")
+        raise OptionError("model", f"{model!r}: is a file. Name the directory that holds config.json and the weights.")
     if not model or model.startswith((".", "/", "~")) or model.count("/") > 1 or "\\" in model:
-        raise UsageError(f"model {model!r}: there is no such directory.")
+        raise OptionError("model", f"{model!r}: there is no such directory.")
     return None
 
 
@@ -175,37 +173,17 @@ def _cached(model: str, name: str) -> Path | None:
     try:
         found = try_to_load_from_cache(model, name)
     except HFValidationError:
-        raise UsageError(f"model {model!r}: is neither a directory nor a name on the Hugging Face hub.") from None
+        raise OptionError("model", f"{model!r}: is neither a directory nor a name on the Hugging Face hub.") from None
     return Path(found) if isinstance(found, str) else None
 
 
 def _local_only(model: str, directory: Path | None) -> bool:
-    """Whether to load without the network. Asks the hub, briefly, about a model that is not in the local cache:
-    without a network, transformers would retry for more than twenty seconds."""
+    """Whether to load without the network. The hub is asked about a model that is not in the local cache."""
     weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     if directory is not None or (_cached(model, "config.json") and any(_cached(model, name) for name in weights)):
         return True
     fix = "Name a local directory with config.json, or a model of the hub (https://huggingface.co/models)."
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UsageError(
-            f"model {model!r}: no such directory, not in the local cache, and HF_HUB_OFFLINE is set. {fix}"
-        )
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(model, timeout=_TIMEOUT)
-    except GatedRepoError:
-        raise UsageError(
-            f"model {model!r}: its owner asks for consent. Accept on its page, then log in: hf auth login."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UsageError(f"model {model!r}: neither a directory nor a model of the hub. {fix}") from None
-    except Exception as error:  # any of the client's network errors
-        raise UsageError(
-            f"model {model!r}: no such directory, and the Hugging Face hub cannot be reached "
-            f"({type(error).__name__}: {_first_line(error)}). {fix}"
-        ) from None
+    ask_hub("model", model, fix)
     return False
 
 
@@ -237,9 +215,10 @@ def _explained(model: str) -> Iterator[None]:
         broken = _broken_json(Path(model))
         if broken:
             raise UsageError(f"{broken}. Download or save the model again.") from None
-        raise UsageError(
-            f"model {model!r}: cannot be loaded: {type(error).__name__}: {_first_line(error)} "
-            "Check its directory, or download or save it again."
+        raise OptionError(
+            "model",
+            f"{model!r}: cannot be loaded: {type(error).__name__}: {_first_line(error)} "
+            "Check its directory, or download or save it again.",
         ) from error
 
 

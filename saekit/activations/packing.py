@@ -123,7 +123,7 @@ class PackedRows:
         if self.tokens == 0:
             raise UsageError("the documents have no tokens at all. Give data that holds text.")
         self.count = -(-self.tokens // self._width)
-        self._orders: dict[tuple[int | None, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._passes = Passes(len(documents), "pass", self._lengths)
 
     def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number; see `Rows.take`."""
@@ -148,26 +148,11 @@ class PackedRows:
 
     def _stream(self, positions: np.ndarray, seed: int | None, number: int) -> np.ndarray:
         """Tokens at some positions of a pass's stream of documents: [p] -> [p]."""
-        order, ends = self._order(seed, number)
+        order, ends = self._passes.order(seed, number)
         which = np.searchsorted(ends, positions, side="right")  # [p], place of the document in the pass
         documents = order[which]
         begins = ends[which] - self._lengths[documents]
         return self.store.ids[self.store.offsets[self.documents[documents]] + positions - begins]
-
-    def _order(self, seed: int | None, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the documents in a pass, [m], and where each ends in its stream, [m]."""
-        key = (seed, number)
-        if key not in self._orders:
-            while len(self._orders) >= 2:  # a block may span two passes
-                del self._orders[next(iter(self._orders))]
-            if seed is None:
-                order = np.arange(len(self.documents))
-            else:
-                order = np.random.Generator(np.random.PCG64(derived_seed("pass", seed, number))).permutation(
-                    len(self.documents)
-                )
-            self._orders[key] = order, np.cumsum(self._lengths[order])
-        return self._orders[key]
 
 
 class SequenceRows:
@@ -284,13 +269,15 @@ class MixedRows:
 
 
 class Passes:
-    """`count` things addressed by a number without end: pass after pass, each in an order drawn from (seed, pass).
+    """`count` things in pass after pass without end, each pass in an order drawn from (seed, pass).
 
-    word: what they are, so that other things are ordered otherwise by the same seed."""
+    word: what they are, so that the same seed orders other things otherwise. lengths: [count], how long each is; 1 by
+    default."""
 
-    def __init__(self, count: int, word: str):
+    def __init__(self, count: int, word: str, lengths: np.ndarray | None = None):
         self.count, self.word = count, word
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._lengths = np.ones(count, dtype=np.int64) if lengths is None else lengths
+        self._orders: dict[tuple[int | None, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def take(self, numbers: np.ndarray, seed: int | None) -> np.ndarray:
         """Which thing each number means: [n] -> [n]. Without a seed they keep their order, in one pass."""
@@ -300,16 +287,20 @@ class Passes:
         found = np.empty_like(numbers)
         for number in np.unique(passes):
             chosen = passes == number
-            found[chosen] = self._order(seed, int(number))[places[chosen]]
+            found[chosen] = self.order(seed, int(number))[0][places[chosen]]
         return found
 
-    def _order(self, seed: int, number: int) -> np.ndarray:
+    def order(self, seed: int | None, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The things in the order of a pass, [count], and where each of them ends in it, [count]."""
         key = (seed, number)
         if key not in self._orders:
             while len(self._orders) >= 2:  # what is asked for together may span two passes
                 del self._orders[next(iter(self._orders))]
-            generator = np.random.Generator(np.random.PCG64(derived_seed(self.word, seed, number)))
-            self._orders[key] = generator.permutation(self.count)
+            order = np.arange(self.count)
+            if seed is not None:
+                generator = np.random.Generator(np.random.PCG64(derived_seed(self.word, seed, number)))
+                order = generator.permutation(self.count)
+            self._orders[key] = order, np.cumsum(self._lengths[order])
         return self._orders[key]
 
 

@@ -124,7 +124,7 @@ def test_data_that_is_nowhere(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"holds no file to read"):
         find_files(str(tmp_path / "empty"))
     assert find_files("someone/data") is None
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match=r"not in the local cache, and HF_HUB_OFFLINE is set"):
         texts("someone/no-such-data")
 
@@ -136,7 +136,7 @@ def test_a_hub_that_cannot_be_reached_or_lacks_the_data(monkeypatch):
     def answer(error):
         monkeypatch.setattr(HfApi, "dataset_info", Mock(side_effect=error))
 
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     answer(ConnectionError("no route"))
     with pytest.raises(UsageError, match=r"cannot be reached \(ConnectionError: no route\)\. Give a file"):
         texts("someone/no-such-data")

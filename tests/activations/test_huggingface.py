@@ -76,7 +76,7 @@ def test_a_hub_that_cannot_be_reached_or_lacks_the_model(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     for error, message in [
         (ConnectionError("no route"), r"cannot be reached \(ConnectionError: no route\)\. Name a local directory"),
-        (RepositoryNotFoundError("404", response=Mock()), "neither a directory nor a model of the hub"),
+        (RepositoryNotFoundError("404", response=Mock()), "neither a directory nor a model of the Hugging Face hub"),
         (GatedRepoError("403", response=Mock()), "its owner asks for consent"),
     ]:
         monkeypatch.setattr(HfApi, "model_info", Mock(side_effect=error))

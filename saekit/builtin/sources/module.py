@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from saekit.activations.batch import Activations
 from saekit.activations.harvest import NO_TARGET, HookPoint, TargetHookPoint
-from saekit.activations.packing import derived_seed
 from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import resolve, run_to_sites
 from saekit.errors import OptionError, RunError, SaekitError, UsageError, near_names
