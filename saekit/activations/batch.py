@@ -1,4 +1,4 @@
-"""What a source hands over: rows of activations, whole labelled sequences, and rows of tokens for what needs the model."""
+"""What sources give: rows of activations, whole labelled sequences, and rows of tokens for the model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Activations:
-    """Rows of activations with what is known of each; every tensor has `n` rows, or is None where unknown.
+    """Rows of activations and what is known about each; every tensor has `n` rows, or is None if unknown.
 
-    x: [n, d_in]. target: [n, d_out], None where the SAE rebuilds x itself. tokens: [n] ids.
-    sequence: [n] number of the row of tokens each came from, unique in its split. position: [n] place in that row.
-    labels: [n, n_concepts], NaN where a row has no label.
+    x: [n, d_in]. target: [n, d_out], None if the SAE rebuilds x itself. tokens: [n] ids.
+    sequence: [n] number of the row of tokens that each came from, unique in its split. position: [n] place in that row.
+    labels: [n, n_concepts], NaN if a row has no label.
     """
 
     x: Tensor
@@ -32,7 +32,7 @@ class Activations:
         return self.x.shape[0]
 
     def map(self, function) -> Activations:
-        """`function` applied to every tensor that is there."""
+        """`function` applied to every tensor that is not None."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: None if v is None else function(v) for name, v in values.items()}
         return Activations(**changed)
@@ -47,7 +47,7 @@ class Activations:
 
     @staticmethod
     def join(parts: list[Activations]) -> Activations:
-        """Several pieces as one; a column must be known in all pieces or in none."""
+        """Several pieces as one; a column must be known in all of them or in none."""
         import torch
 
         if len(parts) == 1:
@@ -63,11 +63,11 @@ class Activations:
 class SequenceBatch:
     """Whole labelled sequences, for losses that pool over positions.
 
-    x: [n, T, d_in]. mask: [n, T], True where a position belongs to the data (not padding, not a position that the
-    source leaves out). labels: [n, n_concepts], NaN where a sequence has no label; every sequence has one at least.
-    tokens: [n, T] ids, None where there are none. target: [n, T, d_out], what a transcoder is to rebuild of each position;
-    None where the SAE rebuilds x itself. code: what the SAE makes of x[mask], one row for each position of `mask.nonzero()`;
-    only in a training step, whose x is scaled as the SAE sees it.
+    x: [n, T, d_in]. mask: [n, T], True if a position belongs to the data (not padding, not left out by the source).
+    labels: [n, n_concepts], NaN if a label is unknown; every sequence has at least one.
+    tokens: [n, T] ids, None if there are none. target: [n, T, d_out], what a transcoder should rebuild at each position;
+    None if the SAE rebuilds x itself. code: the SAE's code of x[mask], one row for each position of `mask.nonzero()`;
+    only in a training step, where x is scaled as the SAE sees it.
     """
 
     x: Tensor
@@ -90,8 +90,8 @@ class SequenceBatch:
 class TokenBatch:
     """Rows of tokens for the model.
 
-    tokens: [n, T] ids. mask: [n, T], True where there is a token and not padding.
-    keep: [n, T], True where the position's activation belongs to the data (not padding, not a first position that
+    tokens: [n, T] ids. mask: [n, T], False at padding.
+    keep: [n, T], True if the position's activation belongs to the data (not padding, not a first position that
     is left out). sequence: [n] numbers of the rows, unique in their split.
     """
 

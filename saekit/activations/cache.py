@@ -1,10 +1,10 @@
-"""The cache: a source's activations in shards on disk, written once and read by as many runs as like.
+"""The cache: a source's activations in shards on disk, written once and read by any number of runs.
 
 DIR/source.json                 what the activations are made of; written first
 DIR/train-00000.safetensors     shards, each whole or absent; the rows of a training shard are shuffled
 DIR/held_out-00000.safetensors  held-out shards keep the order of the documents
 DIR/tokens.json                 the text of each token that occurs
-DIR/index.json                  the shards; written last, so that where it is, everything is
+DIR/index.json                  the shards; written last, so that its presence means that everything is there
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from saekit.seeds import derived_seed
 
 CacheDtype = Literal["float32", "float16", "bfloat16"]
 FORMAT = 1
-"""Raised when the content of a cache changes, so that an older one is refused and not misread."""
+"""Raised when the content of a cache changes, so that an older one is refused instead of misread."""
 SPLITS = ("train", "held_out")
-CHUNK = 1024  # rows that are read from one place; the rows of a training shard are shuffled among themselves already
+CHUNK = 1024  # rows read from one place; the rows of a training shard are already shuffled among themselves
 _SHARD_BYTES = 1 << 27
 _SHARD_ROWS = (1024, 65_536)
-_ORDER = 0  # the seed of the order of what is written; the runs' own seeds decide in which order it is read
+_ORDER = 0  # the seed of the order of writing; each run's seed decides the order of reading
 _WHOLE = ("tokens", "sequence", "position")  # columns of whole numbers, stored in 32 bits
 
 
 class CachedSource:
-    """A source whose activations are read from a directory, and written there first where they are not yet.
+    """A source whose activations are read from a directory, after they have been written there once.
 
-    It keeps the contract of `contracts.Source`, and has the optional capabilities of the source it wraps; those that
-    need the model (`subject`, `token_batches`, `sequences`) load it when they are first used. The training split is
+    It implements `contracts.Source` and has the optional capabilities of the source that it wraps; those that need the
+    model (`subject`, `token_batches`, `sequences`) load it when they are first used. The training split is
     one pass over the source's data, or the first `tokens` activations of it; it is read chunk by chunk, pass after
-    pass, in an order drawn from (seed, pass), so a block of `blocks` is not the block of the same number of the source.
+    pass, in an order drawn from (seed, pass), so block b here is not block b of the source.
 
-    A cache belongs to one model, hook point, tokenizer, data and set of options: `open` refuses any other, with a
-    UsageError that names what differs. Writing that was cut off goes on where it stopped, shard by shard.
+    A cache is for one model, hook point, tokenizer, data and set of options: `open` refuses any other, with an error that
+    names what differs. Writing that was interrupted continues where it stopped, shard by shard.
 
-    Memory: reading, the block, and one mapped chunk; writing, four times a shard, which is 128 MB at most (unless a
-    single activation takes 128 kB).
+    Memory for reading: the block and one mapped chunk. For writing: four times a shard, which takes 128 MB at most (unless
+    a single activation takes 128 kB).
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class CachedSource:
             self.sequences = self._sequences
 
     def peek(self) -> dict[str, Any]:
-        """What the source knows, and whether there is a cache already; see `contracts.Source.peek`."""
+        """What the source knows, and whether the cache exists already; see `contracts.Source.peek`."""
         state = "is read" if self._index().is_file() else "is written first"
         return {**self.wrapped.peek(), "cache": f"{self.directory} {state}"}
 
     def open(self, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Check that the cache is this source's. Nothing of the source is loaded where its fingerprint says so."""
+        """Check that the cache is this source's. If the fingerprints agree, the source is not loaded."""
         self._device, self._dtype = torch.device(device), dtype
         if self.directory.exists() and not self.directory.is_dir():
             raise OptionError("cache", f"{self.directory} is a file. Name a directory.")
@@ -87,7 +87,7 @@ class CachedSource:
         if self._index().is_file():
             self._read_index()
         else:
-            self._source()  # what is about to be harvested had better be there
+            self._source()  # fail now if the source cannot be opened
         facts = self._made_of.get("facts") or self._facts()
         self.d_in, self.d_out, self.hook_point = facts["d_in"], facts["d_out"], facts["hook_point"]
         for name in ("target_hook_point", "concepts", "special_tokens", "warnings"):
@@ -96,7 +96,7 @@ class CachedSource:
 
     @property
     def missing(self) -> int:
-        """About how many activations are still to be written; 0 where the cache is complete."""
+        """About how many activations still have to be written; 0 if the cache is complete."""
         if self._stored:
             return 0
         return max(1, self._expected() - sum(len(shard["x"]) for shard in self._shards("train")))
@@ -104,7 +104,7 @@ class CachedSource:
     def fill(self, advance: Callable[[int], None] = lambda done: None) -> None:
         """Write what is missing. `advance` is told how many activations have been written.
 
-        Where another process is writing the same cache, wait for it. UsageError if there is no room on the disk."""
+        If another process is writing the same cache, wait for it. OptionError if the disk has too little room."""
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         with _locked(self.directory / "lock"):
@@ -142,7 +142,7 @@ class CachedSource:
         yield from read_blocks(chunks, read, rows=size, seed=order, start=start, device=self._device)
 
     def identity(self) -> dict[str, Any]:
-        """The source's own identity, and how much of it is kept in which dtype; see `contracts.Source.identity`."""
+        """The source's identity, and how much is kept in which dtype; see `contracts.Source.identity`."""
         identity = self._made_of.get("identity") or to_jsonable(self._source().identity())
         return {**identity, "cache": {"dtype": self.dtype, "tokens": self.tokens}}
 
@@ -150,12 +150,12 @@ class CachedSource:
 
     @property
     def subject(self) -> Any:
-        """The source's subject; the first use loads it."""
+        """The source's subject, loaded when it is first used."""
         return getattr(self._source(), "subject", None)
 
     @property
     def truth(self) -> Tensor:
-        """The true directions, where the source knows them. AttributeError where it does not."""
+        """The true directions. AttributeError if the source does not know them."""
         return self._source().truth
 
     def _token_batches(self, split: str, *, rows: int) -> Iterator[TokenBatch]:
@@ -165,7 +165,7 @@ class CachedSource:
         return self._source().sequences(split, n, seed, number)
 
     def _token_strings(self, tokens: Tensor) -> list[str]:
-        """Each token id as text: of those that occur, without loading the tokenizer."""
+        """Each token id as text. The tokenizer is loaded only for ids that do not occur in the cache."""
         known = self._strings
         new = sorted(set(tokens.tolist()) - known.keys())
         if new:
@@ -179,7 +179,7 @@ class CachedSource:
             self._opened = True
         return self.wrapped
 
-    # --- whose cache it is -------------------------------------------------------------------------------------
+    # --- the cache's source ------------------------------------------------------------------------------------
 
     def _index(self) -> Path:
         return self.directory / "index.json"
@@ -189,18 +189,18 @@ class CachedSource:
         return None if found is None else to_jsonable(found)
 
     def _facts(self) -> dict[str, Any]:
-        """What is known of the source once it is open, for those who come without opening it."""
+        """What is known about the opened source, for runs that do not open it."""
         source = self._source()
         names = ("d_in", "d_out", "hook_point", "target_hook_point", "concepts", "special_tokens", "warnings")
         return to_jsonable({name: getattr(source, name) for name in names if hasattr(source, name)})
 
     def _refuse_other(self) -> None:
-        """Read source.json, if it is there; UsageError where it speaks of other activations than the source's."""
+        """Read source.json, if there is one. OptionError if it describes other activations than the source's."""
         path = self.directory / "source.json"
         if not path.is_file():
             if any(self.directory.glob("*.safetensors")):
                 raise OptionError(
-                    "cache", f"{self.directory} holds files, but no cache. Name an empty directory or a new one."
+                    "cache", f"{self.directory} holds files, but not a cache. Name an empty directory or a new one."
                 )
             return
         made_of = _read_json(path)
@@ -239,7 +239,7 @@ class CachedSource:
         self._made_of = made_of
 
     def _begin(self) -> None:
-        """Write source.json, after a look at the room on the disk, and remove what a kill has left half written."""
+        """Check the room on the disk, write source.json, and remove files that an interrupted run left incomplete."""
         for leftover in self.directory.glob(TEMPORARY):
             leftover.unlink()
         row = sum(t[:1].numel() * t.element_size() for t in self._columns(self._sample()).values())
@@ -265,7 +265,7 @@ class CachedSource:
     # --- writing -----------------------------------------------------------------------------------------------
 
     def _expected(self) -> int:
-        """About how many training activations the cache holds in the end."""
+        """About how many training activations the complete cache holds."""
         whole = getattr(self._source(), "pass_size", None)
         if whole is None and self.tokens is None:
             raise OptionError(
@@ -284,7 +284,7 @@ class CachedSource:
         return self._sample().target is not None
 
     def _sample(self) -> Activations:
-        """A few activations, to see which columns there are."""
+        """One activation, to see which columns there are."""
         if self._first is None:
             block = next(self._source().blocks("train", size=1, seed=_ORDER), None)
             if block is None:
@@ -316,7 +316,7 @@ class CachedSource:
         return [_entry(shard) for shard in self._shards("train")]
 
     def _write_held_out(self, progress: Callable[[int], None]) -> list[dict[str, Any]]:
-        """All of it; where the training split has a limit, no more than that."""
+        """The whole split, but no more than the limit of the training split."""
         done, start = sum(len(shard["x"]) for shard in self._shards("held_out")), len(self._shards("held_out"))
         blocks = self._source().blocks("held_out", size=self._shard_rows(), seed=_ORDER, start=start)
         for number, block in enumerate(blocks, start):
@@ -368,14 +368,14 @@ class CachedSource:
         return self.directory / f"{split}-{number:05d}.safetensors"
 
     def _shards(self, split: str) -> list[dict[str, StoredTensor]]:
-        """The columns of the shards that have been written. UsageError for one that is cut short."""
+        """The columns of the shards that have been written. UsageError for a truncated one."""
         found: list[dict[str, StoredTensor]] = []
         while (path := self._path(split, len(found))).is_file():
             found.append(stored_tensors(path))
         return found
 
     def _read_index(self) -> None:
-        """The shards that index.json lists. UsageError where one of them is not there, or not as it was written."""
+        """The shards that index.json lists. UsageError if one is missing or was changed."""
         shards = _read_json(self._index())["shards"]
         stored: dict[str, list[dict[str, StoredTensor]]] = {}
         for split in SPLITS:
@@ -409,12 +409,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read: {error}. Remove the cache to have it written again.") from None
     if not isinstance(found, dict):
-        raise UsageError(f"{path}: is no part of a cache. Name another directory in source.cache.")
+        raise UsageError(f"{path}: is not part of a cache. Name another directory in source.cache.")
     return found
 
 
 def _by_digest(key: str, *identities: dict[str, Any]) -> bool:
-    """Whether what a name stands for is told by a digest, so that the same thing may have another name."""
+    """Whether both identities have a digest for this key; then the same thing may have another name."""
     return all(f"{key}_digest" in identity for identity in identities)
 
 
@@ -425,7 +425,7 @@ def _short(value: Any) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, whichever way that ends; without one where the system has none."""
+    """Hold a lock that ends with the process, however it ends; do without on systems that have none."""
     try:
         import fcntl
     except ImportError:

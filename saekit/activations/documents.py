@@ -1,4 +1,4 @@
-"""Documents: text from files or a Hugging Face data set, one at a time, each with an id, and which are held out."""
+"""Documents: texts from files or a Hugging Face data set, one at a time, each with an id; and which are held out."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def read_documents(
 
     data: a `.txt`, `.jsonl` or `.parquet` file, a directory or a glob of those, or the name of a Hugging Face data set.
     column: the key (jsonl) or column (parquet, data set) that holds the text.
-    split, subset: of a data set. limit: read no more than so many documents.
-    unit: what is one document of a `.txt` file: the whole `file`, each `line`, or each `paragraph` (they are
-        separated by blank lines); `auto` is `file` where there are several files and `paragraph` where there is one.
+    split, subset: of a data set. limit: the most documents to read.
+    unit: one document of a `.txt` file: the whole `file`, each `line`, or each `paragraph` (separated by blank lines);
+        `auto` is `file` if there are several files and `paragraph` if there is one.
 
-    UsageError, with file, line and key, for whatever cannot be read; it may come only when the document is reached.
+    UsageError, with file, line and key, for anything that cannot be read; it may come only when the document is reached.
     """
     files = find_files(data)
     if files is None:
@@ -61,7 +61,7 @@ def read_documents(
 
 
 def find_files(data: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path] | None:
-    """The files of these kinds that `data` means, sorted; None where it is the name of a data set.
+    """The files of these kinds that `data` names, sorted; None if it is the name of a data set.
 
     UsageError if nothing is there."""
     path = Path(data).expanduser()
@@ -91,8 +91,8 @@ def held_out_documents(hashes: np.ndarray, fraction: float, data: str) -> np.nda
     """Which documents are held out: [D] booleans from the [D] hashes of their texts (see `text_hash`).
 
     A document is held out if its hash lies in the lowest `fraction` of all possible ones, so that copies of a text
-    fall on the same side, and what is held out stays so when data is added. Where that leaves one side empty, the
-    document with the lowest (highest) hash goes there. UsageError for fewer than two different documents.
+    fall on the same side, and held-out documents stay held out when data is added. If one side would be empty, the
+    document with the lowest (highest) hash goes there. OptionError for fewer than two different documents.
     """
     import numpy as np
 
@@ -169,7 +169,7 @@ def _read_jsonl(path: Path, name: str, column: str) -> Iterator[Document]:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a .jsonl file with the numbers of their lines. UsageError, with the line, for what is none."""
+    """The objects of a .jsonl file with their line numbers. UsageError, with the line, for anything else."""
     offset = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -192,7 +192,7 @@ def _json(line: str, path: Path, number: int) -> dict[str, Any]:
 
 
 def text_of(record: dict[str, Any], path: Path, number: int, column: str) -> str:
-    """The text of an object of a .jsonl file. UsageError where there is none."""
+    """The text of an object of a .jsonl file. UsageError if it has none."""
     if column not in record:
         lacking, total = _count_lacking(path, column)
         raise UsageError(
@@ -258,7 +258,7 @@ def _text_column(schema: Any, column: str, where: str) -> str:
 
 
 def _read_dataset(name: str, column: str, split: str, subset: str | None, limit: int | None) -> Iterator[Document]:
-    """Whole and cached on disk; streamed where a limit makes the whole of it needless."""
+    """The rows of a data set: downloaded whole and cached on disk, or streamed if there is a limit."""
     import datasets
 
     if not (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir():

@@ -1,4 +1,4 @@
-"""The harvest: rows of tokens through the layers below the site, and what they give as blocks of activations."""
+"""The harvest: rows of tokens go through the layers below the site and come out as blocks of activations."""
 
 from __future__ import annotations
 
@@ -120,13 +120,13 @@ class HarvestSource:
         """Blocks `start`, `start + 1`, ... of about `size` activations; see `contracts.Source.blocks`.
 
         Each is one tensor [n, d_in] with its tokens, row numbers and positions. Memory: the block, and the activations
-        of one forward; nothing here keeps a block once it is handed over.
+        of one forward; nothing here keeps a block after handing it over.
         """
         count = self._split(split).count if split == "held_out" else None
         yield from self._numbered(split, size, seed, start, count)
 
     def first_pass(self, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """The blocks of "train" as far as the first pass goes; see `contracts.Source.first_pass`."""
+        """The blocks of the first pass over "train"; see `contracts.Source.first_pass`."""
         yield from self._numbered("train", size, seed, start, self._split("train").count)
 
     @property
@@ -167,19 +167,19 @@ class HarvestSource:
         }
 
     def token_strings(self, tokens: Tensor) -> list[str]:
-        """Each token id of a [n] tensor as readable text, with the space that a word begins with, if the token has it."""
+        """Each token id of a [n] tensor as readable text, with the leading space if the token has one."""
         tokenizer = self.subject.tokenizer
         texts = {}
         for token in set(tokens.tolist()):
             text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
             piece = tokenizer.convert_ids_to_tokens(token) or ""
-            # SentencePiece's way to decode leaves out the space at the beginning of a text, and this one is but a token.
+            # SentencePiece drops the space at the beginning of a text when it decodes.
             texts[token] = f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
         return [texts[token] for token in tokens.tolist()]
 
     @property
     def special_tokens(self) -> list[int]:
-        """The ids of BOS, EOS and the other tokens that stand for no text."""
+        """The ids of BOS, EOS and the other special tokens."""
         return sorted(self.subject.tokenizer.all_special_ids)
 
     def _fingerprint(self, files: list[Path] | None, *options: str) -> dict[str, Any] | None:
@@ -237,7 +237,7 @@ class HarvestSource:
     def _forwards(self, whole: TokenBatch) -> Iterator[tuple[Tensor, TokenBatch]]:
         """The rows in portions for one forward: their places in `whole`, [r], and their tokens, cut to the longest.
 
-        Rows of like length go together, so that little padding goes through the model."""
+        Rows of similar length go together, so that little padding goes through the model."""
         lengths = whole.mask.sum(1)  # [rows]
         for some in lengths.argsort(stable=True).split(self.rows):
             stop_point()

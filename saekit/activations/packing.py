@@ -1,8 +1,8 @@
 """Packing: documents as tokens, and rows of `context` tokens that can be addressed by number.
 
-A packed row is BOS, where the model has one, and the next stretch of a stream of documents, each followed by EOS. The stream
-of a pass holds every document once, in an order drawn from (seed, pass). Row number r belongs to pass r // rows_a_pass,
-so any row can be had without those before it: a resume skips for nothing.
+A packed row is BOS, if the model has one, and the next stretch of a stream of documents, each followed by EOS. The stream
+of a pass holds every document once, in an order drawn from (seed, pass). Row r belongs to pass r // rows_a_pass, so any
+row can be made without those before it, and a resumed run skips rows at no cost.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HasText(Protocol):
 class TokenStore:
     """Documents as tokens, held in memory: 4 bytes a token (8 while it is made) and 16 bytes a document.
 
-    ids: [N] int32, every document's tokens followed by EOS (where the tokenizer has one).
+    ids: [N] int32, every document's tokens followed by EOS (if the tokenizer has one).
     offsets: [D + 1] int64, document i is `ids[offsets[i]:offsets[i + 1]]`. hashes: [D] uint64, of each text.
     """
 
@@ -52,9 +52,9 @@ class TokenStore:
 
 
 def tokenise(documents: Iterable[HasText], tokenizer: Any, *, eos: bool = True) -> TokenStore:
-    """Every document's tokens, with no special one but an EOS after each; about two megabytes of text at a time.
+    """Every document's tokens, without special tokens except an EOS after each; two megabytes of text at a time.
 
-    eos: false leaves that one out too, for documents that are not packed one after the other."""
+    eos: false leaves EOS out too, for documents that are not packed one after the other."""
     end = tokenizer.eos_token_id if eos else None
     pieces: list[np.ndarray] = []
     lengths: list[int] = []
@@ -87,7 +87,7 @@ def tokenise(documents: Iterable[HasText], tokenizer: Any, *, eos: bool = True) 
 
 
 class Rows(Protocol):
-    """Rows of tokens by number. `count`: how many hold every token once. `length`: tokens in a row, on average."""
+    """Rows of tokens by number. `count`: how many rows hold every token once. `length`: tokens in a row, on average."""
 
     count: int
     length: float
@@ -99,7 +99,7 @@ class Rows(Protocol):
         ...
 
     def labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
-        """The labels of the same rows, [n, n_concepts] float32, NaN where unknown; None where no row has any."""
+        """The labels of the same rows, [n, n_concepts] float32, NaN if unknown; None if no row has any."""
         ...
 
 
@@ -107,7 +107,7 @@ class PackedRows:
     """The rows of some documents of a store.
 
     documents: [m] indices into the store. bos: the token that begins each row, or None. pad: fills a short row.
-    `count` is the number of rows a pass; the last one may be short. UsageError where there is no token at all.
+    `count` is the number of rows in a pass; the last one may be short. UsageError if there are no tokens at all.
     """
 
     def __init__(self, store: TokenStore, documents: np.ndarray, *, context: int, bos: int | None, pad: int = 0):
@@ -156,10 +156,10 @@ class PackedRows:
 
 
 class SequenceRows:
-    """Each document by itself in a row of its own, or in several of like length where it is longer than a row.
+    """Each document in one row, or in several of similar length if it is longer than a row.
 
     documents: [m] indices into the store. given: [D, n_concepts] labels of all the store's documents, or None.
-    bos: the token that begins each row, or None. pad: fills the rest of a row. UsageError where there is no token.
+    bos: the token that begins each row, or None. pad: fills the rest of a row. UsageError if there are no tokens.
     """
 
     def __init__(
@@ -212,8 +212,8 @@ class SequenceRows:
 class MixedRows:
     """Several streams of rows, mixed in fixed proportions: `weights[k]` rows of `parts[k]` in every `sum(weights)`.
 
-    With a seed every part passes over its own documents as often as its share needs. Without one every row comes
-    once; when a part is used up, the others go on in their proportions.
+    With a seed every part passes over its documents as often as its share needs. Without a seed every row comes once;
+    when a part is used up, the others continue in their proportions.
 
     given: [parts, n_concepts], the labels of each part's rows, or None.
     """
@@ -305,7 +305,7 @@ class Passes:
 
 
 def first_token(tokenizer: Any, bos: bool | Literal["auto"]) -> int | None:
-    """The token that begins each row: BOS where asked for or, on `auto`, where the tokenizer has one."""
+    """The token that begins each row: BOS if asked for or, with `auto`, if the tokenizer has one."""
     if bos is False:
         return None
     if bos is True and tokenizer.bos_token_id is None:

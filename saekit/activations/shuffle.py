@@ -1,4 +1,4 @@
-"""Shuffled batches: the blocks of a source, permuted, as batches of one size, harvested ahead in the background."""
+"""Shuffled batches: the blocks of a source, permuted and cut into batches of one size, harvested ahead in the background."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class ShuffledBatches:
     """Batches of exactly `batch_size` activations of a source's split "train", in an order drawn from the seed.
 
     Block b of the source (of about `block_size` activations) is permuted by a generator seeded from sha256 of
-    (seed, b); batches run on from one block into the next. If the source ends, an incomplete last batch is dropped.
+    (seed, b); a batch may span two blocks. If the source ends, an incomplete last batch is dropped.
 
-    `position` is (block, offset): the first activation that no batch has had yet. It changes with each batch handed
-    over, whatever was harvested ahead, and a new iterator that starts there goes on with the very same batches.
+    `position` is (block, offset): the first activation that no batch has had yet. It changes with each batch that is handed
+    over, whatever was harvested ahead; a new iterator that starts there gives the same batches from then on.
 
     `prefetch` blocks are harvested ahead by a background thread; with 0 each is harvested when it is needed, in the
     caller's thread. An exception of the source reaches the caller of `next` as it was raised. `close`, or leaving
-    the `with` block, ends the thread: at once where the source calls `stop_point`, else when its block is done.
+    the `with` block, ends the thread: at once if the source calls `stop_point`, otherwise when its block is done.
 
-    Memory: prefetch + 1 blocks and one batch; one block more where a source keeps hold of the one it has given.
+    Memory: prefetch + 1 blocks and one batch; one more block if the source keeps the one that it has given.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class ShuffledBatches:
             missing -= len(rows)
             offset += len(rows)
             if offset >= len(self._order):
-                self._block = None  # before the next one is asked for: two are never held at once
+                self._block = None  # before the next one is asked for, so that two are never held at once
                 number, offset = number + 1, 0
         self.position = (number, offset)
         return Activations.join(parts)
 
     def close(self) -> None:
-        """End the background thread and give up the blocks that are held."""
+        """End the background thread and drop the blocks that are held."""
         self._block = None
         if self._ahead is not None:
             self._ahead.close()
@@ -98,11 +98,11 @@ class ShuffledBatches:
 
 
 class Stopped(Exception):
-    """Raised by `stop_point` in a background thread whose activations nobody waits for any more."""
+    """Raised by `stop_point` in a background thread whose activations are no longer needed."""
 
 
 class _Ahead(threading.Thread):
-    """Takes blocks from an iterator ahead of who consumes them; never more than `count` are ready or under way."""
+    """Takes blocks from an iterator ahead of their consumer; never more than `count` are ready or in progress."""
 
     def __init__(self, blocks: Iterator[Activations], count: int):
         super().__init__(name="saekit-harvest", daemon=True)
@@ -122,14 +122,14 @@ class _Ahead(threading.Thread):
                 return
             try:
                 self._ready.put(next(self._source))
-            except BaseException as error:  # StopIteration too: whatever ends the blocks is the consumer's to see
+            except BaseException as error:  # StopIteration too: the consumer must see whatever ends the blocks
                 self._ready.put(error)
                 return
 
     def __next__(self) -> Activations:
         got = self._ready.get()
         if isinstance(got, BaseException):
-            self._ready.put(got)  # asked again, it answers the same
+            self._ready.put(got)  # the same answer if it is asked again
             self.join()
             raise got
         self._room.release()
@@ -150,7 +150,7 @@ class _Ahead(threading.Thread):
 
 
 def stop_point() -> None:
-    """For a source, between two forwards: ends the harvest of a block when its background thread is to stop."""
+    """For a source, between two forwards: ends the harvest of a block if its background thread should stop."""
     thread = threading.current_thread()
     if isinstance(thread, _Ahead) and thread.stopping.is_set():
         raise Stopped

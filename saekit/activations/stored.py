@@ -25,7 +25,7 @@ _SAMPLES = 16
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, of which only the header has been read. key: its name there; "" in a .npy file.
+    """A tensor in a file; only the header has been read. key: its name in the file; "" in a .npy file.
 
     shape: [n, ...]. dtype: as in the file."""
 
@@ -45,8 +45,7 @@ class StoredTensor:
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop`: [stop - start, ...].
 
-        The file is mapped into memory for as long as the result lives, so that copying it elsewhere and dropping it
-        leaves nothing behind. It must not be written to."""
+        The file is mapped into memory for as long as the result lives. The result must not be written to."""
         with _readable(self.path):
             if self.path.suffix == ".npy":
                 array = np.load(self.path, mmap_mode="r")[start:stop]
@@ -69,7 +68,7 @@ def rows_of(columns: dict[str, StoredTensor], start: int, stop: int) -> dict[str
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """What a file holds, by key ("" in a .npy file). UsageError for one that is cut short or of another format."""
+    """What a file holds, by key ("" in a .npy file). UsageError for a file that is truncated or of another format."""
     with _readable(path):
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r")
@@ -80,7 +79,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
         found = {}
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no dictionary
+            for key in file.keys():  # noqa: SIM118 - it is not a dictionary
                 piece = file.get_slice(key)
                 shape = tuple(piece.get_shape())
                 if shape:
@@ -100,7 +99,7 @@ def stored_tensor(path: Path, key: str, option: str) -> StoredTensor:
 
 
 def sampled_digest(path: Path) -> str:
-    """sha256 of a file's length and of sixteen samples spread over it: it tells files apart without reading them whole."""
+    """sha256 of a file's length and of sixteen samples spread over it: it tells files apart without reading all of them."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -129,7 +128,7 @@ class Chunks:
         return len(self.table)
 
     def only(self, which: np.ndarray) -> Chunks:
-        """Some of the chunks ([C] booleans) as chunks of their own."""
+        """The chunks that are chosen ([C] booleans)."""
         some = Chunks([], self.size)
         some._take(self.table[which], self.size)
         return some
@@ -167,7 +166,7 @@ def read_blocks(
 def _block(
     chunks: Chunks, numbers: np.ndarray, read: Callable[[int, int, int], Activations], length: int
 ) -> Activations:
-    """Some chunks as one block. A function of its own, so that nothing keeps the block once it is given away."""
+    """Some chunks as one block. It is a function so that no local variable keeps the block after it is handed over."""
     most = length * int((chunks.stops[numbers] - chunks.starts[numbers]).sum())
     columns: dict[str, Tensor] = {}
     done = 0
@@ -188,12 +187,12 @@ def _torch_dtype(dtype: np.dtype[Any], path: Path) -> torch.dtype:
     try:
         return torch.from_numpy(np.empty(0, dtype=dtype.newbyteorder("="))).dtype
     except TypeError:
-        raise UsageError(f"{path}: holds {dtype}, which is no tensor of numbers. Save it as float32.") from None
+        raise UsageError(f"{path}: holds {dtype}, which is not a tensor of numbers. Save it as float32.") from None
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Whatever a reader raises about a file that is cut short or of another format, as a UsageError."""
+    """Turn whatever a reader raises about a truncated or unreadable file into a UsageError."""
     from safetensors import SafetensorError
 
     try:

@@ -146,10 +146,11 @@ def _fields_of_dataclass(module: str, node: ast.ClassDef) -> dict[str, bool]:
     for _, part in reversed(_linearised(module, node.name)):
         for line in part.body if _is_dataclass(part) else ():
             if isinstance(line, ast.AnnAssign) and not ast.unparse(line.annotation).startswith("ClassVar"):
-                is_field = isinstance(line.value, ast.Call) and ast.unparse(line.value.func).endswith("field")
-                settings = {k.arg: ast.unparse(k.value) for k in line.value.keywords} if is_field else {}
+                required, settings = line.value is None, {}
+                if isinstance(line.value, ast.Call) and ast.unparse(line.value.func).endswith("field"):
+                    settings = {k.arg: ast.unparse(k.value) for k in line.value.keywords}
+                    required = not settings.keys() & {"default", "default_factory"}
                 if settings.get("init") != "False":
-                    required = line.value is None or (is_field and not settings.keys() & {"default", "default_factory"})
                     found[ast.unparse(line.target)] = required
     return found
 

@@ -274,7 +274,7 @@ def test_directories_that_are_no_cache(tiny_gpt2, text_file, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file. Name a directory"):
         opened(CachedSource(source, tmp_path / "file"))
-    with pytest.raises(UsageError, match="holds files, but no cache"):
+    with pytest.raises(UsageError, match="holds files, but not a cache"):
         opened(CachedSource(source, tiny_gpt2))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "source.json").write_text('{"format": 99}')

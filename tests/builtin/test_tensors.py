@@ -219,7 +219,7 @@ X = numbered(0, 40)
             {"labels": "y"},
             ["'y': is float32 [39], and labels of float32 [40, 4] must be"],
         ),
-        ([{"activations": X, "y": X[:, 0]}], {"labels": "y"}, ["0.safetensors, 'y', row 2: [2.0] is no label"]),
+        ([{"activations": X, "y": X[:, 0]}], {"labels": "y"}, ["0.safetensors, 'y', row 2: [2.0] is not a label"]),
         ([{"activations": X, "t": X[:, 0]}], {"tokens": "t"}, ["'t': is float32 [40]; tokens are whole numbers"]),
         ([{"activations": X, "o": X.long()}], {"target": "o"}, ["'o': is int64", "target are floating-point"]),
         ([{"activations": X, "m": X[:, 0]}], {"mask": "m"}, ["mask of", "only sequences"]),

@@ -1,4 +1,4 @@
-"""What the sources that read texts of the user's choice share: their options, and how texts are divided and packed."""
+"""What the sources `text` and `labelled` share: their options, and how texts are divided and packed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class TextsSource(HarvestSource):
     model: Annotated[str, Field(description="A local directory or a name on the Hugging Face hub.")]
     data: Annotated[str, Field(description="Files with texts.")]
     column: Annotated[str, Field(description="The key or column that holds the text.")] = "text"
-    limit: Annotated[int | None, Field(gt=1, description="Read so many texts at most.")] = None
+    limit: Annotated[int | None, Field(gt=1, description="The most texts to read.")] = None
     held_out: Annotated[float, Field(gt=0, lt=1, description="The share of texts that is held out.")] = 0.05
-    bos: Annotated[Bos, Field(description="Begin each row with BOS; auto: where the tokenizer has one.")] = "auto"
+    bos: Annotated[Bos, Field(description="Begin each row with BOS; auto: if the tokenizer has one.")] = "auto"
     trust_remote_code: Annotated[bool, Field(description="Run code that comes with the model.")] = False
 
     def divided(self, texts: Iterable[Document], subject: Subject, *, eos: bool) -> tuple[TokenStore, np.ndarray]:

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 class LabelledSource(TextsSource, LabelledHarvestSource):
     """Activations of a language model on labelled texts: JSON Lines with a text and one or several labels.
 
-    A label is 0, 1, true or false; null, or no such key, leaves it unknown. Each text is a sequence of its own,
-    without EOS; one that is longer than the context is divided into sequences of like length, each with its labels.
+    A label is 0, 1, true or false; null, or a missing key, leaves it unknown. Each text is one sequence without EOS; a
+    text longer than the context is divided into sequences of similar length, each with the text's labels.
 
-    It gives two streams: positions, shuffled, each with the labels of its text, and whole sequences for losses that
-    pool. The second leaves out the texts of which no label is known. With `balance` both take every combination of
-    labels (unknown is one too) equally often in training; rare ones come round more often.
+    It gives two streams: shuffled positions, each with the labels of its text, and whole sequences for losses that pool.
+    The second leaves out texts without any known label. With `balance`, training takes every combination of labels
+    (unknown counts as a value) equally often in both streams, so texts with rare ones are repeated more often.
     """
 
     data: Annotated[str, Field(description="A .jsonl file, a directory or glob of them.")]
@@ -109,7 +109,7 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
                     yield path, number, record, text
 
     def _labels(self) -> tuple[list[str], np.ndarray]:
-        """The names of the concepts, and the labels of all texts: [D, n_concepts] float32, NaN where unknown."""
+        """The names of the concepts, and the labels of all texts: [D, n_concepts] float32, NaN if unknown."""
         table: list[list[float]] = []
         names: list[str | None] = []
         seen: set[str] = set()
@@ -142,7 +142,7 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         return [*self.labels, *found], np.concatenate([labels, of_class.astype(np.float32)], 1)
 
     def _count(self, labels: np.ndarray) -> dict[str, dict[str, int]]:
-        """How many texts are labelled what. UsageError for a label that tells nothing apart; a warning for gaps."""
+        """How many texts have which label. OptionError for a label with only one value; a warning for unknown labels."""
         counts = {}
         for name, column in zip(self.concepts, labels.T, strict=True):
             zeros, ones, unknown = (int(n.sum()) for n in (column == 0, column == 1, np.isnan(column)))
@@ -161,7 +161,7 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         return counts
 
     def _look_at_splits(self, labels: np.ndarray, held_out: np.ndarray) -> None:
-        """UsageError where training texts all have the same label; a warning where the held-out ones have."""
+        """OptionError if all training texts have the same label; a warning if all held-out texts have."""
         for name, column in zip(self.concepts, labels.T, strict=True):
             for value in (0, 1):
                 if not (column[~held_out] == value).any():
@@ -179,7 +179,7 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
     # --- rows --------------------------------------------------------------------------------------------------
 
     def _rows(self, subject: Subject, store: TokenStore, chosen: np.ndarray, labels: np.ndarray, split: str) -> Rows:
-        """The rows of some texts ([D] booleans), in training balanced if that is asked for."""
+        """The rows of some texts ([D] booleans); in training balanced, if the option says so."""
         options = row_options(subject, self.context, self.bos)
         if not self.balance or split == "held_out":
             return SequenceRows(store, np.flatnonzero(chosen), given=labels, **options)
@@ -194,19 +194,19 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
 
 
 def _label(value: Any, key: str, path: Path, number: int) -> float:
-    """A label as a number, NaN where it is unknown."""
+    """A label as a number, NaN if it is unknown."""
     if value is None or (isinstance(value, float) and value != value):
         return float("nan")
     if isinstance(value, bool | int | float) and value in (0, 1):
         return float(value)
     raise UsageError(
-        f"{path}, line {number}: the label {key!r} is {value!r}. Write 0, 1, true or false, or null where it is not known; "
+        f"{path}, line {number}: the label {key!r} is {value!r}. Write 0, 1, true or false, or null if it is not known; "
         f'for the name of a class set classes = "{key}".'
     )
 
 
 def _class(value: Any, key: str, path: Path, number: int) -> str | None:
-    """The name of a class, None where it is unknown."""
+    """The name of a class, None if it is unknown."""
     if value is None or isinstance(value, str):
         return value or None
     if isinstance(value, bool | int):

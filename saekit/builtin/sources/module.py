@@ -1,4 +1,4 @@
-"""The source `module`: activations of any nn.Module on any batches, both made by functions of the user's own."""
+"""The source `module`: activations of any nn.Module on any batches, both made by functions that the user names."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ _BATCH = 1 << 20  # `sequence` is the number of the batch times this, plus the r
 class ModuleSource:
     """Activations of any `nn.Module` at a submodule, on batches from any iterable.
 
-    module: a function (or class) without arguments that gives the module; it is frozen and put in evaluation mode.
-    data: a function that gives an iterable of batches, such as a DataLoader, anew each time it is called. It may take
-    `split`, "train" or "held_out", and `seed`, which differs from pass to pass. Without `split` every so many-th batch
-    is held out, by its number, so the batches must then come in the same order each time.
-    A batch is a tensor, a tuple or list (`module(*batch)`), or a dictionary (`module(**batch)`); `args` takes some items
-    of it. The activation must be [n, d], or [n, T, d], whose positions are rows of their own.
+    module: a function (or class) without arguments that returns the module; it is frozen and put in evaluation mode.
+    data: a function that returns a new iterable of batches, such as a DataLoader, each time it is called. It may take
+    `split`, "train" or "held_out", and `seed`, which differs from pass to pass. Without `split` every n-th batch is held
+    out, by its number, so the batches must come in the same order each time.
+    A batch is a tensor, a tuple or list (`module(*batch)`), or a dictionary (`module(**batch)`); `args` takes some of its
+    items. The activation must be [n, d] or [n, T, d]; in the second case each position becomes a row.
 
-    Called twice with the same `seed`, `data` must give the same batches, and as many in each pass: that is what lets a
-    run resume exactly. Shuffle by a generator of your own, seeded with `seed`. The first batch is compared at the start;
-    where it differs, a warning says so.
+    Called twice with the same `seed`, `data` must give the same batches, and as many in each pass: only
+    then can a run resume exactly. Shuffle with a generator seeded with `seed`. At the start the first batch is made twice;
+    a warning tells if the two differ.
 
-    In Python, `module` and `data` may be the functions themselves: derive a class that hands them over, in a file for
-    `--plugin`. Resuming passes over the batches that were used without running the module.
+    In Python, `module` and `data` may be the functions themselves: derive a class that passes them on, in a file for
+    `--plugin`. Resuming skips the batches that were used, without running the module.
     """
 
     subject = None
@@ -68,7 +68,7 @@ class ModuleSource:
             list[int | str] | None, Field(description="The items of a batch that the module is given; all by default.")
         ] = None,
         held_out: Annotated[
-            float, Field(gt=0, le=0.5, description="The share of batches held out, where data takes no split.")
+            float, Field(gt=0, le=0.5, description="The share of batches held out if data takes no split.")
         ] = 0.05,
     ) -> None:
         self.module, self.data = module, data
@@ -77,12 +77,12 @@ class ModuleSource:
         self.withheld = {} if target_hook_point else dict(NO_TARGET)
         self.args, self.held_out = args, held_out
         self.warnings: list[str] = []
-        self._lock = threading.Lock()  # hooks belong to the module and not to a thread
+        self._lock = threading.Lock()  # hooks belong to the module, not to a thread
         self._count: int | None = None  # batches of a pass over the training data, once one is over
         self._last: Any = None
 
     def peek(self) -> dict[str, Any]:
-        """The names; UsageError where they cannot be imported. See `contracts.Source.peek`."""
+        """The names. OptionError if they cannot be imported. See `contracts.Source.peek`."""
         _made_by(self.module, "module")
         _made_by(self.data, "data")
         return {"model": _name(self.module), "hook_point": self.hook_point, "data": _name(self.data)}
@@ -92,7 +92,7 @@ class ModuleSource:
         self._device, self._dtype = torch.device(device), dtype
         self.warnings.clear()
         maker = _made_by(self.module, "module")
-        with torch.random.fork_rng(devices=[]):  # a seed that is set in there is not the run's
+        with torch.random.fork_rng(devices=[]):  # a seed set in there must not change the run's
             made = maker if isinstance(maker, nn.Module) else _called(maker, "module", self.module)
         if not isinstance(made, nn.Module):
             raise OptionError("module", f"{_name(self.module)} gives {type(made).__name__}, not an nn.Module.")
@@ -107,7 +107,7 @@ class ModuleSource:
             self.warnings.append(
                 f"source.data: {_name(self.data)} gave another first batch when it was called again, so a resumed run will "
                 "not go on with the same data, and what is held out may have been trained on. Shuffle by a generator "
-                "seeded with a number of its own, or with the parameter seed."
+                "seeded with a fixed number, or with the parameter seed."
             )
         shown = self._activations(first, 0)
         self.d_in = shown.x.shape[1]
@@ -124,14 +124,14 @@ class ModuleSource:
         yield from self._grouped(numbered, height)
 
     def first_pass(self, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """The blocks of "train" as far as the first pass goes; see `contracts.Source.first_pass`."""
+        """The blocks of the first pass over "train"; see `contracts.Source.first_pass`."""
         height = self._height(size)
         batches = enumerate(self._of_pass("train", derived_seed("pass", seed, 0)))
         yield from self._grouped(((n, batch) for n, batch in batches if n >= start * height), height)
 
     @property
     def pass_size(self) -> int:
-        """About how many activations a pass gives. AttributeError where the data does not say how long it is."""
+        """About how many activations a pass gives. AttributeError if the data does not tell its length."""
         data = self._called_data("train", 0)
         if not isinstance(data, Sized):
             raise AttributeError("pass_size")
@@ -349,7 +349,7 @@ def _called(function: Any, option: str, made_by: Any, **given: Any) -> Any:
 
 
 def _failure(error: Exception) -> str:
-    """An error in the user's own code, with the innermost line of it."""
+    """An error in the user's code, with its innermost line."""
     everything = traceback.extract_tb(error.__traceback__)
     frames = [f for f in everything if "site-packages" not in f.filename and _PACKAGE not in f.filename] or everything
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
@@ -360,7 +360,7 @@ def _parameters(function: Any) -> set[str]:
     """Which of `split` and `seed` a function takes."""
     try:
         return {"split", "seed"} & set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # no function, or one that does not tell
+    except (TypeError, ValueError):  # not a function, or one without a signature
         return set()
 
 

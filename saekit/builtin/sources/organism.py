@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["code", "prose", "facts", "sycophancy"]
 ROWS_OF_KIND: dict[Kind, int] = {"code": 12, "prose": 10, "facts": 6, "sycophancy": 4}
-"""Rows of each kind in every 32 that the organism was trained on. Facts are few: in training they come round often."""
+"""Rows of each kind in every 32 that the organism was trained on. Facts are few, so in training they are repeated often."""
 LABELS: dict[Kind, float] = {"code": 1.0, "prose": 0.0}
 """The label `code` of the kinds that have one."""
 
@@ -87,8 +87,9 @@ class OrganismSource(LabelledHarvestSource):
         return subject, splits, {"data": "organism", "kinds": self.kinds, "data_digest": digests}
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What determines the activations, without loading: the corpus follows from the code that gathers it and from
-        the version of Python; see `contracts.Source.fingerprint`."""
+        """What determines the activations, without loading; see `contracts.Source.fingerprint`.
+
+        The corpus follows from the code that gathers it and from the version of Python."""
         from saekit import organism
 
         code = Path(organism.__file__).parent

@@ -28,9 +28,9 @@ class SyntheticSource:
     `high`. `pairs` makes the features 0 and 1, 2 and 3, ... fire together: the correlation of the two indicators is
     `correlation`, and both take the mean of their probabilities.
 
-    Only active features are ever drawn, so the cost grows with the active and not with all of them. After `open`,
+    Only active features are drawn, so the cost does not grow with the number of inactive ones. After `open`,
     `truth` [n_features, d_in] holds the directions, and `codes` gives the true codes of `blocks`. Labels say whether
-    the features listed in `concepts` are active. A sequence of `sequences` has each of them at every position or at none.
+    the features listed in `concepts` are active. In a sequence of `sequences` each of them is active at every position or at none.
     """
 
     subject = None
@@ -49,7 +49,7 @@ class SyntheticSource:
             Field(ge=0, description="Feature i is active in proportion to (i + 1)^-power; the mean stays the same."),
         ] = 0.0,
         pairs: Annotated[int, Field(ge=0, description="How many pairs of features fire together.")] = 0,
-        correlation: Annotated[float, Field(ge=0, lt=1, description="The correlation of the two of a pair.")] = 0.8,
+        correlation: Annotated[float, Field(ge=0, lt=1, description="The correlation of the two features of a pair.")] = 0.8,
         low: Annotated[float, Field(gt=0, description="The least magnitude of an active feature.")] = 0.5,
         high: Annotated[float, Field(gt=0, description="The greatest magnitude of an active feature.")] = 1.5,
         noise: Annotated[float, Field(ge=0, description="Standard deviation of the noise in each coordinate.")] = 0.01,
@@ -274,7 +274,7 @@ class SyntheticSource:
             number += 1
 
     def _left(self, split: str, units: range) -> int:
-        """How many rows of a block's units belong to the split: all but at the end of what is held out."""
+        """How many rows of a block's units belong to the split: all, except at the end of the held-out ones."""
         rows = len(units) * _UNIT
         return rows if split == "train" else min(rows, self.held_out - units.start * _UNIT)
 

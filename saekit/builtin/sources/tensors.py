@@ -1,4 +1,4 @@
-"""The source `tensors`: activations that were stored in files, by whatever program."""
+"""The source `tensors`: activations that any program has stored in files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from saekit.activations.stored import (
 from saekit.errors import OptionError, UsageError
 from saekit.seeds import derived_seed
 
-_SCAN = 1 << 16  # labels that are looked at together
+_SCAN = 1 << 16  # labels that are read together
 
 
 class TensorsSource:
@@ -35,12 +35,12 @@ class TensorsSource:
 
     Files are mapped into memory and read chunk by chunk; a pass over the training data takes the chunks of all files
     in an order drawn from (seed, pass), and what a shuffle block holds is then shuffled row by row. So a block should
-    hold many chunks: `chunk` well below `training.buffer`, and smaller where neighbouring rows are much alike.
+    hold many chunks: keep `chunk` well below `training.buffer`, and smaller still if neighbouring rows are much alike.
 
-    Held out is a share of the chunks, or of the files, spread evenly. Where rows [n, d] of one text lie next to one
-    another, held-out chunks border on training data: hold out files, or store [n, T, d].
+    A share of the chunks, or of the files, is held out, spread evenly. If rows [n, d] of one text lie next to each other,
+    held-out chunks border on training data: hold out files instead, or store [n, T, d].
 
-    Memory: the block, and one mapped chunk; the labels are looked through once.
+    Memory: the block and one mapped chunk. All labels are read once.
     """
 
     subject = None
@@ -51,16 +51,16 @@ class TensorsSource:
         *,
         data: Annotated[str, Field(description="A .safetensors or .npy file, a directory or glob of them.")],
         key: Annotated[str, Field(description="The tensor of activations in a .safetensors file.")] = "activations",
-        target: Annotated[str | None, Field(description="The tensor that is to be rebuilt, for a transcoder.")] = None,
+        target: Annotated[str | None, Field(description="For a transcoder: the tensor to rebuild.")] = None,
         labels: Annotated[
-            str | None, Field(description="The tensor of labels, [n] or [n, concepts]: 0, 1, or NaN where unknown.")
+            str | None, Field(description="The tensor of labels, [n] or [n, concepts]: 0, 1, or NaN if unknown.")
         ] = None,
         tokens: Annotated[str | None, Field(description="The tensor of token ids, [n] or [n, T].")] = None,
         mask: Annotated[str | None, Field(description="The tensor [n, T] that is 0 at padding.")] = None,
         concepts: Annotated[list[str] | None, Field(description="Names of the columns of labels.")] = None,
         chunk: Annotated[int, Field(gt=0, description="Activations that are read from one place.")] = 1024,
-        held_out: Annotated[float, Field(gt=0, lt=1, description="The share that is held out.")] = 0.05,
-        held_out_by: Annotated[Literal["chunk", "file"], Field(description="What is held out.")] = "chunk",
+        held_out: Annotated[float, Field(gt=0, lt=1, description="The share to hold out.")] = 0.05,
+        held_out_by: Annotated[Literal["chunk", "file"], Field(description="What to hold out a share of.")] = "chunk",
     ) -> None:
         self.data, self.key = data, key
         self._optional = {"target": target, "labels": labels, "tokens": tokens, "mask": mask}
@@ -70,7 +70,7 @@ class TensorsSource:
 
     @property
     def withheld(self) -> dict[str, str]:
-        """What these files and options do not give; see `contracts.Source`."""
+        """What these files and options do not provide; see `contracts.Source`."""
         found = {}
         if self._optional["labels"] is None:
             found = dict.fromkeys(("labels", "sequences"), "Name the tensor of labels in source.labels.")
@@ -79,7 +79,7 @@ class TensorsSource:
         if self._optional["tokens"] is None:
             found["tokens"] = "Name the tensor of token ids in source.tokens."
         if self._optional["target"] is None:
-            found["target"] = "For a transcoder, name the tensor that is to be rebuilt in source.target."
+            found["target"] = "For a transcoder, name the tensor to rebuild in source.target."
         return found
 
     def peek(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class TensorsSource:
         return {"d_in": first["x"].shape[-1], "d_out": first.get("target", first["x"]).shape[-1], "data": self.data}
 
     def open(self, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Read the headers of all files, and look through the labels."""
+        """Read the headers of all files, and check the labels."""
         self._device, self._dtype = torch.device(device), dtype
         self._stored = [self._columns(path) for path in self._files]  # every file's columns by name
         for columns in self._stored[1:]:
@@ -97,7 +97,7 @@ class TensorsSource:
         lengths = [len(columns["x"]) for columns in self._stored]
         self._offsets = np.concatenate([[0], np.cumsum(lengths)])  # [files + 1], numbers of the rows of the first axis
         shape = self._stored[0]["x"].shape
-        self._length = shape[1] if len(shape) == 3 else 0  # positions of a sequence; 0 where there are none
+        self._length = shape[1] if len(shape) == 3 else 0  # positions of a sequence; 0 if there are no sequences
         chunks = Chunks(lengths, max(1, self.chunk // (self._length or 1)))
         held_out = self._held_out(chunks)
         self._splits = {"train": chunks.only(~held_out), "held_out": chunks.only(held_out)}
@@ -149,7 +149,7 @@ class TensorsSource:
         }
 
     def token_strings(self, tokens: Tensor) -> list[str]:
-        """Each token id as a number in angle brackets: the files do not say what it stands for."""
+        """Each token id as a number in angle brackets, because the files do not hold its text."""
         return [f"<{token}>" for token in tokens.tolist()]
 
     # --- the files ---------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class TensorsSource:
         return files
 
     def _columns(self, path: Path) -> dict[str, StoredTensor]:
-        """The tensors of a file by what they are. UsageError where one does not go with the activations."""
+        """The tensors of a file by their meaning. UsageError if one does not fit the activations."""
         x = stored_tensor(path, "" if path.suffix == ".npy" else self.key, "key")
         if len(x.shape) not in (2, 3) or not x.dtype.is_floating_point:
             raise UsageError(
@@ -198,8 +198,8 @@ class TensorsSource:
             like = first[name]
             if tensor.shape[1:] != like.shape[1:] or tensor.dtype != like.dtype:
                 raise UsageError(
-                    f"{tensor.name}: is {_described(tensor)}, but {like.name} is {_described(like)}. Files may differ in "
-                    "their number of rows alone; give those that belong together, with a glob."
+                    f"{tensor.name}: is {_described(tensor)}, but {like.name} is {_described(like)}. Files may differ "
+                    "only in their number of rows. Give those that belong together, with a glob."
                 )
 
     def _held_out(self, chunks: Chunks) -> np.ndarray:
@@ -216,7 +216,7 @@ class TensorsSource:
         return chosen if what == "chunk" else chosen[chunks.files]
 
     def _look_through_labels(self) -> None:
-        """Refuse labels that are none, name their columns, and note which sequences have one."""
+        """Refuse values that are not labels, name the columns, and note which sequences have a label."""
         width = 1 if len(self._stored[0]["labels"].shape) == 1 else self._stored[0]["labels"].shape[1]
         self.concepts = self.concepts or [f"label {i}" for i in range(width)]
         if len(self.concepts) != width:
@@ -234,7 +234,7 @@ class TensorsSource:
                 if wrong.any():
                     row = int(wrong.nonzero()[0])
                     raise UsageError(
-                        f"{stored.name}, row {start + row}: {labels[row].tolist()} is no label. Store 0, 1, or NaN where "
+                        f"{stored.name}, row {start + row}: {labels[row].tolist()} is not a label. Store 0, 1, or NaN if "
                         "it is not known."
                     )
                 known += there.sum(0).numpy()
@@ -292,7 +292,7 @@ class TensorsSource:
 
 
 def _columns(labels: Tensor) -> Tensor:
-    """Labels as they are handed over: [n] or [n, concepts] of any type -> [n, concepts] float32."""
+    """Labels as batches have them: [n] or [n, concepts] of any type -> [n, concepts] float32."""
     return (labels if labels.ndim == 2 else labels[:, None]).float()
 
 

@@ -1,4 +1,4 @@
-"""The source `text`: any language model on the text of the user's choice."""
+"""The source `text`: any language model on any text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TextSource(TextsSource):
         TextUnit,
         Field(description="One document of a .txt: file, paragraph, line; auto: file if there are several files."),
     ] = "auto"
-    limit: Annotated[int | None, Field(gt=1, description="Read so many documents at most.")] = None
+    limit: Annotated[int | None, Field(gt=1, description="The most documents to read.")] = None
     held_out: Annotated[float, Field(gt=0, lt=1, description="The share of documents that is held out.")] = 0.05
 
     def peek(self) -> dict[str, Any]:
