@@ -155,7 +155,7 @@ def test_a_data_set_is_read_through_datasets(monkeypatch):
         return datasets.Dataset.from_dict({"body": ["a", "b", "c"], "n": [1, 2, 3]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("saekit.activations.documents._check_reachable", lambda name: None)
+    monkeypatch.setattr("saekit.activations.documents.ask_hub", lambda *asked: None)
     assert texts("some/set", column="body", subset="en", split="test", limit=2) == ["a", "b"]
     assert asked == {"name": "some/set", "subset": "en", "split": "test", "streaming": True}
     with pytest.raises(UsageError, match=r"data set 'some/set': has no column 'bdy'.* Did you mean 'body'"):

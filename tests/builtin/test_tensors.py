@@ -204,7 +204,7 @@ X = numbered(0, 40)
         (
             [{"activation": X}],
             {},
-            ["0.safetensors has no tensor 'activations'", "Did you mean 'activation'", "source.key"],
+            ["0.safetensors has no tensor 'activations'", "Did you mean 'activation'", "key: "],
         ),
         ([{"activations": X.long()}], {}, ["0.safetensors, 'activations': is int64 [40, 4]", "floating-point"]),
         ([{"activations": X[0]}], {}, ["is float32 [4]", "[n, d], or [n, T, d]"]),
