@@ -105,7 +105,7 @@ class ModuleSource:
         again = self._first_batch()
         if not _equal(first, again):
             self.warnings.append(
-                f"source.data: {_name(self.data)} gave another first batch when it was called again, so a resumed run will "
+                f"{_name(self.data)} gave another first batch when it was called again, so a resumed run will "
                 "not go on with the same data, and what is held out may have been trained on. Shuffle by a generator "
                 "seeded with a fixed number, or with the parameter seed."
             )
@@ -205,7 +205,7 @@ class ModuleSource:
                 count += 1
             if count == 0 or self._count not in (None, count):
                 raise RunError(
-                    f"source.data: {_name(self.data)} gave {count} training batches in pass {number}"
+                    f"{_name(self.data)} gave {count} training batches in pass {number}"
                     + (f" and {self._count} before" if self._count else "")
                     + ". Give as many in each pass."
                 )
