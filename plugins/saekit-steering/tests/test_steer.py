@@ -147,9 +147,9 @@ def test_the_page_needs_no_network_and_runs_no_foreign_script(steer, context: Ru
     [
         ("{", "not valid JSON"),
         ("[]", "no kinds"),
-        ('{"neutral": []}', "'neutral' is no list"),
+        ('{"neutral": []}', "'neutral' is not a list"),
         ('{"neutral": ["a"]}', "no kind 'unrelated'"),
-        ('{"neutral": [" "], "unrelated": ["a"]}', "'neutral' is no list"),
+        ('{"neutral": [" "], "unrelated": ["a"]}', "'neutral' is not a list"),
     ],
 )
 def test_a_file_of_prompts_that_is_none(tmp_path: Path, content: str, says: str) -> None:
