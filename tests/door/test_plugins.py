@@ -435,7 +435,7 @@ def test_options_are_the_keyword_only_parameters() -> None:
         ({"other": "x"}, "loss.loss.other: .*'x'"),
         ({"other": True}, "loss.loss.other: is true, but a number"),
         ({"other": 1, "names": [1]}, r"loss\.loss\.names\.0"),
-        ({"other": 1, "unused": 1}, "no option 'unused'.*Its options: weight_of_it, names, other"),
+        ({"other": 1, "unused": 1}, "no option 'unused'.*Its options: other, weight_of_it, names"),
         ({"othr": 1}, "no option 'othr'. Did you mean 'other'"),
     ]:
         with pytest.raises(UsageError, match=words):
