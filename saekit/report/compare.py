@@ -259,7 +259,7 @@ def _warnings(sides: list[Side]) -> list[str]:
             lines.append(f"The runs have different {what} ({each}), so their values are not of the same activations.")
     rest = [key for key in differing if key not in SUBJECT]
     if rest:
-        lines.append(f"The runs' activations differ in {', '.join(rest)}.")
+        lines.append(f"The runs' activations were made differently: they differ in {', '.join(rest)}.")
     return lines
 
 
