@@ -26,7 +26,6 @@ import pytest
 import tomli_w
 
 from saekit.component import HOOKS
-from saekit.testing.tiny import forkserver
 
 WEIGHTS = Path("sae") / "sae_weights.safetensors"
 STEPS, BATCH = 20, 64
@@ -245,6 +244,8 @@ class Running:
     """A process that runs `python -m MODULE ARGUMENTS` in a directory, with the methods of a `subprocess.Popen` of text."""
 
     def __init__(self, module: str, arguments: Sequence[str | Path], at: Path | None, place: Path) -> None:
+        from saekit.testing.tiny import forkserver
+
         self._out, self._err = place / "out", place / "err"
         told = (module, [*map(str, arguments)], at or Path.cwd(), self._out, self._err)
         self._process = forkserver().Process(target=self._main, args=told)
