@@ -10,7 +10,6 @@ import copy
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import runpy
 import signal
@@ -241,18 +240,15 @@ def python(code: str, *arguments: str, environment: Mapping[str, str] | None = N
     return done
 
 
-FORKS = multiprocessing.get_context("forkserver")
-"""Makes processes by forking one that has imported torch and transformers, which takes longer than a tiny run."""
-FORKS.set_forkserver_preload(["torch", "torchmetrics", "transformers.models.gpt2.modeling_gpt2", "saekit.runner.run"])
-
-
 class Running:
     """A process that runs `python -m MODULE ARGUMENTS` in a directory, with the methods of a `subprocess.Popen` of text."""
 
     def __init__(self, module: str, arguments: Sequence[str | Path], at: Path | None, place: Path) -> None:
+        from saekit.testing.tiny import forkserver
+
         self._out, self._err = place / "out", place / "err"
         told = (module, [*map(str, arguments)], at or Path.cwd(), self._out, self._err)
-        self._process = FORKS.Process(target=self._main, args=told)
+        self._process = forkserver().Process(target=self._main, args=told)
         self._process.start()
 
     @staticmethod

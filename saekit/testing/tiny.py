@@ -8,6 +8,7 @@ import copy
 import functools
 import io
 import json
+import multiprocessing
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -276,3 +277,14 @@ def in_float64(model: nn.Module) -> nn.Module:
         if type(module).__name__.endswith(("RMSNorm", "RotaryEmbedding", "Attention")):
             module.forward = throughout(module.forward)
     return model.double()
+
+
+@functools.cache
+def forkserver() -> Any:
+    """A context of `multiprocessing` that forks its processes from one that has imported what a run imports.
+
+    Those imports take longer than a tiny run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchmetrics", "transformers.models.gpt2.modeling_gpt2", "saekit.runner.run"])
+    return context

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
-from helpers import FORKS
 from safetensors.torch import load_file
 
 import saekit
@@ -20,6 +19,7 @@ from saekit.activations.shuffle import ShuffledBatches
 from saekit.builtin.sources import LabelledSource, SyntheticSource, TextSource
 from saekit.errors import RunError, UsageError
 from saekit.seeds import derived_seed
+from saekit.testing.tiny import forkserver
 
 CPU = torch.device("cpu")
 COLUMNS = ("x", "tokens", "sequence", "position")
@@ -352,7 +352,7 @@ WRITER = """
 
 
 def writing(directory, pause):
-    process = FORKS.Process(target=exec, args=(textwrap.dedent(WRITER), {"directory": directory, "pause": pause}))
+    process = forkserver().Process(target=exec, args=(textwrap.dedent(WRITER), {"directory": directory, "pause": pause}))
     process.start()
     return process
 

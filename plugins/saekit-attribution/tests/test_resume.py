@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import multiprocessing
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,10 @@ from saekit_attribution.progress import BEGUN, CHUNKS, Progress
 
 from saekit import Result, RunContext
 from saekit.plugins import Registry
-from saekit.testing.tiny import finished_run
+from saekit.testing.tiny import finished_run, forkserver
 
 OPTIONS: dict[str, Any] = {"methods": ["atp", "ig", "exact"], "save_interval": 2}
 SAMPLES = 9
-
-FORKS = multiprocessing.get_context("forkserver")  # whose processes are forked from one that has imported these
-FORKS.set_forkserver_preload(["torch", "torchmetrics", "transformers.models.gpt2.modeling_gpt2", "saekit_attribution.atp"])
 
 # Runs the analyzer in a directory and kills itself, as hard as can be, at one moment of it.
 KILLED = """
@@ -116,7 +112,7 @@ def within(context: RunContext, directory: Path) -> RunContext:
 
 def killed(run: Any, context: RunContext, options: dict[str, Any], moment: str, number: int) -> None:
     told = {"run": run.directory, "directory": context.directory, "options": options, "moment": moment, "number": number}
-    process = FORKS.Process(target=exec, args=(KILLED, told))
+    process = forkserver().Process(target=exec, args=(KILLED, told))
     process.start()
     process.join(300)
     assert process.exitcode == -signal.SIGKILL

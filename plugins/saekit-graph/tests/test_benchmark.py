@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from saekit.testing.tiny import forkserver
+
 MB = 1 << 20
 
 
-FORKS = multiprocessing.get_context("forkserver")  # whose processes are forked from one that has imported torch
-FORKS.set_forkserver_preload(["torch", "saekit_graph.benchmark"])
 MEASURE = """
 import torch
 from saekit_graph.benchmark import main
@@ -24,7 +23,7 @@ main(arguments)
 
 def measured(place: Path, *arguments: str) -> dict[str, Any]:
     out = place / "card.json"
-    process = FORKS.Process(target=exec, args=(MEASURE, {"arguments": [*arguments, "--out", str(out)]}))
+    process = forkserver().Process(target=exec, args=(MEASURE, {"arguments": [*arguments, "--out", str(out)]}))
     process.start()
     process.join()
     assert process.exitcode == 0
