@@ -5,7 +5,7 @@ implements any of the hooks below with `@saekit.hookimpl`. A hook may take fewer
 
 *Declaring hooks* say which components a plugin offers. They are called to list, complete and validate names,
 so they import nothing heavy and yield `Component`s whose targets are strings. What a target must be able to do
-stands in `saekit.contracts`, one class for each kind.
+stands in `saekit.protocols`, one class for each kind.
 
 *Lifecycle hooks* are called during a run on its listeners (callbacks, trackers, the terminal view). A listener
 is an object that the run built from a component; it implements any of the lifecycle hooks as plain methods
@@ -50,7 +50,7 @@ class Declaring:
 
     @hookspec
     def saekit_metrics(self) -> Iterable[Component]:
-        """Metrics on held-out data. Target: see `saekit.contracts.Metric` and `saekit.contracts.ModelMetric`."""
+        """Metrics on held-out data. Target: see `saekit.protocols.Metric` and `saekit.protocols.ModelMetric`."""
 
     @hookspec
     def saekit_analyzers(self) -> Iterable[Component]:
@@ -62,7 +62,7 @@ class Declaring:
 
     @hookspec
     def saekit_sources(self) -> Iterable[Component]:
-        """Where activations come from. Target: see `saekit.contracts.Source`."""
+        """Where activations come from. Target: see `saekit.protocols.Source`."""
 
     @hookspec
     def saekit_trackers(self) -> Iterable[Component]:
@@ -83,7 +83,7 @@ class Lifecycle:
     @hookspec
     def run_started(self, run: Any) -> None:
         """The plan is made and the directory exists; nothing heavy is loaded. `run` is the listener's
-        `saekit.runner.member.Member`, with its `directory`, `config` and `plan`; for the view it is the `Run`."""
+        `saekit.runner.sae_run.SAERun`, with its `directory`, `config` and `plan`; for the view it is the `Run`."""
 
     @hookspec
     def phase_started(self, phase: str, total: int | None) -> None:

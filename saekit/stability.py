@@ -1,6 +1,6 @@
 """What plugins may rely on: the version of the contract, what each version changed, and what is on its way out.
 
-The contract is `saekit.hookspecs`, `saekit.contracts`, `saekit.Component` and the names in `saekit.__all__`. What is added to
+The contract is `saekit.hookspecs`, `saekit.protocols`, `saekit.Component` and the names in `saekit.__all__`. What is added to
 it breaks nobody, since a hook is passed only the arguments that it names and what is optional is asked for. So its version
 rises only where a plugin may have to change, and what is to go is deprecated for at least one version before.
 """

@@ -40,7 +40,7 @@ _WHOLE = ("tokens", "sequence", "position")  # columns of whole numbers, stored 
 class CachedSource:
     """A source whose activations are read from a directory, after they have been written there once.
 
-    It implements `contracts.Source` and has the optional capabilities of the source that it wraps; those that need the
+    It implements `protocols.Source` and has the optional capabilities of the source that it wraps; those that need the
     model (`subject`, `token_batches`, `sequences`) load it when they are first used. The training split is
     one pass over the source's data, or the first `tokens` activations of it; it is read chunk by chunk, pass after
     pass, in an order drawn from (seed, pass), so block b here is not block b of the source.
@@ -74,7 +74,7 @@ class CachedSource:
             self.sequences = self._sequences
 
     def peek(self) -> dict[str, Any]:
-        """What the source knows, and whether the cache exists already; see `contracts.Source.peek`."""
+        """What the source knows, and whether the cache exists already; see `protocols.Source.peek`."""
         state = "is read" if self._index().is_file() else "is written first"
         return {**self.wrapped.peek(), "cache": f"{self.directory} {state}"}
 
@@ -124,7 +124,7 @@ class CachedSource:
         self._read_index()
 
     def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """Blocks `start`, `start + 1`, ... of about `size` activations; see `contracts.Source.blocks`."""
+        """Blocks `start`, `start + 1`, ... of about `size` activations; see `protocols.Source.blocks`."""
         if split not in SPLITS:
             raise UsageError(f"split {split!r}: there are only 'train' and 'held_out'.")
         if not self._stored:
@@ -142,7 +142,7 @@ class CachedSource:
         yield from read_blocks(chunks, read, rows=size, seed=order, start=start, device=self._device)
 
     def identity(self) -> dict[str, Any]:
-        """The source's identity, and how much is kept in which dtype; see `contracts.Source.identity`."""
+        """The source's identity, and how much is kept in which dtype; see `protocols.Source.identity`."""
         identity = self._made_of.get("identity") or to_jsonable(self._source().identity())
         return {**identity, "cache": {"dtype": self.dtype, "tokens": self.tokens}}
 

@@ -36,7 +36,7 @@ NO_TARGET = {"target": "For a transcoder, set source.target_hook_point."}
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class HarvestSource:
-    """What all sources that read text through a language model share; it implements `contracts.Source`.
+    """What all sources that read text through a language model share; it implements `protocols.Source`.
 
     A subclass has `model`, the model's directory or hub name, as an option or a property, and `prepare`, which loads the
     `Subject` and the `Rows` of each split. Row r of "train" means the same tokens whenever it is asked for (given the
@@ -69,7 +69,7 @@ class HarvestSource:
         self.withheld = {} if self.target_hook_point else dict(NO_TARGET)
 
     def peek(self) -> dict[str, Any]:
-        """What config.json tells of the model and the sites; see `contracts.Source.peek`.
+        """What config.json tells of the model and the sites; see `protocols.Source.peek`.
 
         OptionError for a block or a context that the model lacks."""
         known = peek_model(self.model)
@@ -117,7 +117,7 @@ class HarvestSource:
         )
 
     def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """Blocks `start`, `start + 1`, ... of about `size` activations; see `contracts.Source.blocks`.
+        """Blocks `start`, `start + 1`, ... of about `size` activations; see `protocols.Source.blocks`.
 
         Each is one tensor [n, d_in] with its tokens, row numbers and positions. Memory: the block, and the activations
         of one forward; nothing here keeps a block after handing it over.
@@ -126,7 +126,7 @@ class HarvestSource:
         yield from self._numbered(split, size, seed, start, count)
 
     def first_pass(self, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """The blocks of the first pass over "train"; see `contracts.Source.first_pass`."""
+        """The blocks of the first pass over "train"; see `protocols.Source.first_pass`."""
         yield from self._numbered("train", size, seed, start, self._split("train").count)
 
     @property
@@ -152,7 +152,7 @@ class HarvestSource:
             yield self._tokens(available, np.arange(first, min(first + rows, available.count)), None)
 
     def identity(self) -> dict[str, Any]:
-        """What determines the activations; see `contracts.Source.identity`."""
+        """What determines the activations; see `protocols.Source.identity`."""
         return {
             "model": self.subject.name,
             "model_digest": self.subject.digest(),
@@ -183,7 +183,7 @@ class HarvestSource:
         return sorted(self.subject.tokenizer.all_special_ids)
 
     def _fingerprint(self, files: list[Path] | None, *options: str) -> dict[str, Any] | None:
-        """`contracts.Source.fingerprint`: hashes of the model's and the data's files, and the options that matter.
+        """`protocols.Source.fingerprint`: hashes of the model's and the data's files, and the options that matter.
 
         None if the files are not known: for a model that was never downloaded, or (files is None) a data set of the hub."""
         digest = model_digest(self.model)
@@ -257,7 +257,7 @@ class LabelledHarvestSource(HarvestSource):
     labelled: dict[str, Rows]
 
     def sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:
-        """Batch `number` of `n` whole rows with labels, cut to the longest; see `contracts.Source.sequences`."""
+        """Batch `number` of `n` whole rows with labels, cut to the longest; see `protocols.Source.sequences`."""
         self._split(split)
         if split not in self.labelled:
             raise ComponentError(f"no row of the split {split!r} has a label, so there are no labelled sequences.")

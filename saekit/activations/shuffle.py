@@ -15,7 +15,7 @@ from saekit.activations.batch import Activations
 from saekit.seeds import derived_seed
 
 if TYPE_CHECKING:
-    from saekit.contracts import Source
+    from saekit.protocols import Source
 
 
 class ShuffledBatches:

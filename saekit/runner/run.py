@@ -1,6 +1,6 @@
 """The conductor: plan -> prepare -> train -> evaluate -> analyse -> report, each phase a short method.
 
-The activations, the phases, the checkpoint and the clock are the run's; what each SAE does with a batch is its `Member`'s.
+The activations, the phases, the checkpoint and the clock are the run's; what each SAE does with a batch is its `SAERun`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from saekit.report import write_report
 from saekit.run_directory import RunDirectory
 from saekit.runner.blame import explained
 from saekit.runner.hardware import choose_device, peak_memory
-from saekit.runner.member import Member, Sample
+from saekit.runner.sae_run import SAERun, Sample
 from saekit.runner.plan import RunPlan
 from saekit.runner.provenance import plugins_used, provenance, with_resumption
 from saekit.runner.summary import summarise
@@ -49,7 +49,7 @@ class Run:
         self.trained_tokens = self.tokens_this_time = 0
         self.listeners = Listeners()
         self._stop_asked = self._in_loop = False
-        self.members = [Member(p, directory.of_variant(p.variant), registry, self.listeners) for p in plan.members]
+        self.members = [SAERun(p, directory.of_variant(p.variant), registry, self.listeners) for p in plan.members]
         if view is not None:
             self.listeners.add(Listener("view", view, "the terminal view", vital=False))
 

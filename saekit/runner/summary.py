@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from saekit.runner.provenance import plugins_used
 
 if TYPE_CHECKING:
-    from saekit.runner.member import Member
+    from saekit.runner.sae_run import SAERun
     from saekit.runner.run import Run
 
 
@@ -48,7 +48,7 @@ def _named(run: Run, name: str, directory: str) -> dict[str, Any]:
     }
 
 
-def _of(member: Member) -> dict[str, Any]:
+def _of(member: SAERun) -> dict[str, Any]:
     """What one SAE came to."""
     return {
         "sae": _sae(member),
@@ -61,19 +61,19 @@ def _of(member: Member) -> dict[str, Any]:
     }
 
 
-def _in_common(members: list[Member]) -> dict[str, Any]:
+def _in_common(members: list[SAERun]) -> dict[str, Any]:
     """The same keys for a run of variants: it has no SAE of its own, so nothing may look as if it were one's."""
     saes = [_sae(member) for member in members]
     common = {key: value if all(sae[key] == value for sae in saes) else None for key, value in saes[0].items()}
     return {"sae": common, "graph": None, "metrics": {}, "headline": [], "meanings": {}, "analysis": {}, "losses": {}}
 
 
-def _sae(member: Member) -> dict[str, Any]:
+def _sae(member: SAERun) -> dict[str, Any]:
     name = member.plan.architecture.component.name
     return {"architecture": name, "d_in": member.sae.d_in, "d_sae": member.sae.d_sae}
 
 
-def _graph(member: Member) -> dict[str, Any] | None:
+def _graph(member: SAERun) -> dict[str, Any] | None:
     graph = member.graph
     return None if graph is None else {"builder": graph.builder, "nodes": graph.nodes, "edges": graph.edge_index.shape[1]}
 

@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 import saekit
-from saekit import contracts
+from saekit import protocols
 from saekit.cli import cli
 from saekit.component import HOOKS, KINDS
 from saekit.config import (
@@ -164,12 +164,12 @@ def test_the_page_of_a_run_says_where_each_kind_and_each_hook_comes_in() -> None
 def test_every_kind_is_on_the_page_of_plugins_and_every_method_of_a_protocol_is_described() -> None:
     text = page("docs/plugins.md")
     assert [kind for kind, hook in HOOKS.items() if f"\n| {kind} | `{hook}` |" not in text] == []
-    protocols = [p for p in vars(contracts).values() if inspect.isclass(p) and p.__module__ == contracts.__name__]
+    protocols = [p for p in vars(protocols).values() if inspect.isclass(p) and p.__module__ == protocols.__name__]
     methods = [
         function
         for protocol in protocols
         for function in vars(protocol).values()
-        if inspect.isfunction(function) and function.__module__ == contracts.__name__
+        if inspect.isfunction(function) and function.__module__ == protocols.__name__
     ]
     assert len(protocols) > 4 and len(methods) > 10
     assert [thing.__qualname__ for thing in (*protocols, *methods) if not inspect.getdoc(thing)] == []

@@ -26,7 +26,7 @@ LEVELS = [
     {"training", "report", "terminal"},
     {"sae", "activations", "graph", "interventions", "organism"},
     {
-        "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "contracts", "listeners", "result",
+        "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "protocols", "listeners", "result",
         "errors", "files", "stability", "options", "numerics", "run_directory", "seeds", "wording", "memory", "commands",
     },
 ]

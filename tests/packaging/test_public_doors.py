@@ -18,7 +18,7 @@ PUBLIC = {
     *(f"saekit.organism.{name}" for name in saekit.organism.__all__),
     *(f"saekit.testing.{name}" for name in saekit.testing.__all__),
 }
-"""See docs/stability.md; besides, all of `saekit.contracts`."""
+"""See docs/stability.md; besides, all of `saekit.protocols`."""
 INSIDE = "saekit-bench"
 """It times the internals of saekit, and each release of it requires one release of saekit."""
 FILES = sorted(path for path in ROOT.glob("plugins/*/src/**/*.py") if INSIDE not in path.parts)
@@ -34,9 +34,9 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def is_public(name: str) -> bool:
-    packages = ("saekit", "saekit.contracts", "saekit.organism", "saekit.testing")
+    packages = ("saekit", "saekit.protocols", "saekit.organism", "saekit.testing")
     inside = name.partition(".")[0] == "saekit"
-    return not inside or name in PUBLIC or name in packages or name.startswith("saekit.contracts.")
+    return not inside or name in PUBLIC or name in packages or name.startswith("saekit.protocols.")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "plugins")))
@@ -45,5 +45,5 @@ def test_a_plugin_imports_public_names_alone(path: Path) -> None:
 
 
 def test_what_is_public_and_what_is_not() -> None:
-    assert all(map(is_public, ["saekit.Result", "saekit.contracts.Loss", "saekit.organism", "torch.nn"]))
+    assert all(map(is_public, ["saekit.Result", "saekit.protocols.Loss", "saekit.organism", "torch.nn"]))
     assert not any(map(is_public, ["saekit.files.to_jsonable", "saekit.sae.base.SparseAutoencoder", "saekit.organism.train"]))

@@ -35,7 +35,7 @@ class TextsSource(HarvestSource):
         return store, held_out_documents(store.hashes, self.held_out, self.data)
 
     def data_identity(self, store: TokenStore) -> dict[str, Any]:
-        """What identifies the tokens; the data's part of `contracts.Source.identity`."""
+        """What identifies the tokens; the data's part of `protocols.Source.identity`."""
         return {"data": self.data, "data_digest": store.digest(), "held_out": self.held_out, "bos": self.bos}
 
 

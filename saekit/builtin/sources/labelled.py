@@ -61,7 +61,7 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         return [*self.labels, *([self.classes] if self.classes else [])]
 
     def peek(self) -> dict[str, Any]:
-        """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""
+        """Model and data by name, and the width for a residual hook point; see `protocols.Source.peek`."""
         self._files()
         return {**super().peek(), "data": f"{self.data}: {', '.join(self._keys)}"}
 
@@ -85,7 +85,7 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         return subject, splits, {**self.data_identity(store), "labels": counts, "balance": self.balance}
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What determines the activations, without loading; see `contracts.Source.fingerprint`."""
+        """What determines the activations, without loading; see `protocols.Source.fingerprint`."""
         options = ("labels", "classes", "balance", "column", "limit", "held_out", "bos")
         return self._fingerprint(self._files(), *options)
 

@@ -82,7 +82,7 @@ class ModuleSource:
         self._last: Any = None
 
     def peek(self) -> dict[str, Any]:
-        """The names. OptionError if they cannot be imported. See `contracts.Source.peek`."""
+        """The names. OptionError if they cannot be imported. See `protocols.Source.peek`."""
         _made_by(self.module, "module")
         _made_by(self.data, "data")
         return {"model": _name(self.module), "hook_point": self.hook_point, "data": _name(self.data)}
@@ -116,7 +116,7 @@ class ModuleSource:
         self._first = _digest(_tensors(first))
 
     def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """Blocks `start`, `start + 1`, ... of about `size` activations; see `contracts.Source.blocks`."""
+        """Blocks `start`, `start + 1`, ... of about `size` activations; see `protocols.Source.blocks`."""
         if split not in ("train", "held_out"):
             raise UsageError(f"split {split!r}: there are only 'train' and 'held_out'.")
         height = self._height(size)
@@ -124,7 +124,7 @@ class ModuleSource:
         yield from self._grouped(numbered, height)
 
     def first_pass(self, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """The blocks of the first pass over "train"; see `contracts.Source.first_pass`."""
+        """The blocks of the first pass over "train"; see `protocols.Source.first_pass`."""
         height = self._height(size)
         batches = enumerate(self._of_pass("train", derived_seed("pass", seed, 0)))
         yield from self._grouped(((n, batch) for n, batch in batches if n >= start * height), height)
@@ -138,7 +138,7 @@ class ModuleSource:
         return round(len(data) * self._rows * (1.0 if "split" in self._takes else 1.0 - 1.0 / self._period))
 
     def identity(self) -> dict[str, Any]:
-        """What determines the activations, as far as it can be told; see `contracts.Source.identity`."""
+        """What determines the activations, as far as it can be told; see `protocols.Source.identity`."""
         return {
             "model": _name(self.module),
             "model_digest": _digest([t for _, t in sorted(self.network.state_dict().items())]),

@@ -63,7 +63,7 @@ class OrganismSource(LabelledHarvestSource):
             raise UsageError(str(error)) from None
 
     def peek(self) -> dict[str, Any]:
-        """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""
+        """Model and data by name, and the width for a residual hook point; see `protocols.Source.peek`."""
         data = f"organism: {', '.join(self.kinds)}"
         return {**super().peek(), "model": f"organism ({self.variant})", "data": data}
 
@@ -87,7 +87,7 @@ class OrganismSource(LabelledHarvestSource):
         return subject, splits, {"data": "organism", "kinds": self.kinds, "data_digest": digests}
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What determines the activations, without loading; see `contracts.Source.fingerprint`.
+        """What determines the activations, without loading; see `protocols.Source.fingerprint`.
 
         The corpus follows from the code that gathers it and from the version of Python."""
         from saekit import organism

@@ -83,7 +83,7 @@ class SyntheticSource:
         self._rates, self._members = self._events()
 
     def peek(self) -> dict[str, Any]:
-        """The width; see `contracts.Source.peek`."""
+        """The width; see `protocols.Source.peek`."""
         active = float(self.probability.sum())
         data = f"synthetic: {self.n_features} features, {active:.3g} active on average"
         return {"d_in": self.d_in, "d_out": self.d_out, "data": data}
@@ -100,7 +100,7 @@ class SyntheticSource:
         self.truth = self._directions.to(self._device, dtype)
 
     def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """Blocks `start`, `start + 1`, ... of about `size` activations; see `contracts.Source.blocks`."""
+        """Blocks `start`, `start + 1`, ... of about `size` activations; see `protocols.Source.blocks`."""
         for units in self._units(split, size, start):
             x = torch.empty(len(units) * _UNIT, self.d_in)  # [n, d_in]
             labels = torch.zeros(len(x), len(self._concepts)) if self.concepts else None
@@ -130,7 +130,7 @@ class SyntheticSource:
             yield SparseCode(pattern, torch.from_numpy(np.concatenate(values)[inside]).to(self._device, self._dtype))
 
     def sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:
-        """Batch `number` of `n` sequences; see `contracts.Source.sequences`. Each concept is in half of them."""
+        """Batch `number` of `n` sequences; see `protocols.Source.sequences`. Each concept is in half of them."""
         self._check(split)
         if not self.concepts:
             raise OptionError("concepts", "is empty, so there are no labelled sequences. List some features.")
@@ -151,7 +151,7 @@ class SyntheticSource:
         return SequenceBatch(x.to(self._dtype), mask, labels).to(self._device)
 
     def identity(self) -> dict[str, Any]:
-        """What determines the activations; see `contracts.Source.identity`."""
+        """What determines the activations; see `protocols.Source.identity`."""
         return {
             "data": "synthetic",
             "d_in": self.d_in,

@@ -70,7 +70,7 @@ class TensorsSource:
 
     @property
     def withheld(self) -> dict[str, str]:
-        """What these files and options do not provide; see `contracts.Source`."""
+        """What these files and options do not provide; see `protocols.Source`."""
         found = {}
         if self._optional["labels"] is None:
             found = dict.fromkeys(("labels", "sequences"), "Name the tensor of labels in source.labels.")
@@ -83,7 +83,7 @@ class TensorsSource:
         return found
 
     def peek(self) -> dict[str, Any]:
-        """The widths, from the first file's header; see `contracts.Source.peek`."""
+        """The widths, from the first file's header; see `protocols.Source.peek`."""
         first = self._columns(self._files[0])
         return {"d_in": first["x"].shape[-1], "d_out": first.get("target", first["x"]).shape[-1], "data": self.data}
 
@@ -105,7 +105,7 @@ class TensorsSource:
             self._look_through_labels()
 
     def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """Blocks `start`, `start + 1`, ... of about `size` activations; see `contracts.Source.blocks`."""
+        """Blocks `start`, `start + 1`, ... of about `size` activations; see `protocols.Source.blocks`."""
         chunks = self._split(split)
         order = seed if split == "train" else None
         length = self._length or 1
@@ -115,7 +115,7 @@ class TensorsSource:
         )
 
     def sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:
-        """Batch `number` of `n` labelled sequences; see `contracts.Source.sequences`."""
+        """Batch `number` of `n` labelled sequences; see `protocols.Source.sequences`."""
         self._split(split)
         if self._length == 0 or "labels" not in self._stored[0]:
             raise OptionError(
@@ -137,7 +137,7 @@ class TensorsSource:
         return SequenceBatch(x, mask, _columns(whole["labels"]), whole.get("tokens"), target)
 
     def identity(self) -> dict[str, Any]:
-        """What determines the activations; see `contracts.Source.identity`. Of the files' content, samples are taken."""
+        """What determines the activations; see `protocols.Source.identity`. Of the files' content, samples are taken."""
         return {
             "data": self.data,
             "data_digest": {path.name: sampled_digest(path) for path in self._files},

@@ -33,7 +33,7 @@ class TextSource(TextsSource):
     held_out: Annotated[float, Field(gt=0, lt=1, description="The share of documents that is held out.")] = 0.05
 
     def peek(self) -> dict[str, Any]:
-        """Model and data by name, and the width for a residual hook point; see `contracts.Source.peek`."""
+        """Model and data by name, and the width for a residual hook point; see `protocols.Source.peek`."""
         find_files(self.data)
         return {**super().peek(), "data": self.data}
 
@@ -52,6 +52,6 @@ class TextSource(TextsSource):
         return subject, splits, self.data_identity(store)
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What determines the activations, without loading; see `contracts.Source.fingerprint`."""
+        """What determines the activations, without loading; see `protocols.Source.fingerprint`."""
         options = ("column", "split", "subset", "unit", "limit", "held_out", "bos")
         return self._fingerprint(find_files(self.data), *options)

@@ -16,7 +16,7 @@ from saekit.config import RunConfig
 from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.run_directory import RunDirectory
-from saekit.runner.member import Member
+from saekit.runner.sae_run import SAERun
 from saekit.runner.plan import plan_run
 from saekit.runner.run import Run
 from saekit.variants import Variant
@@ -63,7 +63,7 @@ def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: 
 
     ready = list(batches())
 
-    def alone(member: Member) -> None:
+    def alone(member: SAERun) -> None:
         for batch in ready:
             _step(member, batch)
 
@@ -85,6 +85,6 @@ def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: 
     }
 
 
-def _step(member: Member, batch: Activations) -> None:
+def _step(member: SAERun, batch: Activations) -> None:
     with member.turn():
         member.trainer.train_on(batch)

@@ -1,4 +1,4 @@
-"""`Member`: one SAE of a run, from its first weights to its analyses. A run has one, or one for each variant."""
+"""`SAERun`: one SAE of a run, from its first weights to its analyses. A run has one, or one for each variant."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sample:
     target_scale: float
 
 
-class Member:
+class SAERun:
     """One SAE of a run, with all that is its own: plan, directory, listeners, losses, optimiser, draws, metrics.
 
     What belongs to the data is the run's, which hands it over. Whatever a member does is done in its `turn`.
