@@ -57,7 +57,10 @@ PAGES = (
 )
 API = {
     "Running": ("saekit.api",),
-    "Plugins": ("saekit.commands", "saekit.component", "saekit.choice", "saekit.hookspecs", "saekit.plugins", "saekit.stability"),
+    "Plugins": (
+        "saekit.commands", "saekit.component", "saekit.choice", "saekit.hookspecs", "saekit.plugins", "saekit.protocols",
+        "saekit.stability",
+    ),
     "In a run": ("saekit.training", "saekit.runner", "saekit.result"),
     "The SAE and its code": ("saekit.sae",),
     "Feature graphs": ("saekit.graph",),
@@ -191,14 +194,17 @@ def _api() -> Iterable[str]:
         if names or title in MORE:
             yield f"## {title}\n"
             for name in names:
-                # A marker has no docstring of its own.
-                yield _HOOKIMPL if name == "hookimpl" else f"::: {saekit._HOME[name]}.{name}\n"
+                yield f"{_ON_HOOKS[name]}: see [Hooks](hooks.md).\n" if name in _ON_HOOKS else f"::: {saekit._HOME[name]}.{name}\n"
             yield from (f"::: {path}\n" for path in MORE.get(title, ()))
     if left:
         raise KeyError(f"tables.py: say in API on which section of the page {sorted(left)} belong")
 
 
-_HOOKIMPL = "`saekit.hookimpl` marks the implementation of a hook: see [Hooks](hooks.md).\n"
+_ON_HOOKS = {
+    "hookimpl": "`saekit.hookimpl` marks the implementation of a hook",
+    "RunInfo": "`saekit.RunInfo` is what a listener is told of its run",
+    "Training": "`saekit.Training` is what a listener is given of an SAE in training",
+}
 
 
 def type_text(info: FieldInfo) -> str:

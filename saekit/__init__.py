@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from saekit.numerics import seeded as seeded
     from saekit.plugins import Registry as Registry
     from saekit.plugins import named_function as named_function
+    from saekit.protocols import RunInfo as RunInfo
+    from saekit.protocols import Training as Training
     from saekit.report.write import content_policy as content_policy
     from saekit.result import Result as Result
     from saekit.runner.context import RunContext as RunContext
@@ -111,6 +113,8 @@ _HOME = {
     "seeded": "saekit.numerics",
     "Registry": "saekit.plugins",
     "named_function": "saekit.plugins",
+    "RunInfo": "saekit.protocols",
+    "Training": "saekit.protocols",
     "content_policy": "saekit.report.write",
     "Result": "saekit.result",
     "RunContext": "saekit.runner.context",

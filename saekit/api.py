@@ -76,7 +76,7 @@ def resume(where: str, *, no_plugins: Iterable[str] = (), view: Any = None) -> F
     registry = Registry(files=config.plugins, disabled=no_plugins)
     registry.refuse_broken_files()
     plan = plan_run(config, registry)
-    return FinishedRun(place.path, Run(plan, place, registry, resumed=True, view=view).execute())
+    return FinishedRun(place.path, Run(plan, place, registry, view=view).execute())
 
 
 def _toml(value: Any) -> str:

@@ -1,15 +1,27 @@
-"""The contract between saekit and its plugins, in prose.
+"""The contract between saekit and its plugins. The shortest whole plugin, in a file `sparse.py`:
 
-A plugin is a module that an entry point of the group `saekit` names, or a file given with `--plugin`. It
-implements any of the hooks below with `@saekit.hookimpl`. A hook may take fewer arguments than are listed.
+    from saekit import Component, Step, hookimpl
 
-*Declaring hooks* say which components a plugin offers. They are called to list, complete and validate names,
-so they import nothing heavy and yield `Component`s whose targets are strings. What a target must be able to do
-stands in `saekit.protocols`, one class for each kind.
+    def sparse(step: Step):
+        return step.code.sum().mean()  # the mean over the batch of each row's activations added up
 
-*Lifecycle hooks* are called during a run on its listeners (callbacks, trackers, the terminal view). A listener
-is an object that the run built from a component; it implements any of the lifecycle hooks as plain methods
-marked `@saekit.hookimpl`. Listeners are called in the order of the run file. What a listener returns is ignored.
+    @hookimpl
+    def saekit_losses():
+        yield Component("sparse", sparse)
+
+`saekit run --plugin ./sparse.py --loss sparse:weight=0.01` trains with it. In a package, an entry point of the group `saekit`
+names the module with the hooks.
+
+A plugin implements any of the hooks below with `@saekit.hookimpl`. A hook may take fewer arguments than are listed.
+
+*Declaring hooks* say which components a plugin offers. They are called to list, complete and validate names, so they import
+nothing heavy. In a package they yield `Component`s whose targets are strings. What a target must be able to do is in
+`saekit.protocols`, one class for each kind.
+
+*Lifecycle hooks* are called during a run on its listeners: callbacks, trackers and the terminal view. A listener is an object
+that the run built from a component; it implements any of these hooks as methods marked `@saekit.hookimpl`. Listeners are
+called in the order of the run file. What a listener returns is ignored. The argument `number` always means the number of a step,
+0 for the first: of the one that is being done or has just been done.
 """
 
 from __future__ import annotations
@@ -26,7 +38,8 @@ from saekit.errors import PluginError, near_names
 if TYPE_CHECKING:
     from saekit.commands import Command
     from saekit.component import Component
-    from saekit.training.trainer import Trainer
+    from saekit.protocols import RunInfo, Training
+    from saekit.result import Result
 
 PROJECT = "saekit"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -34,7 +47,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 class Declaring:
-    """Called whenever names are listed or looked up; each returns (or yields) components of one kind."""
+    """Called whenever names are listed or looked up. Each returns or yields components of one kind."""
 
     @hookspec
     def saekit_architectures(self) -> Iterable[Component]:
@@ -62,11 +75,11 @@ class Declaring:
 
     @hookspec
     def saekit_sources(self) -> Iterable[Component]:
-        """Where activations come from. Target: see `saekit.protocols.Source`."""
+        """Sources of activations. Target: see `saekit.protocols.Source`."""
 
     @hookspec
     def saekit_trackers(self) -> Iterable[Component]:
-        """Listeners that only write down. One that raises is dropped with a warning; the run goes on."""
+        """Listeners that only record. One that raises is dropped with a warning; the run goes on."""
 
     @hookspec
     def saekit_recipes(self) -> Iterable[Component]:
@@ -81,56 +94,54 @@ class Lifecycle:
     """Called on the listeners of a run, and only there."""
 
     @hookspec
-    def run_started(self, run: Any) -> None:
-        """The plan is made and the directory exists; nothing heavy is loaded. `run` is the listener's
-        `saekit.runner.sae_run.SAERun`, with its `directory`, `config` and `plan`; for the view it is the `Run`."""
+    def run_started(self, run: RunInfo) -> None:
+        """The plan is made and the directory exists; nothing heavy is loaded yet."""
 
     @hookspec
     def phase_started(self, phase: str, total: int | None) -> None:
-        """A phase begins: `prepare`, `train`, `graph` (with `[graph]`), `evaluate`, `analyse` or `report`. `total`
-        counts its units (tokens for train and evaluate; analyzers for analyse) where it is known. Harvest goes on inside the
-        others; only the time that training waits for it is counted, under its own name."""
+        """A phase begins: `prepare`, `train`, `graph` (with `[graph]`), `evaluate`, `analyse` or `report`. `total` counts its
+        units where their number is known: activations in train and evaluate, analyzers in analyse. Activations are harvested
+        within the other phases; only the time that training waits for them is counted, as `harvest`."""
 
     @hookspec
     def phase_advanced(self, phase: str, done: int) -> None:
-        """`done` units of the phase are behind us, in all."""
+        """`done` units of the phase are done so far."""
 
     @hookspec
     def phase_ended(self, phase: str, seconds: float) -> None:
         """The phase is over."""
 
     @hookspec
-    def training_started(self, trainer: Trainer) -> None:
-        """Weights, optimiser and losses exist (and are restored, on a resume); the first step is next."""
+    def training_started(self, trainer: Training) -> None:
+        """Weights, optimiser and losses exist, and are restored if the run was resumed; the first step is next."""
 
     @hookspec
-    def step_started(self, trainer: Trainer, number: int) -> None:
-        """Step `number` (0 for the first) is about to encode its batch."""
+    def step_started(self, trainer: Training, number: int) -> None:
+        """Step `number` is about to encode its batch."""
 
     @hookspec
-    def gradients_ready(self, trainer: Trainer, number: int) -> None:
+    def gradients_ready(self, trainer: Training, number: int) -> None:
         """Backward is done and gradients are clipped; the optimiser has not moved yet."""
 
     @hookspec
-    def step_ended(self, trainer: Trainer, number: int) -> None:
-        """The optimiser has moved. `trainer.step` and `trainer.losses` hold this step's tensors: reading one to the
-        host costs a synchronisation, so a listener does it only where it must."""
+    def step_ended(self, trainer: Training, number: int) -> None:
+        """The optimiser has moved. `trainer.step` and `trainer.losses` hold this step's tensors. Reading one to the host
+        makes it wait for the device, so a listener does that only where it must."""
 
     @hookspec
-    def logged(self, trainer: Trainer, number: int, values: dict[str, float]) -> None:
-        """Every `training.log_every` steps: losses and running measures of step `number` (0 for the first) as plain
-        numbers."""
+    def logged(self, trainer: Training, number: int, values: dict[str, float]) -> None:
+        """Every `training.log_every` steps: the losses and running measures of step `number` as plain numbers."""
 
     @hookspec
-    def checkpoint_saved(self, trainer: Trainer, number: int, path: Path) -> None:
-        """A whole checkpoint after step `number` stands at `path`."""
+    def checkpoint_saved(self, trainer: Training, number: int, path: Path) -> None:
+        """A whole checkpoint is at `path`; step `number` is the last one in it."""
 
     @hookspec
     def evaluated(self, metrics: dict[str, float | None], variant: str) -> None:
         """Metrics on held-out data. `variant` is empty where the run has none."""
 
     @hookspec
-    def analysed(self, name: str, result: Any, variant: str) -> None:
+    def analysed(self, name: str, result: Result, variant: str) -> None:
         """Analyzer `name` has returned its `Result`. `variant` is empty where the run has none."""
 
     @hookspec
@@ -138,13 +149,13 @@ class Lifecycle:
         """Something that the user should know and that does not stop the run."""
 
     @hookspec
-    def run_finished(self, run: Any, summary: dict[str, Any]) -> None:
-        """All is on disk; `summary` is what `summary.json` holds in the directory of `run`, which is as in `run_started`,
-        or None where a finished run is shown again."""
+    def run_finished(self, run: RunInfo | None, summary: dict[str, Any]) -> None:
+        """Everything is on disk; `summary` is the content of `summary.json`. `run` is None where a finished run is only shown
+        again."""
 
     @hookspec
-    def run_failed(self, run: Any, error: BaseException) -> None:
-        """The run stops with `error`; called once, also on an interruption."""
+    def run_failed(self, run: RunInfo, error: BaseException) -> None:
+        """The run stops with `error`, which may be an interruption. Called once."""
 
 
 def check_arguments(hook: str, implementation: Callable[..., Any], family: type) -> None:

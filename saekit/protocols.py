@@ -1,11 +1,13 @@
-"""What the target of each kind of component must be able to do, as protocols: nothing here is inherited from.
+"""What plugins are given, and what the target of each kind of component must be able to do.
 
-The core asks for a capability where it needs one (`hasattr`), so an optional method may simply be left out.
+`Training` and `RunInfo` are what lifecycle hooks hand to listeners. The other protocols say what a component must have; nothing
+here needs to be inherited from. The core asks for an optional method where it needs one (`hasattr`), so it may be left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -14,12 +16,104 @@ if TYPE_CHECKING:
 
     from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
     from saekit.activations.subject import Subject
+    from saekit.config import RunConfig, TrainingConfig
     from saekit.graph import FeatureGraph
     from saekit.result import Result
+    from saekit.run_directory import RunDirectory
     from saekit.runner.context import RunContext
+    from saekit.runner.plan import RunPlan
     from saekit.sae.base import SparseAutoencoder
     from saekit.sae.code import Code
+    from saekit.training.firing import FiringStatistics
     from saekit.training.step import Step
+
+# --- what listeners are given ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The run that a listener belongs to: the argument `run` of the hooks."""
+
+    directory: RunDirectory
+    """Where everything is written: `directory.path`, and the paths in it by name. Of a variant, its own directory."""
+
+    config: RunConfig
+    """The run file with every default filled in. Of a variant, as if it were a run of its own."""
+
+    plan: RunPlan
+    """What the whole run will do: `plan.members` has one plan for each SAE, `plan.facts` what is known of the source."""
+
+    variant: str
+    """The variant's name; empty where the run has none, and for the view, which follows all of them."""
+
+
+class Training(Protocol):
+    """One SAE in training: the argument `trainer` of the hooks.
+
+    A callback may change the weights of `sae`, the state of `optimizer`, and `graph`; the rest is for reading.
+    """
+
+    sae: SparseAutoencoder
+    """The SAE, which reads the source's activations times `scale`."""
+
+    optimizer: torch.optim.Optimizer
+    """Adam over the parameters of the SAE and of its losses."""
+
+    generator: torch.Generator
+    """What a listener must draw from, on the CPU: its state is in the checkpoint, so a resumed run draws the same."""
+
+    step: Step
+    """The last step with its batch, code and reconstruction; there from the first `gradients_ready` on."""
+
+    losses: dict[str, Tensor]
+    """The losses of the last step by name, unweighted and detached; `loss` is their weighted sum."""
+
+    fired: Tensor
+    """[d_sae], in how many rows of the last batch each latent fired; there from the first `step_ended` on."""
+
+    firing: FiringStatistics
+    """Which latents are silent: `silent`, `dead`, `n_dead`; `revive(latents)` counts them as living after they got new weights."""
+
+    number: int
+    """How many steps are done."""
+
+    total_steps: int
+    """How many steps the run will do."""
+
+    config: TrainingConfig
+    """The section `[training]`."""
+
+    device: torch.device
+    """Where the SAE and its batches are."""
+
+    scale: float
+    """What the source's activations are multiplied by before the SAE reads them."""
+
+    target_scale: float
+    """What the targets of a transcoder are multiplied by."""
+
+    graph: FeatureGraph | None
+    """The feature graph that losses see in their `Step`; a callback that provides one sets it."""
+
+    variant: str
+    """The variant's name; empty where the run has none."""
+
+    @property
+    def tokens(self) -> int:
+        """How many activations it has been trained on."""
+        ...
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Tell the user something that does not stop the run; the same message is shown only once."""
+        ...
+
+
+# --- what a component must be able to do -------------------------------------------------------------------------
 
 
 @runtime_checkable
@@ -27,7 +121,7 @@ class Loss(Protocol):
     """A function or an object that takes a `Step` and returns an unweighted scalar tensor.
 
     An object may also have: `prepare(context)`, called with a `RunContext` before training; `active(step) -> bool`,
-    False when it has nothing to say (it is then skipped, and excused by the gradient guard); parameters, if it is
+    False when it has nothing to say (it is then skipped, and the gradient guard excuses it); parameters, if it is
     an `nn.Module` (they join the optimiser); `state_dict()` and `load_state_dict()` (they join the checkpoint).
     """
 
@@ -40,36 +134,55 @@ class Source(Protocol):
     """Where activations come from.
 
     `blocks` must be a function of the options, the split, the seed and the block's number alone: that is what makes
-    a run resumable bit for bit. Attributes after `open`: `d_in`, `d_out` (equal for an SAE), `hook_point` (or None),
-    `subject` (a `Subject`, or None where there is no model).
+    a run resumable bit for bit. The first four attributes are there after `open`.
 
     Where its blocks have a `target`, a transcoder is trained; its component provides "target".
-
-    Optional attributes: `concepts`, the names of the columns of labels; `truth` [n_features, d_in], the directions that
-    the activations are made of, where they are known; `withheld`, set by the constructor: what the component's
-    `provides` promises but these options do not give, and for each the fix in a sentence; `warnings`, set by `open`:
-    what the user should know of the data.
     """
 
     d_in: int
+    """The width of the activations."""
+
     d_out: int
+    """The width of what is rebuilt; equal to `d_in` for an SAE."""
+
     hook_point: str | None
-    subject: Subject | None
+    """Where in the model the activations are read; None where there is no model."""
+
+    subject: Subject
+    """The model; None where there is none, and then the component does not provide "subject_model"."""
+
+    target_hook_point: str | None
+    """Optional: where a transcoder's targets are read."""
+
+    concepts: Sequence[str]
+    """Optional: the names of the columns of labels."""
+
+    truth: Tensor
+    """Optional: [n_features, d_in], the directions that the activations are made of."""
+
+    special_tokens: Sequence[int]
+    """Optional: the ids of BOS, EOS and the other special tokens."""
+
+    withheld: Mapping[str, str]
+    """Optional, set by the constructor: what `provides` promises and these options do not give, each with the fix."""
+
+    warnings: Sequence[str]
+    """Optional, set by `open`: what the user should know about the data."""
 
     def peek(self) -> dict[str, Any]:
         """What is known without loading a model or data: any of `model`, `hook_point`, `d_in`, `d_out`, `data`.
 
-        Raises UsageError for what can already be seen to be wrong (a missing file, say)."""
+        Raises UsageError for a mistake that can be seen already, such as a missing file."""
         ...
 
     def open(self, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Load what is needed to give activations, of `dtype` and on `device`."""
+        """Load what is needed to give activations of `dtype` on `device`."""
         ...
 
     def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
         """Blocks number `start`, `start + 1`, ... of about `size` activations each.
 
-        The split "train" never ends (it begins another pass over the data, in another order); "held_out" ends, keeps
+        The split "train" never ends: after one pass over the data another begins, in another order. "held_out" ends, keeps
         the order of the documents, and shares no document with "train"."""
         ...
 
@@ -79,15 +192,15 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What determines the activations, found without loading the model or the data: hashes of files, options. It may
-        differ where `identity` does not; where it is equal, `identity` is. None where it cannot be had.
+        """What determines the activations, found without loading the model or the data: hashes of files, options. Where two
+        fingerprints are equal, so are the identities; the reverse need not hold. None where it cannot be known.
 
         Optional; with it a cache is checked without loading anything."""
         ...
 
     def first_pass(self, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
-        """The blocks of "train", called with the same arguments, as far as the first pass over the data: it ends with
-        the pass, where the last block is cut. Optional, with `pass_size`, about how many activations that is."""
+        """The blocks of "train" for the same arguments, up to the end of the first pass over the data, where the last block
+        is cut. Optional, together with `pass_size`, about how many activations a pass has."""
         ...
 
     def token_batches(self, split: str, *, rows: int) -> Iterator[TokenBatch]:
@@ -112,7 +225,7 @@ class GraphBuilder(Protocol):
     def __call__(self, sae: SparseAutoencoder, codes: Iterator[Code]) -> FeatureGraph:
         """The graph over the latents of `sae`, as `FeatureGraph.of(sae, edge_index, weight)` makes it.
 
-        sae: as it stands on disk, for raw activations. codes: those of activations that it was trained on, batch by batch,
+        sae: as it is saved, for raw activations. codes: those of activations that it was trained on, batch by batch,
         `graph.tokens` rows in all; nothing is harvested for a builder that takes none of them."""
         ...
 
@@ -122,8 +235,8 @@ class Metric(Protocol):
 
     It may have `prepare(context)`, called with a `RunContext` before the first update: for the source, the seed, or the
     feature graph.
-    Two class attributes may help the reader: `headline` names those of its values that belong into the live view and
-    the summary's table, and `meanings` gives a line for each value, shown in the report.
+    Two class attributes may help the reader: `headline` names the values that are shown in the live view and the summary's
+    table, and `meanings` gives a line for each value, shown in the report.
     """
 
     def update(self, step: Step) -> None:
@@ -146,8 +259,8 @@ class ModelMetric(Protocol):
 class Analyzer(Protocol):
     """A question asked of a finished SAE.
 
-    It may have `prepare(context)`, called before training: for what can be seen to be wrong by then (a prompt that is
-    too long, a concept that the source does not have).
+    It may have `prepare(context)`, called before training, to refuse what can be seen to be wrong by then: a prompt that is
+    too long, a concept that the source does not have.
     """
 
     def __call__(self, context: RunContext) -> Result:

@@ -24,6 +24,7 @@ from saekit.activations.shuffle import stop_point
 from saekit.activations.stored import Chunks, StoredTensor, read_blocks, rows_of, stored_tensors
 from saekit.errors import OptionError, RunError, UsageError
 from saekit.files import TEMPORARY, disk_errors, to_jsonable, whole_file, write_json
+from saekit.protocols import Source
 from saekit.seeds import derived_seed
 
 CacheDtype = Literal["float32", "float16", "bfloat16"]
@@ -53,7 +54,7 @@ class CachedSource:
     """
 
     def __init__(
-        self, source: Any, directory: str | Path, *, dtype: CacheDtype = "float32", tokens: int | None = None
+        self, source: Source, directory: str | Path, *, dtype: CacheDtype = "float32", tokens: int | None = None
     ) -> None:
         self.wrapped, self.directory = source, Path(directory).expanduser()
         self.dtype: CacheDtype = dtype

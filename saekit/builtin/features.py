@@ -17,16 +17,16 @@ from saekit.runner.examples import top_examples
 class Features:
     """Density, mean and maximum of every latent, and the top activating examples of some, on held-out data.
 
-    Without a choice of latents, those shown are spread evenly over the living ones in order of density, so that
-    frequent and rare ones are both seen. Of one row of tokens, only the strongest place is an example.
+    By default the latents shown are spread evenly over the living ones in order of density, so that frequent and rare ones are
+    both seen. Each row of tokens gives at most one example, its strongest place.
     """
 
     def __init__(
         self,
         *,
         latents: Annotated[list[int] | None, Field(description="The latents to show; by default a spread of them.")] = None,
-        n_latents: Annotated[int, Field(gt=0, description="How many to show where none are chosen.")] = 24,
-        examples: Annotated[int, Field(gt=0, description="Top activating examples a latent.")] = 8,
+        n_latents: Annotated[int, Field(gt=0, description="How many latents to show where none are chosen.")] = 24,
+        examples: Annotated[int, Field(gt=0, description="Top activating examples for each latent.")] = 8,
         window: Annotated[int, Field(ge=0, description="Tokens shown on each side.")] = 12,
         tokens: Annotated[int | None, Field(gt=0, description="Held-out activations; evaluation.tokens by default.")] = None,
     ) -> None:

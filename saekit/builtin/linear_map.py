@@ -1,4 +1,4 @@
-"""The metric `linear_map`: what a transcoder is worth beside the best linear map between its two sites."""
+"""The metric `linear_map`: a transcoder against the best linear map between its two sites."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from saekit.runner.context import RunContext
 from saekit.training.step import Step
 
 _MOST = 200_000  # activations that the fit takes by default
-_FEW = 10  # activations a coefficient below which a fit is no fair opponent
-# Of the largest variance of a direction: less than this is the rounding of float32.
+_FEW = 10  # with fewer activations per coefficient the comparison is not fair
+# Relative to the largest variance of a direction: anything less is the rounding of float32.
 _ROUNDING = 1e-12
 
 
@@ -24,7 +24,7 @@ class LinearMap(Summed):
 
     It is fitted by normal equations, in float64 and in one pass, to the activations that training began with, and
     measured on the same held-out activations as the transcoder. Where two sites differ by little more than a linear
-    map, explained variance alone says nothing of the latents.
+    map, explained variance alone says nothing about the latents.
     """
 
     headline: ClassVar[tuple[str, ...]] = ("linear_explained_variance",)
@@ -51,15 +51,10 @@ class LinearMap(Summed):
         self.sums(error=0, linear_error=0, square=0, total=0, rows=0)
 
     def prepare(self, context: RunContext) -> None:
-        """Fit the map to the first `tokens` activations of the split "train"."""
-        training = context.config.training
-        wanted = self.tokens or min(training.tokens or _MOST, _MOST)
-        fit, left = NormalEquations(), wanted
-        for block in context.source.blocks("train", size=min(wanted, training.buffer), seed=context.seed):
-            fit.add(block.rows(slice(0, left)))
-            left -= len(block)
-            if left <= 0:
-                break
+        """Fit the map to the first `tokens` training activations."""
+        fit = NormalEquations()
+        for batch in context.training_activations(self.tokens or min(context.config.training.tokens or _MOST, _MOST)):
+            fit.add(batch)
         if fit.rows < _FEW * context.source.d_in:
             context.warn(
                 f"The linear map was fitted to {fit.rows} activations of width {context.source.d_in}, which are too few for "
@@ -90,7 +85,7 @@ class LinearMap(Summed):
 
 
 class NormalEquations:
-    """Least squares of the target on x with an intercept, from sums that are added block by block.
+    """Least squares of the target on x with an intercept, from sums that are added up batch by batch.
 
     rows: how many activations have been added.
     """
@@ -99,20 +94,20 @@ class NormalEquations:
         self.rows = 0
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, block: Activations) -> None:
+    def add(self, batch: Activations) -> None:
         """Take in x [n, d_in] and the target [n, d_out] (x again where there is none)."""
-        x, target = _exact(block.x), _exact(block.x if block.target is None else block.target)
+        x, target = _exact(batch.x), _exact(batch.x if batch.target is None else batch.target)
         self.rows += len(x)
         new = {"x": x.sum(0), "y": target.sum(0), "xx": x.T @ x, "xy": x.T @ target}
         self._sums = {name: value + self._sums[name] if self._sums else value for name, value in new.items()}
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """(map [d_in, d_out], bias [d_out]) in float64: of all that fit best, the smallest map."""
+        """(map [d_in, d_out], bias [d_out]) in float64: the smallest of the maps that fit best."""
         mean_x, mean_y = self._sums["x"] / self.rows, self._sums["y"] / self.rows
         among = self._sums["xx"] / self.rows - torch.outer(mean_x, mean_x)  # [d_in, d_in]
         across = self._sums["xy"] / self.rows - torch.outer(mean_x, mean_y)  # [d_in, d_out]
         variances, directions = torch.linalg.eigh(among)
-        # Some directions may not vary: what a LayerNorm gives has none along its weights' inverse.
+        # Some directions may not vary: the output of a LayerNorm does not along the inverse of its weights.
         varies = variances > _ROUNDING * variances[-1].clamp_min(0.0)
         directions = directions[:, varies]
         fitted = directions @ ((directions.T @ across) / variances[varies, None])

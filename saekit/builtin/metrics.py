@@ -12,13 +12,13 @@ from saekit.training.step import Step
 
 
 class Summed(Metric):
-    """A metric whose state is a set of sums, so that processes reduce it by adding."""
+    """A metric whose state is a set of sums, which several processes add up."""
 
     full_state_update = False
     higher_is_better = None
 
     def sums(self, **sizes: int) -> None:
-        """Declare the sums: a number of entries each, 0 for a scalar."""
+        """Declare the sums, each with its number of entries; 0 for a scalar."""
         for name, size in sizes.items():
             start = torch.zeros(size, dtype=torch.float64) if size else torch.zeros((), dtype=torch.float64)
             self.add_state(name, start, dist_reduce_fx="sum")
@@ -121,7 +121,7 @@ class Density(Summed):
 
 
 class Dead(Density):
-    """Latents that never fired on the held-out set: dead_fraction and their number. It depends on the set's size."""
+    """Latents that never fired on the held-out set: their share and their number. Both depend on the size of the set."""
 
     headline: ClassVar[tuple[str, ...]] = ("dead_fraction",)
     meanings: ClassVar[dict[str, str]] = {
@@ -191,7 +191,7 @@ class RelativeBias(Summed):
 
 
 class Histograms(Summed):
-    """Quantiles of two histograms: the density over all latents, and the size of what is active.
+    """Quantiles of two histograms: the density over all latents, and the size of active activations.
 
     Sizes are counted in bins of a 64th of an octave from 2^-40 to 2^40, so that their quantiles are right to 1.1%."""
 

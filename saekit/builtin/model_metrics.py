@@ -1,4 +1,4 @@
-"""Metrics that need the subject model: what its predictions lose when the SAE's reconstruction takes the activation's place."""
+"""The metric `ce_recovered`: what the model's predictions lose when the reconstruction takes the activation's place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saekit.activations.batch import TokenBatch
+from saekit.activations.subject import Subject
 from saekit.runner.context import RunContext
 
 
@@ -19,7 +20,7 @@ class CERecovered:
     ce_recovered = (CE_zero - CE_spliced) / (CE_zero - CE_clean), and ce_recovered_mean with the mean activation in
     place of zero (Bricken et al. 2023; the mean as in Wang et al. 2022). Positions that the SAE was not trained on
     (padding, a first position that is left out) are never replaced. Next tokens are scored at the replaced positions.
-    Of a transcoder, it is the activation at the target's site that is replaced.
+    For a transcoder, the activation at the target's site is replaced.
     """
 
     headline: ClassVar[tuple[str, ...]] = ("ce_recovered",)
@@ -39,7 +40,7 @@ class CERecovered:
         tokens: Annotated[int, Field(gt=0, description="Held-out positions to score.")] = 20_000,
         rows: Annotated[int, Field(gt=0, description="Rows of tokens in one forward.")] = 16,
         min_cost: Annotated[
-            float, Field(ge=0, description="An ablation that costs less (nats a token) defines no share: null.")
+            float, Field(ge=0, description="Where an ablation costs less than this (nats a token), the share is null.")
         ] = 0.01,
     ) -> None:
         self.tokens, self.rows, self.min_cost = tokens, rows, min_cost
@@ -81,7 +82,7 @@ class CERecovered:
                 return
 
     def _mean(self, context: RunContext) -> Tensor:
-        """The mean held-out activation of those that are rebuilt: [d_out]."""
+        """The mean held-out activation at the site that is rebuilt: [d_out]."""
         total, rows = torch.zeros(context.source.d_out, dtype=torch.float64, device=context.device), 0
         for batch in context.held_out_activations(self.tokens):
             target = batch.x if batch.target is None else batch.target
@@ -116,7 +117,7 @@ class CERecovered:
         return int(scored.sum()), values
 
     @staticmethod
-    def _log_probabilities(subject: Any, batch: TokenBatch, scored: Tensor) -> Tensor:
+    def _log_probabilities(subject: Subject, batch: TokenBatch, scored: Tensor) -> Tensor:
         return subject.logits(batch)[:, :-1][scored].float().log_softmax(-1)
 
 

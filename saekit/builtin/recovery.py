@@ -13,7 +13,7 @@ from saekit.runner.context import RunContext
 from saekit.seeds import derived_seed
 from saekit.training.step import Step
 
-_SAME = 0.9  # a cosine from which a direction counts as found
+_SAME = 0.9  # from this cosine on, a direction counts as found
 _PIECE = 512  # rows of one product
 
 
@@ -22,7 +22,7 @@ class DictionaryRecovery(Summed):
 
     `recovery` is the mean over the true directions of the largest cosine with a decoder row (the mean max cosine
     similarity of Sharkey et al. 2022), `recovery_reverse` the same the other way round. Cosines are signed, since
-    latents are; latents that fired on no held-out activation take no part. Each stands beside the same figure for as
+    latents are; latents that fired on no held-out activation are left out. The control of each is the same figure for as
     many random directions as there are latents, which is what an untrained dictionary gives.
     """
 

@@ -1,4 +1,4 @@
-"""The metric `token_sparsity`: sparsity and fidelity, for each class of tokens by itself."""
+"""The metric `token_sparsity`: sparsity and fidelity for each class of tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from saekit.training.step import Step
 
 CLASSES: dict[str, str] = {
     "word_initial": "tokens that begin with a space and hold letters",
-    "continuation": "tokens that go on with a word, or stand without a space",
+    "continuation": "tokens that continue a word, or have no space before them",
     "digits": "tokens of digits",
     "punctuation": "tokens without letters or digits",
-    "whitespace": "tokens of nothing but whitespace",
+    "whitespace": "tokens of whitespace alone",
     "special": "BOS, EOS and the other special tokens",
 }
 """The classes, and what belongs to each."""
@@ -49,10 +49,10 @@ class TokenSparsity(Summed):
         super().__init__()
         n = len(CLASSES)
         self.sums(rows=n, active=n, error=n, square=n, total=0)
-        self._known: dict[int, int] = {}  # class of each token id that was seen
+        self._known: dict[int, int] = {}  # class of each token id seen so far
 
     def prepare(self, context: RunContext) -> None:
-        """Take from the source what its tokens stand for."""
+        """Take the tokens' texts from the source."""
         self._strings = context.source.token_strings
         self._special = set(getattr(context.source, "special_tokens", ()))
 

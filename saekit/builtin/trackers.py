@@ -1,4 +1,4 @@
-"""The built-in trackers: one JSON line a logged step, event files for TensorBoard, a run of Weights & Biases."""
+"""The built-in trackers: a JSON line for each logged step, event files for TensorBoard, a run of Weights & Biases."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from pydantic import Field
 from saekit.errors import UsageError
 from saekit.files import to_jsonable, write_text
 from saekit.hookspecs import hookimpl
+from saekit.protocols import RunInfo, Training
+from saekit.result import Result
 
 
 class JsonLines:
     """Writes `metrics.jsonl` in the run directory: step, tokens, seconds, and every logged value.
 
-    After a resume the file is cut back to the checkpoint, so that no step stands in it twice.
+    After a resume the file is cut back to the checkpoint, so that no step is in it twice.
     """
 
     def __init__(self) -> None:
@@ -28,11 +30,11 @@ class JsonLines:
         self._started = time.perf_counter()
 
     @hookimpl
-    def run_started(self, run: Any) -> None:
+    def run_started(self, run: RunInfo) -> None:
         self._path = run.directory.history
 
     @hookimpl
-    def training_started(self, trainer: Any) -> None:
+    def training_started(self, trainer: Training) -> None:
         assert self._path is not None
         kept = [line for line in _whole_lines(self._path) if line["step"] < trainer.number]
         if kept:
@@ -64,22 +66,22 @@ class JsonLines:
 class TensorBoard:
     """Event files in `tensorboard/` of the run directory: `tensorboard --logdir RUN/tensorboard`.
 
-    What is logged stands under its own name, held-out metrics under `held_out/`, an analyzer's scalars under
-    `analysis/NAME/`. A resumed run goes on in the same series: what stands there after the checkpoint is purged.
+    Logged values keep their names; held-out metrics are under `held_out/`, an analyzer's scalars under `analysis/NAME/`. A
+    resumed run continues the same series: what came after the checkpoint is purged.
     """
 
     def __init__(self) -> None:
         _must_be_installed("tensorboard")
-        self._run: Any = None
+        self._run: RunInfo | None = None
         self._writer: Any = None
         self._step = 0
 
     @hookimpl
-    def run_started(self, run: Any) -> None:
+    def run_started(self, run: RunInfo) -> None:
         self._run = run
 
     @hookimpl
-    def training_started(self, trainer: Any) -> None:
+    def training_started(self, trainer: Training) -> None:
         self._step = trainer.number
         self._open(purge_step=trainer.number)
 
@@ -97,7 +99,7 @@ class TensorBoard:
         self._write({f"held_out/{name}": value for name, value in metrics.items()})
 
     @hookimpl
-    def analysed(self, name: str, result: Any) -> None:
+    def analysed(self, name: str, result: Result) -> None:
         self._write({f"analysis/{name}/{key}": value for key, value in to_jsonable(dict(result.scalars)).items()})
 
     @hookimpl
@@ -109,7 +111,7 @@ class TensorBoard:
         self.close()
 
     def close(self) -> None:
-        """Write what is waiting, and close the file."""
+        """Write what is still buffered, and close the file."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -118,6 +120,7 @@ class TensorBoard:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            assert self._run is not None
             self._writer = SummaryWriter(str(self._run.directory.path / "tensorboard"), purge_step=purge_step)
             text = self._run.directory.run_toml.read_text(encoding="utf-8")
             self._writer.add_text("run.toml", "".join(f"    {line}\n" for line in text.splitlines()))
@@ -132,15 +135,15 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of Weights & Biases, kept in `wandb/` of the run directory; nothing is sent unless `mode = "online"`.
 
-    Later: `wandb sync RUN/wandb/offline-run-*`. Charts are drawn over `step`; held-out metrics and analyzers' scalars are
-    in the run's summary. A resumed run goes on under the same id; what it logged after the checkpoint stands there twice.
+    To send it later: `wandb sync RUN/wandb/offline-run-*`. Charts are drawn over `step`; held-out metrics and analyzers' scalars
+    are in the run's summary. A resumed run keeps its id; the steps after its checkpoint are there twice.
     """
 
     def __init__(
         self,
         *,
         project: Annotated[str, Field(min_length=1, description="The project that the run belongs to.")] = "saekit",
-        entity: Annotated[str | None, Field(description="Whose project; your own by default.")] = None,
+        entity: Annotated[str | None, Field(description="The user or team that owns the project; you by default.")] = None,
         mode: Annotated[
             Literal["offline", "online"], Field(description="offline: files in the run directory; online: sent as it goes.")
         ] = "offline",
@@ -148,11 +151,11 @@ class WeightsAndBiases:
         _must_be_installed("wandb")
         self._settings: dict[str, Any] = {"project": project, "entity": entity, "mode": mode}
         self._id = uuid.uuid4().hex[:8]
-        self._run: Any = None
+        self._run: RunInfo | None = None
         self._there: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's id there, by which a resumed run goes on with it."""
+        """The run's id at Weights & Biases, which a resumed run keeps."""
         return {"id": self._id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -160,7 +163,7 @@ class WeightsAndBiases:
         self._id = state["id"]
 
     @hookimpl
-    def run_started(self, run: Any) -> None:
+    def run_started(self, run: RunInfo) -> None:
         self._run = run
 
     @hookimpl
@@ -176,7 +179,7 @@ class WeightsAndBiases:
         self._open().summary.update({f"held_out/{name}": value for name, value in _numbers(metrics).items()})
 
     @hookimpl
-    def analysed(self, name: str, result: Any) -> None:
+    def analysed(self, name: str, result: Result) -> None:
         scalars = _numbers(to_jsonable(dict(result.scalars)))
         self._open().summary.update({f"analysis/{name}/{key}": value for key, value in scalars.items()})
 
@@ -189,7 +192,7 @@ class WeightsAndBiases:
         self.close(exit_code=1)
 
     def close(self, exit_code: int = 0) -> None:
-        """Write what is waiting, and end the run there."""
+        """Write what is still buffered, and end the run there."""
         there, self._there = self._there, None
         if there is not None:
             there.finish(exit_code=exit_code)
@@ -198,6 +201,7 @@ class WeightsAndBiases:
         if self._there is None:
             import wandb
 
+            assert self._run is not None
             directory = self._run.directory.path
             self._there = wandb.init(
                 **self._settings,
@@ -222,12 +226,12 @@ def _must_be_installed(package: str) -> None:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """What can be drawn: neither what is not defined nor what is no number."""
+    """The values that can be drawn: those that are defined, and are numbers."""
     return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of an earlier part of the run; a last line that was cut off by a kill is left out."""
+    """The lines of an earlier part of the run, without a last line that was cut off."""
     if not path.is_file():
         return []
     lines = []

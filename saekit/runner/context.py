@@ -1,11 +1,11 @@
-"""`RunContext`: what metrics that need the model, analyzers, and `prepare` methods of losses are given."""
+"""`RunContext`: what model metrics, analyzers, and the `prepare` methods of losses and architectures are given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from saekit.training.step import Step
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from saekit.activations.batch import Activations
     from saekit.config import RunConfig
     from saekit.graph import FeatureGraph
+    from saekit.protocols import Source
     from saekit.sae.base import SparseAutoencoder
 
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class RunContext:
     """The run as seen from outside the training loop.
 
-    sae: what it reads are the source's activations times `scale`; a transcoder makes its targets times `target_scale`.
+    sae: it reads the source's activations times `scale`; a transcoder rebuilds its targets times `target_scale`.
     source: opened. directory: where an analyzer may write files. warn: tells the user. scale, target_scale: 1 once
     training is over; while a loss prepares itself before the first step, the factors that training applies
     (`training.normalize`). graph: what `[graph]` built of this SAE, for metrics and analyzers; None without it, and during
@@ -30,7 +31,7 @@ class RunContext:
     """
 
     sae: SparseAutoencoder
-    source: Any
+    source: Source
     config: RunConfig
     device: torch.device
     directory: Path
@@ -41,8 +42,12 @@ class RunContext:
 
     @property
     def seed(self) -> int:
-        """What the initial weights and every draw but the order of the data are seeded by."""
+        """The seed of the initial weights and of every draw but the order of the data."""
         return self.config.training.seed
+
+    def step(self, batch: Activations) -> Step:
+        """A batch of activations, as the source gives them, through the SAE."""
+        return Step.of(self.sae, batch, self.scale, self.target_scale)
 
     def held_out(self, tokens: int | None = None) -> Iterator[Step]:
         """Held-out activations through the SAE, in the order of the documents, without gradients.
@@ -50,31 +55,22 @@ class RunContext:
         tokens: how many activations at most; `evaluation.tokens` by default."""
         import torch
 
-        wanted = tokens or self.config.evaluation.tokens
         with torch.no_grad():
-            for batch in self.held_out_activations(wanted):
+            for batch in self.held_out_activations(tokens or self.config.evaluation.tokens):
                 yield self.step(batch)
 
-    def step(self, batch: Activations) -> Step:
-        """A batch of activations, as the source gives them, through the SAE."""
-        x = batch.x * self.scale  # [batch, d_in]
-        code = self.sae.encode(x)
-        return Step(
-            x=x,
-            target=x if batch.target is None else batch.target * self.target_scale,
-            code=code,
-            reconstruction=self.sae.reconstruct(x, code),
-            sae=self.sae,
-            labels=batch.labels,
-            tokens=batch.tokens,
-        )
+    def held_out_activations(self, tokens: int) -> Iterator[Activations]:
+        """Held-out activations as the source gives them, in batches on the run's device; at most `tokens` in all."""
+        return self._activations("held_out", tokens, self.config.evaluation.batch_size)
 
-    def held_out_activations(self, tokens: int) -> Iterator[Any]:
-        """Batches of held-out `Activations` as the source gives them, `tokens` in all at most, on the run's device."""
-        size = self.config.evaluation.batch_size
-        left = tokens
-        training = self.config.training
-        for block in self.source.blocks("held_out", size=min(tokens, training.buffer), seed=training.order_seed):
+    def training_activations(self, tokens: int) -> Iterator[Activations]:
+        """The activations that training began with, or would have, as the source gives them, in batches on the run's device;
+        at most `tokens` in all."""
+        return self._activations("train", tokens, self.config.training.batch_size)
+
+    def _activations(self, split: str, tokens: int, size: int) -> Iterator[Activations]:
+        training, left = self.config.training, tokens
+        for block in self.source.blocks(split, size=min(tokens, training.buffer), seed=training.order_seed):
             for start in range(0, len(block), size):
                 batch = block.rows(slice(start, min(start + size, start + left)))
                 left -= len(batch)

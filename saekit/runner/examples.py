@@ -1,4 +1,4 @@
-"""Where some latents fire most on held-out data, as rows of a table."""
+"""`top_examples`: where some latents fire most on held-out data, as rows of a table."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def top_examples(
 ) -> list[dict[str, Any]]:
     """The `n` strongest activations of each latent, at most one in a row of tokens, with `window` tokens on each side.
 
-    tokens: how many held-out activations are looked through; `evaluation.tokens` by default. Gives rows of a table that
-    `saekit.Result` shows as text with the token highlighted; none where the source has no tokens.
+    tokens: how many held-out activations to look through; `evaluation.tokens` by default. Returns rows of a table that
+    `saekit.Result` shows as text with the token highlighted; no rows where the source has no tokens.
     """
     if not latents:
         return []
     chosen = torch.tensor(latents, device=context.device)
     activations, ids, sequences = [], [], []
     for batch in context.held_out_activations(tokens or context.config.evaluation.tokens):
-        if batch.tokens is None:
+        if batch.tokens is None or batch.sequence is None:
             return []
-        # A few latents of the held-out set, never the whole code.
+        # Only the columns of the chosen latents are kept, never the whole code.
         activations.append(context.sae.encode(batch.x).columns(chosen).float().cpu())  # [batch, latents]
         ids.append(batch.tokens.cpu())
         sequences.append(batch.sequence.cpu())
@@ -54,7 +54,7 @@ def top_examples(
 
 
 def _strongest(activation: Tensor, sequence: Tensor, n: int) -> list[int]:
-    """Places of the strongest activations, at most one in each row of tokens, none where the latent is off."""
+    """Places of the strongest activations, at most one in each row of tokens, and none where the latent does not fire."""
     places: list[int] = []
     seen: set[int] = set()
     values, order = activation.sort(descending=True, stable=True)

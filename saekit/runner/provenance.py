@@ -18,7 +18,7 @@ LIBRARIES = ("torch", "transformers", "transformer_lens", "sae_lens", "numpy", "
 
 
 def provenance(plan: Plan | RunPlan, identity: dict[str, Any]) -> dict[str, Any]:
-    """The content of `provenance.json`; `identity` is the source's own account of model and data."""
+    """The content of `provenance.json`; `identity` is what the source says about model and data."""
     return {
         "saekit": importlib.metadata.version("saekit"),
         "plugins": plugins_used(plan),
@@ -34,7 +34,7 @@ def provenance(plan: Plan | RunPlan, identity: dict[str, Any]) -> dict[str, Any]
 
 
 def with_resumption(path: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """What `path` says of how the run was begun, and under "resumed" what is different of each time it went on."""
+    """What `path` says about how the run was begun, with what was different each time it was resumed, under "resumed"."""
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
         resumed = [*begun.pop("resumed", []), {key: value for key, value in now.items() if begun.get(key) != value}]

@@ -1,4 +1,4 @@
-"""`SAERun`: one SAE of a run, from its first weights to its analyses. A run has one, or one for each variant."""
+"""`SAERun`: one SAE's part of a run, from its first weights to its analyses. A run has one, or one for each variant."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from saekit.files import disk_errors, to_jsonable
 from saekit.graph import FeatureGraph, dictionary_digest
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
+from saekit.protocols import RunInfo, Source
 from saekit.result import Result
-from saekit.run_directory import RunDirectory
 from saekit.runner.blame import blamed_on, explained, of_variant
 from saekit.runner.context import RunContext
 from saekit.runner.plan import Part, Plan
@@ -28,12 +28,13 @@ from saekit.sae.formats import SavedSAE, load_sae, open_sae, save_sae
 from saekit.seeds import seed_for
 from saekit.training.losses import Term
 from saekit.training.randomness import OwnRandomness
-from saekit.training.trainer import Trainer, below
+from saekit.training.state import RunState
+from saekit.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Some activations of a source as it gives them, and the factors that training applies.
+    """Some activations as the source gives them, and the factors that training applies.
 
     scale: brings `x` to a mean norm of sqrt(d_in). target_scale: brings what is rebuilt to one of sqrt(d_out). Both are 1
     without `training.normalize`.
@@ -45,24 +46,24 @@ class Sample:
 
 
 class SAERun:
-    """One SAE of a run, with all that is its own: plan, directory, listeners, losses, optimiser, draws, metrics.
+    """One SAE's part of a run: its plan, directory, listeners, losses, optimiser, random numbers and metrics.
 
-    What belongs to the data is the run's, which hands it over. Whatever a member does is done in its `turn`.
+    The run owns the data and hands it over. Whatever an SAE does is done in its `turn`.
 
-    variant: its name; empty where it is the only one. plan, config, directory: of this SAE, as if it were alone.
-    graph: once built, if the run file asks for one. metrics, headline, meanings: once evaluated. analysis: each analyzer's
-    scalars. losses: as logged last.
+    variant: its name; empty where it is the only one. plan, config, directory: of this SAE, as if it were alone. info: what its
+    listeners are told of the run. graph: once built, if the run file asks for one. metrics, headline, meanings: once evaluated.
+    analysis: each analyzer's scalars. losses: as logged last.
     """
 
-    source: Any
+    source: Source
     device: torch.device
     identity: dict[str, Any]
     sae: SparseAutoencoder
     trainer: Trainer
 
-    def __init__(self, plan: Plan, directory: RunDirectory, registry: Registry, above: Listeners) -> None:
-        self.plan, self.directory, self.registry = plan, directory, registry
-        self.config, self.variant = plan.config, plan.variant
+    def __init__(self, plan: Plan, info: RunInfo, registry: Registry, above: Listeners) -> None:
+        self.plan, self.info, self.registry = plan, info, registry
+        self.config, self.directory, self.variant = info.config, info.directory, info.variant
         self.graph: FeatureGraph | None = None
         self.metrics: dict[str, float | None] = {}
         self.headline: list[str] = []
@@ -71,10 +72,9 @@ class SAERun:
         self.losses: dict[str, float] = {}
         self.scale = self.target_scale = 1.0
         self.listeners = Listeners(above, f"variant {self.variant!r}: " if self.variant else "")
-        self._prefix = f"variant.{self.variant}." if self.variant else ""
         self._draws: OwnRandomness | None = None
         self._metrics: list[tuple[Part, Any]] = []
-        self._prepared: dict[str, Any] = {}  # analyzers that have looked at the data before training, by their key
+        self._prepared: dict[str, Any] = {}  # analyzers that have been prepared before training, by their key
         with of_variant(self.variant):
             for part in (*plan.callbacks, *plan.trackers):
                 vital = part.component.kind == "callback"
@@ -82,7 +82,7 @@ class SAERun:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """This SAE is at work in the block: it draws from a sequence of its own, and its errors bear its name."""
+        """This SAE is at work in the block: random numbers come from its own sequence, and errors name it."""
         with of_variant(self.variant), explained(self.plan.parts):
             if self._draws is None:
                 yield
@@ -92,16 +92,15 @@ class SAERun:
 
     # --- prepare -----------------------------------------------------------------------------------------------
 
-    def open(self, source: Any, identity: dict[str, Any], device: torch.device) -> None:
-        """Take over the opened source, and load the SAE that the run file starts from, if it names one."""
+    def open(self, source: Source, identity: dict[str, Any], device: torch.device) -> None:
+        """Take over the opened source, and load the SAE that the run file starts from, if it names one.
+
+        From the next turn on, what is drawn from torch's global generators is a sequence that belongs to this SAE."""
         self.source, self.identity, self.device = source, identity, device
         entry = self.config.architecture
         if entry.from_ is not None:
             self.sae = self._fitting(open_sae(entry.from_, registry=self.registry)).requires_grad_(True).to(device)
-
-    def seed(self) -> None:
-        """From the next turn on, what is drawn from torch's global generators is a sequence of this SAE's own."""
-        self._draws = OwnRandomness(seed_for(self.config.training.seed, "torch"), self.device)
+        self._draws = OwnRandomness(seed_for(self.config.training.seed, "torch"), device)
 
     def initialise(self, sample: Sample) -> None:
         """The SAE before its first step, for activations times `sample.scale`."""
@@ -121,8 +120,8 @@ class SAERun:
         self.sae = sae.to(self.device)
 
     def _refuse_another_task(self, sae: SparseAutoencoder, *, rebuilds_other: bool) -> None:
-        """UsageError where an SAE to train further rebuilds what it reads and the source asks for another site, or it has
-        a linear path and the source asks for what it reads."""
+        """UsageError where an SAE to train further was made for another task: it rebuilds what it reads and the source asks for
+        another site, or it has a linear path and the source asks for what it reads."""
         where = f"architecture.from: the SAE in {self.config.architecture.from_}"
         if rebuilds_other and sae.reads_centred:
             raise UsageError(
@@ -136,7 +135,7 @@ class SAERun:
             )
 
     def _fitting(self, saved: SavedSAE) -> SparseAutoencoder:
-        """The SAE to start from; UsageError where source or run file ask for another one."""
+        """The SAE to start from; UsageError where it does not fit the source or the run file."""
         entry, sae = self.config.architecture, saved.sae
         if saved.name != self.plan.architecture.component.qualified_name:
             raise UsageError(
@@ -167,7 +166,7 @@ class SAERun:
         return sae
 
     def prepare_analyzers(self) -> None:
-        """Let analyzers that want it look at the source and the SAE before anything is trained for them."""
+        """Let analyzers with a `prepare` look at the source and the SAE before anything is trained for them."""
         for part in self.plan.analyzers:
             if hasattr(part.component.load(), "prepare"):
                 analyzer = self._prepared[part.key] = part.build()
@@ -204,20 +203,13 @@ class SAERun:
             variant=self.variant,
         )
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(tensors, plain values) of the trainer for the checkpoint, under names that no other member's have."""
-        tensors, values = self.trainer.state()
-        return _under(self._prefix, tensors), _under(self._prefix, values)
-
-    def restore(self, number: int, tensors: dict[str, Any], values: dict[str, Any]) -> None:
-        """Go back to what all members' `state` together gave after step `number`."""
-        values = below(self._prefix, values)
-        self.trainer.load_state(number, below(self._prefix, tensors), values)
-        self.scale = self.trainer.scale = values["scale"]
-        self.target_scale = self.trainer.target_scale = values["target_scale"]
+    def restore(self, state: RunState) -> None:
+        """Go back to where the SAE was in a checkpoint."""
+        state.restore(self.trainer)
+        self.scale, self.target_scale = self.trainer.scale, self.trainer.target_scale
 
     def train_on(self, batch: Activations, sequences: SequenceBatch | None, speed: Callable[[], float]) -> None:
-        """One step on a batch of activations, with whole sequences where a loss of any member needs them; `speed` gives the
+        """One step on a batch of activations, and on whole sequences where a loss of any SAE needs them; `speed` gives the
         tokens a second where the step is to be logged."""
         trainer, training = self.trainer, self.config.training
         trainer.train_on(batch, sequences)
@@ -226,13 +218,13 @@ class SAERun:
             self.listeners.emit("logged", trainer=trainer, number=trainer.number - 1, values=trainer.last_logged)
 
     def end_training(self) -> None:
-        """Keep the losses, and give up what only training needs."""
+        """Keep the last losses, and free what only training needs."""
         last = self.trainer.last_logged
         self.losses = {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")}
         del self.trainer
 
     def save_sae(self) -> None:
-        """Write `sae/` in the units of the raw activations, and go on with exactly what stands there."""
+        """Write `sae/` in the units of the raw activations, and go on with exactly what was written."""
         self.sae.unscale(self.scale, self.target_scale)
         metadata = {
             "model_name": self.identity.get("model"),
@@ -248,9 +240,10 @@ class SAERun:
     # --- graph -------------------------------------------------------------------------------------------------
 
     def build_graph(self) -> None:
-        """Build the feature graph of the SAE that stands on disk, and write it beside it."""
+        """Build the feature graph of the SAE that is on disk, if the run file asks for one, and write it beside it."""
         part = self.plan.graph
-        assert part is not None
+        if part is None:
+            return
         self.sae.requires_grad_(False)
         builder = part.build()
         with blamed_on(part), contextlib.closing(self._codes()) as codes:
@@ -264,17 +257,11 @@ class SAERun:
         self.graph = graph.to(self.device)
 
     def _codes(self) -> Generator[Code]:
-        """The codes of activations that training saw, or would have seen: held-out ones are left for what measures."""
-        training, left = self.config.training, self.plan.graph_tokens
-        for block in self.source.blocks("train", size=min(left, training.buffer), seed=training.order_seed):
-            for start in range(0, len(block), training.batch_size):
-                batch = block.rows(slice(start, min(start + training.batch_size, start + left))).to(self.device)
-                left -= len(batch)
-                with torch.no_grad():  # not around the yield: the builder decides for itself
-                    code = self.sae.encode(batch.x)
-                yield code
-                if left <= 0:
-                    return
+        """The codes of training activations; held-out ones are left for what measures."""
+        for batch in self.context.training_activations(self.plan.graph_tokens):
+            with torch.no_grad():  # not around the yield: the builder decides for itself
+                code = self.sae.encode(batch.x)
+            yield code
 
     # --- evaluate, analyse -------------------------------------------------------------------------------------
 
@@ -284,7 +271,7 @@ class SAERun:
 
     @property
     def context(self) -> RunContext:
-        """What metrics and analyzers are given of the trained SAE; an analyzer gets a directory of its own."""
+        """What metrics are given of the trained SAE; an analyzer gets the same with its own directory."""
         return self._context(self.directory.path)
 
     def begin_evaluation(self) -> None:
@@ -328,7 +315,3 @@ class SAERun:
             self.directory.write_analysis(part.label, result)
             self.analysis[part.label] = to_jsonable(dict(result.scalars))
         self.listeners.emit("analysed", name=part.label, result=result, variant=self.variant)
-
-
-def _under(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}{name}": value for name, value in values.items()}

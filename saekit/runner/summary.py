@@ -7,27 +7,27 @@ from typing import TYPE_CHECKING, Any
 from saekit.runner.provenance import plugins_used
 
 if TYPE_CHECKING:
-    from saekit.runner.sae_run import SAERun
     from saekit.runner.run import Run
+    from saekit.runner.sae_run import SAERun
 
 
 def summarise(run: Run) -> dict[str, Any]:
-    """The summary of a run whose phases are done. Under "variants" stands, by name, what each has as its own summary."""
+    """The summary of a run whose phases are done. "variants" holds the summary of each variant by its name."""
     busy = run.seconds.get("train", 0.0) + run.seconds.get("harvest", 0.0)
-    one = next((_of(member) for member in run.members if not member.variant), None)
+    only = next((_of(one) for one in run.sae_runs if not one.variant), None)
     return {
         **_named(run, run.directory.name, str(run.directory.path)),
-        **(one or _in_common(run.members)),
+        **(only or _in_common(run.sae_runs)),
         "variants": {
-            member.variant: {
-                **_named(run, member.directory.name, str(member.directory.path)),
-                **_of(member),
+            one.variant: {
+                **_named(run, one.directory.name, str(one.directory.path)),
+                **_of(one),
                 **_trained(run),
-                "plugins": plugins_used(member.plan),
-                "warnings": member.listeners.warnings,
+                "plugins": plugins_used(one.plan),
+                "warnings": one.listeners.warnings,
             }
-            for member in run.members
-            if member.variant
+            for one in run.sae_runs
+            if one.variant
         },
         **_trained(run),
         "seconds": {phase: round(seconds, 3) for phase, seconds in run.seconds.items()},
@@ -48,33 +48,33 @@ def _named(run: Run, name: str, directory: str) -> dict[str, Any]:
     }
 
 
-def _of(member: SAERun) -> dict[str, Any]:
+def _of(one: SAERun) -> dict[str, Any]:
     """What one SAE came to."""
     return {
-        "sae": _sae(member),
-        "graph": _graph(member),
-        "metrics": member.metrics,
-        "headline": member.headline,
-        "meanings": member.meanings,
-        "analysis": member.analysis,
-        "losses": member.losses,
+        "sae": _sae(one),
+        "graph": _graph(one),
+        "metrics": one.metrics,
+        "headline": one.headline,
+        "meanings": one.meanings,
+        "analysis": one.analysis,
+        "losses": one.losses,
     }
 
 
-def _in_common(members: list[SAERun]) -> dict[str, Any]:
-    """The same keys for a run of variants: it has no SAE of its own, so nothing may look as if it were one's."""
-    saes = [_sae(member) for member in members]
+def _in_common(sae_runs: list[SAERun]) -> dict[str, Any]:
+    """The same keys for a run of variants. It has no single SAE, so nothing may look as if it belonged to one."""
+    saes = [_sae(one) for one in sae_runs]
     common = {key: value if all(sae[key] == value for sae in saes) else None for key, value in saes[0].items()}
     return {"sae": common, "graph": None, "metrics": {}, "headline": [], "meanings": {}, "analysis": {}, "losses": {}}
 
 
-def _sae(member: SAERun) -> dict[str, Any]:
-    name = member.plan.architecture.component.name
-    return {"architecture": name, "d_in": member.sae.d_in, "d_sae": member.sae.d_sae}
+def _sae(one: SAERun) -> dict[str, Any]:
+    name = one.plan.architecture.component.name
+    return {"architecture": name, "d_in": one.sae.d_in, "d_sae": one.sae.d_sae}
 
 
-def _graph(member: SAERun) -> dict[str, Any] | None:
-    graph = member.graph
+def _graph(one: SAERun) -> dict[str, Any] | None:
+    graph = one.graph
     return None if graph is None else {"builder": graph.builder, "nodes": graph.nodes, "edges": graph.edge_index.shape[1]}
 
 

@@ -9,7 +9,10 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from saekit import protocols
 from saekit.hookspecs import hookimpl
+from saekit.protocols import RunInfo
+from saekit.result import Result
 from saekit.terminal.state import Phase, RunState
 from saekit.terminal.summary import render_summary
 from saekit.wording import clean, count, duration, label, number, percent
@@ -30,7 +33,7 @@ class LinesView:
         self._spoken: int | None = None  # the training step of the last line
 
     @hookimpl
-    def run_started(self, run: Any) -> None:
+    def run_started(self, run: RunInfo) -> None:
         self.state.start(run)
         self._say(f"saekit run {run.directory.path}" + (f" ({self.state.subject})" if self.state.subject else ""))
 
@@ -55,7 +58,7 @@ class LinesView:
         self._say(f"{phase}: done in {duration(seconds)}")
 
     @hookimpl
-    def logged(self, trainer: Any, number: int, values: dict[str, float]) -> None:
+    def logged(self, trainer: protocols.Training, number: int, values: dict[str, float]) -> None:
         training = self.state.training_of(trainer)
         training.log(number + 1, values)
         phase = self.state.phase("train")
@@ -73,7 +76,7 @@ class LinesView:
         self._say(f"held out{_of(variant)}: {values}")
 
     @hookimpl
-    def analysed(self, name: str, result: Any, variant: str) -> None:
+    def analysed(self, name: str, result: Result, variant: str) -> None:
         scalars = ", ".join(f"{label(key)} {number(value)}" for key, value in result.scalars.items())
         self._say(f"analysed{_of(variant)} {name}: {scalars or 'no scalars'}")
 
@@ -111,7 +114,7 @@ class LinesView:
         self._said[phase.name] = (now, fraction)
         return True
 
-    def _training_line(self, trainer: Any) -> str:
+    def _training_line(self, trainer: protocols.Training) -> str:
         training, phase = self.state.training_of(trainer), self.state.phase("train")
         values = training.values
         parts = [f"step {training.steps}" + (f"/{training.total_steps}" if training.total_steps else "")]
@@ -128,7 +131,7 @@ class LinesView:
         left = phase.left(self._clock())
         if left is not None:
             parts.append(f"{duration(left)} left")
-        return f"train{_of(getattr(trainer, 'variant', ''))}: " + ", ".join(parts)
+        return f"train{_of(trainer.variant)}: " + ", ".join(parts)
 
 
 def _of(variant: str) -> str:

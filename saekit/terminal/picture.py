@@ -46,7 +46,7 @@ def replay(summary: dict[str, Any], history: list[dict[str, Any]]) -> RunState:
     for name, seconds in (summary.get("seconds") or {}).items():
         state.phase(name).end(seconds)
     state.phase("train").total = summary.get("tokens")
-    trainer = SimpleNamespace(total_steps=summary.get("steps"), sae=SimpleNamespace(d_sae=sae.get("d_sae")))
+    trainer: Any = SimpleNamespace(variant="", total_steps=summary.get("steps"), sae=SimpleNamespace(d_sae=sae.get("d_sae")))
     for line in history:
         values = {key: value for key, value in line.items() if key not in ("step", "seconds") and is_number(value)}
         state.training_of(trainer).log(int(line.get("step", 0)) + 1, values)

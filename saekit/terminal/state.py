@@ -8,6 +8,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from saekit import protocols
+from saekit.protocols import RunInfo
+from saekit.result import Result
+
 PHASES = ("prepare", "harvest", "train", "graph", "evaluate", "analyse", "report")
 
 KNOWN = ("explained_variance", "l0", "dead", "grad_norm")
@@ -168,13 +172,13 @@ class RunState:
     analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def start(self, run: Any) -> None:
+    def start(self, run: RunInfo) -> None:
         """Take name, model and hook point from the run."""
         self.title = run.directory.path.name
         plan, first = run.plan, run.plan.members[0]
         size = f" {first.config.architecture.d_sae:,}" if first.config.architecture.d_sae else ""
         one = f"{first.architecture.component.name}{size}"
-        if not any(getattr(member, "graph", None) for member in plan.members):
+        if not any(member.graph for member in plan.members):
             self.phases.pop("graph", None)  # so that it is not shown as still to come
         what = one if len(plan.members) == 1 else f"{len(plan.members)} variants"
         facts = (what, plan.facts.get("model"), plan.facts.get("hook_point"))
@@ -184,13 +188,13 @@ class RunState:
         """The phase with this name; a new one is added at the end."""
         return self.phases.setdefault(name, Phase(name))
 
-    def analysed(self, name: str, result: Any, variant: str) -> None:
+    def analysed(self, name: str, result: Result, variant: str) -> None:
         """Add the scalars of an analyzer's result."""
         self.analyses[f"{variant} {name}".strip()] = dict(result.scalars)
 
-    def training_of(self, trainer: Any) -> Training:
+    def training_of(self, trainer: protocols.Training) -> Training:
         """The entry of this trainer's SAE."""
-        entry = self.training.setdefault(getattr(trainer, "variant", ""), Training())
+        entry = self.training.setdefault(trainer.variant, Training())
         entry.total_steps, entry.d_sae = trainer.total_steps, trainer.sae.d_sae
         return entry
 

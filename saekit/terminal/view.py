@@ -11,7 +11,10 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from saekit import protocols
 from saekit.hookspecs import hookimpl
+from saekit.protocols import RunInfo
+from saekit.result import Result
 from saekit.terminal.block import draw
 from saekit.terminal.state import RunState
 from saekit.terminal.summary import render_summary
@@ -34,7 +37,7 @@ class LiveView:
         self._live: Live | None = None
 
     @hookimpl
-    def run_started(self, run: Any) -> None:
+    def run_started(self, run: RunInfo) -> None:
         self.state.start(run)
         # Whatever is printed would break the block, so it is redirected above it, unless stdout is a file.
         both = sys.stdout is not None and sys.stdout.isatty()
@@ -63,12 +66,12 @@ class LiveView:
             self.state.phase(phase).end(seconds)
 
     @hookimpl
-    def training_started(self, trainer: Any) -> None:
+    def training_started(self, trainer: protocols.Training) -> None:
         with self._lock:
             self.state.training_of(trainer).steps = trainer.number
 
     @hookimpl
-    def logged(self, trainer: Any, number: int, values: dict[str, float]) -> None:
+    def logged(self, trainer: protocols.Training, number: int, values: dict[str, float]) -> None:
         with self._lock:
             self.state.training_of(trainer).log(number + 1, values)
 
@@ -78,7 +81,7 @@ class LiveView:
             self.state.metrics[variant] = dict(metrics)
 
     @hookimpl
-    def analysed(self, name: str, result: Any, variant: str) -> None:
+    def analysed(self, name: str, result: Result, variant: str) -> None:
         with self._lock:
             self.state.analysed(name, result, variant)
 

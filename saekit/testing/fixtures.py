@@ -1,4 +1,4 @@
-"""What tests of a component need: a `Step` out of nothing, a known dictionary, a registry with parts of one's own."""
+"""What tests of a component need: a `Step` without a run, a known dictionary, a registry with your own components."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from saekit.training.step import Step
 
 D_IN, D_SAE, CONCEPTS = 16, 64, 2
-"""The widths of what is made here, and how many concepts its labels have."""
+"""The widths of everything made here, and how many concepts its labels have."""
 
 
 def make_step(
@@ -50,15 +50,16 @@ def make_step(
 ) -> Step:
     """One batch of random activations through an SAE, with its gradient: what a loss or a metric is given.
 
-    sae: the SAE; by default a new one of `architecture` with `options`. sparse: False hands the same code over whole,
-    as a `DenseCode` (a code that is whole by itself stays so). labels: True gives labels of two concepts, 0, 1 or NaN
-    (unknown); a tensor [batch, n] is taken as it is. tokens: random ids.
+    sae: the SAE; by default a new one of `architecture` with `options`. sparse: False gives the same code as a `DenseCode` (a
+    dense code stays as it is). labels: True gives labels of two concepts, 0, 1 or NaN (unknown); a tensor [batch, n] is taken
+    as it is. tokens: random ids.
     sequences: True gives 12 whole sequences of up to 5 positions with labels as above and their code; a tensor of labels [n, m]
-    gives n. graph: each latent with its next three as neighbours. dead: so many latents are marked dead.
-    dtype: float32 by default; of activations and weights. The same arguments give the same step.
+    gives n. graph: each latent with the next three as neighbours. dead: how many latents are marked dead.
+    dtype: of activations and weights, float32 by default. The same arguments give the same step.
     """
     import torch
 
+    from saekit.activations.batch import Activations
     from saekit.sae.code import DenseCode
     from saekit.training.step import Step
 
@@ -72,23 +73,21 @@ def make_step(
     dtype = dtype or sae.W_dec.dtype
     sae = sae.to(device, dtype)
     x = x.to(device, dtype)
-    target = torch.randn(batch, sae.d_out, generator=draws).to(device, dtype) if sae.transcoder else x
+    target = torch.randn(batch, sae.d_out, generator=draws).to(device, dtype) if sae.transcoder else None
     if labels is True:
         labels = torch.randint(0, 3, (batch, CONCEPTS), generator=draws).to(dtype)
         labels = torch.where(labels == 2, torch.nan, labels).to(device)  # [batch, CONCEPTS]
-    code = sae.encode(x)
-    if not sparse:
-        code = DenseCode(code.dense(), code.pre)
     marked = torch.zeros(d_sae, dtype=torch.bool, device=device)
     marked[torch.randperm(d_sae, generator=draws)[:dead].to(device)] = True
-    return Step(
-        x=x,
+    rows = Activations(
+        x,
         target=target,
-        code=code,
-        reconstruction=sae.reconstruct(x, code),
-        sae=sae,
-        labels=None if labels is False else labels,
+        labels=None if isinstance(labels, bool) else labels,
         tokens=torch.randint(0, 100, (batch,), generator=draws).to(device) if tokens else None,
+    )
+    step = Step.of(
+        sae,
+        rows,
         number=number,
         fraction=fraction,
         dead=marked,
@@ -96,10 +95,14 @@ def make_step(
         sequences=None if sequences is False else _sequences(sae, sequences, sparse, seed),
         graph=_ring(sae) if graph else None,
     )
+    if not sparse:
+        step.code = DenseCode(step.code.dense(), step.code.pre)
+        step.reconstruction = sae.reconstruct(step.x, step.code)
+    return step
 
 
 def _sequences(sae: SparseAutoencoder, labels: bool | Tensor, sparse: bool, seed: int) -> SequenceBatch:
-    """Whole sequences of unequal lengths, their code with its gradient; drawn apart from all else."""
+    """Whole sequences of different lengths, and their code with its gradient; drawn separately from all else."""
     import torch
 
     from saekit.activations.batch import SequenceBatch
@@ -125,7 +128,7 @@ def _sequences(sae: SparseAutoencoder, labels: bool | Tensor, sparse: bool, seed
 
 
 def _ring(sae: SparseAutoencoder) -> FeatureGraph:
-    """A graph in which each latent has the next three as neighbours, of falling weight."""
+    """A graph in which each latent has the next three as neighbours, with falling weights."""
     import torch
 
     from saekit.graph import FeatureGraph
@@ -146,7 +149,7 @@ def build_sae(
     d_out: int | None = None,
     seed: int = 0,
 ) -> SparseAutoencoder:
-    """An SAE of an architecture with its first weights, ready for a first step. sample: [n, d_out], what it is to rebuild.
+    """An SAE of an architecture with its first weights, ready for a first step. sample: [n, d_out], what it will rebuild.
 
     Where the architecture has an option `k`, it is 8 unless `options` say so."""
     import torch
@@ -186,10 +189,10 @@ def synthetic_truth(*, n: int = 2048, d_in: int = D_IN, n_features: int = 32, se
 
 
 def registry_of(*components: Component, plugin: str = "in_memory") -> Registry:
-    """What is installed, and these components besides, as if one plugin had declared them.
+    """The installed components together with these, as if one plugin had declared them.
 
-    Each says its kind, and may hand over its target itself: `Component("hoyer", hoyer, kind="loss")`. They win over
-    installed ones of the same name. PluginError for what the door would not let in.
+    Each says its kind, and its target may be the object itself: `Component("hoyer", hoyer, kind="loss")`. They win over
+    installed ones of the same name. PluginError for what a plugin could not register.
     """
     module = types.ModuleType(plugin)
     for component in components:

@@ -1,4 +1,4 @@
-"""Checkpoints: a directory each, whole or absent, of plain files (safetensors and JSON), never a pickle."""
+"""Checkpoints on disk: a directory each, whole or absent, of plain files (safetensors and JSON), never a pickle."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from saekit.config import RunConfig
 from saekit.errors import UsageError
-from saekit.files import disk_errors, flush_to_disk, sha256_of, to_jsonable, write_text
-from saekit.variants import SHARED
+from saekit.files import disk_errors, flush_to_disk, sha256_of, write_text
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 FORMAT = 2
@@ -51,7 +49,7 @@ def save(directory: Path, number: int, tensors: dict[str, Tensor], state: dict[s
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: on the host, in order, and no two in the same memory (tied weights are)."""
+    """The tensors as safetensors takes them: on the host, contiguous, and no two in the same memory, as tied weights are."""
     apart: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -68,7 +66,7 @@ def found(directory: Path) -> list[Path]:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, state) of one checkpoint; a UsageError that names the file if anything is cut short or altered."""
+    """(tensors, state) of one checkpoint; UsageError that names the file if anything is cut short or altered."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -90,9 +88,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def newest_whole(directory: Path) -> tuple[Path | None, dict[str, Tensor], dict[str, Any], list[str]]:
-    """(path, tensors, state, warnings) of the newest checkpoint that is whole; path is None where there is none at all.
+    """(path, tensors, state, warnings) of the newest whole checkpoint; path is None where there is no checkpoint.
 
-    A damaged one is passed over with a warning; if all are damaged, that is a UsageError.
+    A damaged one is skipped with a warning. UsageError if all are damaged.
     """
     warnings: list[str] = []
     checkpoints = found(directory)
@@ -108,61 +106,3 @@ def newest_whole(directory: Path) -> tuple[Path | None, dict[str, Tensor], dict[
             "\n".join([*warnings, f"{directory}: no checkpoint is whole. Remove the directory to train from the start."])
         )
     return None, {}, {}, []
-
-
-def decisive(config: RunConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """What decides the weights, flat: two runs that agree in it train the same SAE. Keys are those of the run file.
-
-    source: the source's own account of model and data, since a file may change where its name does not.
-    """
-    flat: dict[str, Any] = {}
-    for variant, own in config.members().items():
-        for key, value in _of_member(own).items():
-            flat[f"variant.{variant}.{key}" if variant and not key.startswith(_OF_ALL) else key] = value
-    if config.variant:
-        flat["variant"] = ", ".join(variant.name for variant in config.variant)
-    _flatten("identity of the source", to_jsonable(source), flat)
-    return flat
-
-
-def _of_member(config: RunConfig) -> dict[str, Any]:
-    """What decides the weights of one SAE."""
-    whole = config.model_dump(by_alias=True)
-    flat: dict[str, Any] = {}
-    for section in ("source", "architecture", "training"):
-        _flatten(section, whole[section], flat)
-    for section in ("loss", "callback"):
-        labels = [entry.label for entry in getattr(config, section)]
-        flat[section] = ", ".join(labels)
-        for label, entry in zip(labels, whole[section], strict=True):
-            _flatten(f"{section}.{label}", entry, flat)
-    return {key: value for key, value in flat.items() if key not in _IDLE}
-
-
-_OF_ALL = ("source.", *(f"training.{key}" for key in SHARED if key != "data_seed"))
-"""Keys in which variants do not differ; `data_seed` follows from the `seed` of each."""
-_IDLE = {f"training.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "prefetch", "guard_steps")}
-_IDLE |= {"source.cache"}  # where it lies; what is in it is part of the source's identity
-
-
-def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _flatten(f"{prefix}.{key}", inner, into)
-    elif isinstance(value, list | tuple):
-        for position, inner in enumerate(value):
-            _flatten(f"{prefix}.{position}", inner, into)
-    elif value is not None:
-        into[prefix] = value if isinstance(value, str | int | float) else str(value)
-
-
-def refuse_other(path: Path, state: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UsageError if what was `decisive` for the checkpoint differs from what it is `now`."""
-    before = state["decisive"]
-    for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key):
-            was, is_now = (repr(v[key]) if key in v else "not given" for v in (before, now))
-            fix = f"Put {key} back in run.toml, or start a new run."
-            if key.startswith("identity of the source"):
-                fix = "The model or the data has changed. Bring back what the run was begun with, or start a new run."
-            raise UsageError(f"{path}: was made by another configuration: {key} was {was} and is now {is_now}. {fix}")

@@ -1,4 +1,4 @@
-"""Which latents fire, and for how long the others have been silent."""
+"""Which latents fire, and how long the others have been silent."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor
 class FiringStatistics:
     """For each latent, how many activations have passed since it last fired.
 
-    `dead` and `n_dead` are refreshed every `check_every` steps only, since counting needs the host to wait.
+    silent: [d_sae], that number. dead: [d_sae], whether it is `dead_after` or more. n_dead: how many are dead. The last two are
+    updated only every `check_every` steps, since the host has to wait for them.
     """
 
     def __init__(self, d_sae: int, dead_after: int, device: torch.device, check_every: int = 10) -> None:
         self.dead_after, self.check_every = dead_after, check_every
-        self.silent = torch.zeros(d_sae, dtype=torch.long, device=device)  # [d_sae] activations since the last firing
+        self.silent = torch.zeros(d_sae, dtype=torch.long, device=device)
         self.dead = torch.zeros(d_sae, dtype=torch.bool, device=device)
         self.n_dead = 0
 
@@ -27,7 +28,7 @@ class FiringStatistics:
             self.n_dead = int(self.dead.sum())
 
     def revive(self, latents: Tensor) -> None:
-        """Count these latents as living again, after they were given new weights."""
+        """Count these latents as living again, after they got new weights."""
         self.silent[latents] = 0
         self.dead[latents] = False
         self.n_dead = int(self.dead.sum())

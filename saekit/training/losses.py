@@ -1,4 +1,4 @@
-"""The weighted terms of a run's total loss, and the guard that each of them teaches something."""
+"""The weighted terms of a run's total loss, and the guard that checks that each of them teaches something."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from saekit.training.step import Step
 
 @dataclass
 class Term:
-    """One loss of the run: its name there, the callable, its weight (a number or a schedule), where it came from."""
+    """One loss of the run: its name there, the callable, its weight (a number or a schedule), the component."""
 
     label: str
     function: Callable[[Step], Tensor]
@@ -36,7 +36,7 @@ class Term:
         return value_at(self.weight, number, total)
 
     def value(self, step: Step) -> Tensor | None:
-        """The unweighted loss, or None where it says that it has nothing to say now."""
+        """The unweighted loss, or None where it has nothing to say about this step."""
         active = getattr(self.function, "active", None)
         try:
             with under_key(f"loss.{self.label}"):
@@ -57,9 +57,9 @@ class Term:
 
 
 def refuse_non_finite(values: dict[str, Tensor], number: int) -> None:
-    """Stop with a RunError that names the loss and the step if any of the (detached) values is not finite.
+    """RunError that names the loss and the step if any of the (detached) values is not finite.
 
-    Under "loss" stands the weighted sum, which comes last."""
+    "loss" is the weighted sum, which comes last."""
     for label, value in values.items():
         if not bool(torch.isfinite(value)):
             if label == "loss":
@@ -71,7 +71,7 @@ def refuse_non_finite(values: dict[str, Tensor], number: int) -> None:
 
 
 def refuse_non_finite_gradient(norm: Tensor, values: dict[str, Tensor], number: int) -> None:
-    """Stop with a RunError that names the step and the losses if the whole gradient's norm is not finite."""
+    """RunError that names the step and the losses if the norm of the whole gradient is not finite."""
     if not bool(torch.isfinite(norm)):
         losses = ", ".join(f"{label} = {float(value):.6g}" for label, value in values.items() if label != "loss")
         raise RunError(
@@ -88,9 +88,9 @@ def failed_backward(terms: list[Term], error: Exception) -> PluginError:
 
 
 class GradientGuard:
-    """Watches the first steps: which parameters and which losses have moved anything at all.
+    """Watches in the first steps which parameters receive a gradient, and which losses give one.
 
-    It costs one extra backward a loss in the steps before that loss has taught something, usually one step.
+    It costs an extra backward for each loss until that loss has taught something, usually one step.
     """
 
     def __init__(self, parameters: list[tuple[str, nn.Parameter]], terms: list[Term]) -> None:
@@ -114,7 +114,7 @@ class GradientGuard:
         self._waiting = {n: p for n, p in self._waiting.items() if p.grad is None or not bool(p.grad.any())}
 
     def findings(self, spoke: set[str]) -> list[str]:
-        """What to tell the user, once the first steps are over; `spoke` are the losses that were ever active."""
+        """What to tell the user after the first steps; `spoke` are the losses that were ever active."""
         found = [f"No gradient has reached parameter {name!r} in the first steps." for name in self._waiting]
         for term in self._terms:
             if term.label in spoke and not term.has_taught:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class Adam(torch.optim.Adam):
-    """torch's Adam, bit for bit. Its fused kernel on the CPU copies what is not contiguous to and fro; here it is handed
-    the transpose of what lies transposed in memory, as W_enc and its moments do, since it works entry by entry."""
+    """torch's Adam, bit for bit, without a copy. torch's fused kernel on the CPU copies tensors that are not contiguous back and
+    forth. Adam works entry by entry, so here the kernel gets the transpose of what is transposed in memory, as W_enc is."""
 
     def _init_group(
         self,

@@ -1,4 +1,4 @@
-"""torch's global generators, one state for each SAE of a run, so that what one draws shifts nothing for another."""
+"""torch's global generators with one state for each SAE of a run, so that what one draws does not affect another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class OwnRandomness:
-    """What `torch.rand` and its like draw inside `drawing()`: a sequence of its own, which begins at `seed`."""
+    """A separate sequence, beginning at `seed`, for what `torch.rand` and its like draw inside `drawing()`."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed, self._device = seed, device

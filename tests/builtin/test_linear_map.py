@@ -18,7 +18,9 @@ from saekit import Activations, Step
 from saekit.api import resume
 from saekit.builtin.linear_map import LinearMap, NormalEquations
 from saekit.builtin.sources import TensorsSource
+from saekit.config import TrainingConfig
 from saekit.errors import UsageError
+from saekit.runner.context import RunContext
 from saekit.sae.code import DenseCode
 
 D_IN, D_OUT, ROWS = 12, 20, 6000
@@ -51,16 +53,20 @@ def test_the_fit_is_that_of_least_squares(degenerate: bool) -> None:
     torch.testing.assert_close(x.double() @ found + bias, expected, rtol=1e-6, atol=1e-4)
 
 
-def context(x: torch.Tensor, target: torch.Tensor, warned: list[str], **training: Any) -> SimpleNamespace:
+def context(x: torch.Tensor, target: torch.Tensor, warned: list[str], **training: Any) -> RunContext:
+    """A context that gives these rows to a run whose data have another seed (7) than its weights (5)."""
+
     def blocks(split: str, *, size: int, seed: int):
-        assert (split, seed) == ("train", 5)
+        assert (split, seed) == ("train", 7)
         while True:
             for start in range(0, len(x), size):
                 yield Activations(x[start : start + size], target[start : start + size])
 
-    settings = SimpleNamespace(training=SimpleNamespace(**{"tokens": 10_000, "buffer": 500, **training}))
-    source = SimpleNamespace(blocks=blocks, d_in=x.shape[1])
-    return SimpleNamespace(source=source, config=settings, seed=5, warn=warned.append)
+    settings = {"tokens": 10_000, "buffer": 500, "batch_size": 130, "seed": 5, "data_seed": 7, **training}
+    config: Any = SimpleNamespace(training=TrainingConfig(**settings))
+    source: Any = SimpleNamespace(blocks=blocks, d_in=x.shape[1])
+    sae: Any = None
+    return RunContext(sae, source, config, torch.device("cpu"), Path(), warned.append)
 
 
 def measured(
@@ -78,7 +84,7 @@ def test_its_values_against_their_definitions() -> None:
     x, target = drawn("kinks")
     warned: list[str] = []
     metric = LinearMap(tokens=4000)
-    metric.prepare(context(x[:4000], target[:4000], warned))  # type: ignore[arg-type]
+    metric.prepare(context(x[:4000], target[:4000], warned))
     assert not warned
     held_x, held = x[4000:], target[4000:]
     rebuilt = held + torch.randn(held.shape, generator=torch.Generator().manual_seed(2)) * 20.0
@@ -96,19 +102,19 @@ def test_its_values_against_their_definitions() -> None:
 def test_what_is_not_defined_is_none() -> None:
     x, target = drawn("linear")
     metric = LinearMap()
-    metric.prepare(context(x, target, [], tokens=0))  # type: ignore[arg-type]
+    metric.prepare(context(x, target, [], tokens=0))
     found = measured(metric, x, target, target, ROWS)
     assert found["linear_explained_variance"] == pytest.approx(1.0) and found["beyond_linear"] is None
     flat = torch.full((ROWS, 3), 2.0)
     metric = LinearMap()
-    metric.prepare(context(x, flat, []))  # type: ignore[arg-type]
+    metric.prepare(context(x, flat, []))
     assert measured(metric, x, flat, flat, ROWS) == {"linear_explained_variance": None, "beyond_linear": None}
 
 
 def test_a_fit_to_too_few_activations_is_told() -> None:
     x, target = drawn("kinks")
     warned: list[str] = []
-    LinearMap(tokens=100).prepare(context(x, target, warned))  # type: ignore[arg-type]
+    LinearMap(tokens=100).prepare(context(x, target, warned))
     assert len(warned) == 1 and "fitted to 100 activations of width 12" in warned[0]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -141,10 +143,29 @@ def test_every_lifecycle_hook_is_in_the_order_that_the_page_tells() -> None:
     assert [name for name in vars(Lifecycle) if not name.startswith("_") and f"`{name}`" not in text] == []
 
 
+def table_on_hooks(head: str) -> set[str]:
+    """The names in the first column of a table of docs/hooks.md."""
+    table = page("docs/hooks.md").partition(f"\n| {head} |")[2].partition("\n\n")[0]
+    return {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+
+
+@pytest.mark.parametrize(("argument", "given"), [("run", protocols.RunInfo), ("trainer", protocols.Training)])
+def test_every_attribute_of_what_hooks_hand_over_is_in_its_table_and_described(argument: str, given: type) -> None:
+    attributes = {*given.__annotations__, *(name for name in vars(given) if not name.startswith("_"))}
+    assert table_on_hooks(f"attribute of `{argument}`") == attributes
+    source = ast.parse(inspect.getsource(given)).body[0]
+    assert isinstance(source, ast.ClassDef)
+    described = {
+        before.target.id
+        for before, after in itertools.pairwise(source.body)
+        if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name)
+        and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }  # fmt: skip
+    assert described == set(given.__annotations__)
+
+
 def test_every_argument_of_a_hook_is_in_the_table_of_the_page() -> None:
-    listed = set()
-    for row in re.findall(r"^\| (`.*?) \|", page("docs/hooks.md"), re.MULTILINE):
-        listed |= set(re.findall(r"`(\w+)`", row))
+    listed = table_on_hooks("argument")
     taken = {
         argument
         for family in (Declaring, Lifecycle)
@@ -164,15 +185,15 @@ def test_the_page_of_a_run_says_where_each_kind_and_each_hook_comes_in() -> None
 def test_every_kind_is_on_the_page_of_plugins_and_every_method_of_a_protocol_is_described() -> None:
     text = page("docs/plugins.md")
     assert [kind for kind, hook in HOOKS.items() if f"\n| {kind} | `{hook}` |" not in text] == []
-    protocols = [p for p in vars(protocols).values() if inspect.isclass(p) and p.__module__ == protocols.__name__]
+    classes = [c for c in vars(protocols).values() if inspect.isclass(c) and c.__module__ == protocols.__name__]
     methods = [
         function
-        for protocol in protocols
-        for function in vars(protocol).values()
+        for one in classes
+        for function in vars(one).values()
         if inspect.isfunction(function) and function.__module__ == protocols.__name__
     ]
-    assert len(protocols) > 4 and len(methods) > 10
-    assert [thing.__qualname__ for thing in (*protocols, *methods) if not inspect.getdoc(thing)] == []
+    assert len(classes) > 4 and len(methods) > 10
+    assert [thing.__qualname__ for thing in (*classes, *methods) if not inspect.getdoc(thing)] == []
 
 
 def commands(group: click.Group, name: str = "saekit") -> Iterator[tuple[str, click.Command]]:

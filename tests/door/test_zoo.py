@@ -143,7 +143,7 @@ ZOO = {
     "lifecycle": Animal(
         LISTENER.format(name="misspells", target="Misspells"),
         names("callback", "misspells"),
-        ("'step_end' is no lifecycle hook", "Did you mean 'step_ended'"),
+        ("'step_end' is not a lifecycle hook", "Did you mean 'step_ended'"),
         dry=False,
     ),
     "greedy": Animal(

@@ -50,7 +50,7 @@ class ScriptedRun:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self.trainer = SimpleNamespace(total_steps=STEPS, number=0, sae=SimpleNamespace(d_sae=4096))
+        self.trainer = SimpleNamespace(total_steps=STEPS, number=0, sae=SimpleNamespace(d_sae=4096), variant="")
         self.run = SimpleNamespace(
             directory=SimpleNamespace(path=DIRECTORY),
             plan=SimpleNamespace(
@@ -58,6 +58,7 @@ class ScriptedRun:
                     SimpleNamespace(
                         config=SimpleNamespace(architecture=SimpleNamespace(d_sae=4096)),
                         architecture=SimpleNamespace(component=SimpleNamespace(name="topk")),
+                        graph=None,
                     )
                 ],
                 facts={"model": "organism", "hook_point": "blocks.2.hook_out"},

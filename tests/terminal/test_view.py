@@ -212,7 +212,7 @@ keys = st.sampled_from(
 def test_no_logged_value_breaks_the_block(lines, width):
     state = RunState()
     state.phase("train").begin(1000, 0.0)
-    trainer = SimpleNamespace(total_steps=len(lines), number=0, sae=SimpleNamespace(d_sae=64))
+    trainer = SimpleNamespace(total_steps=len(lines), number=0, variant="", sae=SimpleNamespace(d_sae=64))
     for number, values in enumerate(lines):
         state.training_of(trainer).log(number + 1, values)
         state.phase("train").advance(number * 100, float(number))
@@ -255,7 +255,7 @@ from saekit.terminal import choose_view
 view = choose_view(json={json})
 print(type(view).__name__, file=sys.stderr)
 from types import SimpleNamespace as N
-member = N(config=N(architecture=N(d_sae=8)), architecture=N(component=N(name="topk")))
+member = N(config=N(architecture=N(d_sae=8)), architecture=N(component=N(name="topk")), graph=None)
 run = N(directory=N(path=__import__("pathlib").Path("runs/x")), plan=N(members=[member], facts={{}}))
 view.run_started(run)
 view.phase_started("prepare", None)

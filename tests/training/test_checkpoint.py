@@ -13,17 +13,9 @@ import pytest
 import torch
 from helpers import Outcome, leftovers, logged, weights
 
-from saekit.config import parse_config
 from saekit.errors import UsageError
 from saekit.files import DiskFull
 from saekit.training import checkpoint
-
-CONFIG: dict[str, Any] = {
-    "source": {"use": "text", "hook_point": "blocks.0.hook_out"},
-    "architecture": {"use": "topk", "d_sae": 64, "k": 4},
-    "loss": [{"use": "mse"}, {"use": "auxk", "weight": {"schedule": "linear", "to": 1.0, "steps": 5}}],
-    "callback": [{"use": "resample", "every": 5}],
-}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -133,59 +125,6 @@ def test_a_failed_write_leaves_the_older_one_and_nothing_else(tmp_path: Path, mo
     with pytest.raises(DiskFull, match="step-00000010.*the disk is full"):
         checkpoint.save(tmp_path, 10, tensors(), state(), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]
-
-
-# --- from another configuration ----------------------------------------------------------------------------------
-
-
-def decisive(identity: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    table = json.loads(json.dumps(CONFIG))
-    for key, value in changes.items():
-        section, _, rest = key.partition("__")
-        if rest:
-            table.setdefault(section, {})[rest] = value
-        else:
-            table[section] = value
-    return json.loads(json.dumps(checkpoint.decisive(parse_config(table, "x"), identity or {"digest": "abc"})))
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"training__lr": 1e-4}, ("training.lr", "0.001", "0.0001")),
-        ({"training__seed": 1}, ("training.seed was 0 and is now 1", "Put training.seed back in run.toml")),
-        ({"training__tokens": 5_000_000}, ("training.tokens",)),
-        ({"architecture__k": 5}, ("architecture.k was 4 and is now 5",)),
-        ({"source__context": 64}, ("source.context was not given and is now 64",)),
-        ({"loss": [{"use": "mse", "weight": 2.0}, CONFIG["loss"][1]]}, ("loss.mse.weight was 1.0 and is now 2.0",)),
-        ({"loss": [CONFIG["loss"][1], CONFIG["loss"][0]]}, ("loss was 'mse, auxk' and is now 'auxk, mse'",)),
-        ({"callback": []}, ("callback was 'resample' and is now ''",)),
-        ({"callback": [{"use": "resample", "every": 6}]}, ("callback.resample.every was 5 and is now 6",)),
-        ({"identity": {"digest": "xyz"}}, ("digest", "'abc'", "'xyz'", "The model or the data has changed")),
-    ],
-)
-def test_another_configuration_is_refused_by_its_key(changes: dict[str, Any], words: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as caught:
-        checkpoint.refuse_other(tmp_path / "step-1", {"decisive": decisive()}, decisive(**changes))
-    for word in (str(tmp_path / "step-1"), *words):
-        assert word in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"training__log_every": 3},
-        {"training__checkpoint_every": 7},
-        {"training__keep_checkpoints": 9},
-        {"training__prefetch": 0},
-        {"metric": [{"use": "ce_recovered"}]},
-        {"analyzer": [{"use": "features"}]},
-        {"evaluation__tokens": 10},
-        {"recipe": "another"},
-    ],
-)
-def test_what_does_not_change_the_weights_may_change(changes: dict[str, Any], tmp_path: Path) -> None:
-    checkpoint.refuse_other(tmp_path, {"decisive": decisive()}, decisive(**changes))
 
 
 # --- a whole run -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from saekit.plugins import Registry
 from saekit.schedules import Linear
 from saekit.training.firing import FiringStatistics
 from saekit.training.losses import Term
+from saekit.training.state import state_of
 from saekit.training.trainer import Trainer
 
 D, F, K, BATCH, STEPS = 6, 20, 3, 16, 20
@@ -400,7 +401,7 @@ def test_weights_that_are_not_finite_are_not_saved() -> None:
     trainer = new_trainer(new_sae(k=K), [own_term("root", root)], clip=0)  # unclipped, nobody looks at the gradient
     trainer.train_on(Activations(batches(1)[0]))
     with pytest.raises(RunError, match="not finite after step 0, so it is not saved"):
-        trainer.state()
+        state_of(trainer)
 
 
 @pytest.mark.parametrize("value", [None, 3.0, torch.ones(2), "1.0"])

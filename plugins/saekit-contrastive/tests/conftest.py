@@ -24,10 +24,12 @@ def prepared(part: Any, sae: SparseAutoencoder, labels: torch.Tensor | None = No
     source = types.SimpleNamespace(
         concepts=CONCEPTS,
         sequences=lambda split, n, seed, number: batch,
-        blocks=lambda split, size, seed: iter([Activations(x[:, 0], labels=labels)]),
     )
-    config = types.SimpleNamespace(training=types.SimpleNamespace(batch_size=8, order_seed=0))
-    part.prepare(types.SimpleNamespace(source=source, sae=sae, seed=0, config=config))
+    config = types.SimpleNamespace(training=types.SimpleNamespace(batch_size=8))
+    rows = Activations(x[:, 0], labels=labels)
+    part.prepare(
+        types.SimpleNamespace(source=source, sae=sae, seed=0, config=config, training_activations=lambda tokens: iter([rows]))
+    )
     return part
 
 

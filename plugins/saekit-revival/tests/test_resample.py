@@ -14,6 +14,7 @@ from saekit.builtin.losses import mse
 from saekit.config import TrainingConfig
 from saekit.listeners import Listener, Listeners
 from saekit.training.losses import Term
+from saekit.training.state import restore, state_of
 from saekit.training.trainer import Trainer
 
 D, F, BATCH = 8, 32, 64
@@ -138,8 +139,8 @@ def test_the_same_seed_draws_the_same_and_state_survives() -> None:
     a, b = trainer_with(first), trainer_with(second)
     for batch in batches(10):
         a.train_on(batch)
-    tensors, values = a.state()
-    b.load_state(a.number, {k: v.clone() for k, v in tensors.items()}, values)
+    tensors, values = state_of(a)
+    restore(b, a.number, {k: v.clone() for k, v in tensors.items()}, values)
     for batch in batches(15, seed=2):
         a.train_on(batch)
     for batch in batches(15, seed=2):

@@ -1,4 +1,4 @@
-"""What is asked of an analyzer, on a finished tiny run."""
+"""The checks of an analyzer, on a finished tiny run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from saekit.testing.tiny import finished_run
 
 
 def context_of(subject: Subject) -> RunContext:
-    """The context of a finished run that provides what it needs, with a directory of its own to write in."""
+    """The context of a finished run that provides what it needs, with an empty directory to write in."""
     context = finished_run(subject.component.needs, subject.registry).context
     place = subject.place / "analysis"
     place.mkdir(exist_ok=True)
@@ -28,7 +28,7 @@ def context_of(subject: Subject) -> RunContext:
 
 
 def answer(subject: Subject, context: RunContext | None = None) -> Any:
-    """What it gives of a finished run."""
+    """What it returns for a finished run."""
     with torch.random.fork_rng(devices=[]), seeded(0):
         torch.manual_seed(0)
         return subject.build()(context or context_of(subject))
@@ -58,10 +58,10 @@ def can_be_written(subject: Subject) -> None:
         raise Failed(f"its result is more than JSON holds: {error}. Give lists and plain numbers: tensor.tolist().") from None
     for name, rows in result.tables.items():
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise Failed(f"table {name!r} is no list of dictionaries, one for each row.")
+            raise Failed(f"table {name!r} is not a list of dictionaries, one for each row.")
     for name, figure in result.figures.items():
         if not isinstance(figure, dict) or "data" not in figure:
-            raise Failed(f"figure {name!r} is no plotly figure. Give figure.to_plotly_json().")
+            raise Failed(f"figure {name!r} is not a plotly figure. Give figure.to_plotly_json().")
 
 
 def writes_in_its_directory(subject: Subject) -> None:
@@ -76,7 +76,7 @@ def writes_in_its_directory(subject: Subject) -> None:
         raise Failed(f"it writes {sorted(_files(elsewhere))[0]} where the command was run. Write under context.directory.")
     if _files(run.directory) != before:
         new = sorted(set(_files(run.directory)) ^ set(before))
-        raise Failed(f"it changes {new[0] if new else 'a file'} of the run. Write under context.directory alone.")
+        raise Failed(f"it changes {new[0] if new else 'a file'} of the run. Write only under context.directory.")
     for name in result.files:
         if Path(name).is_absolute() or not (context.directory / name).is_file():
             raise Failed(f"`files` names {name!r}, which is not in its directory. Give paths relative to context.directory.")
@@ -85,7 +85,7 @@ def writes_in_its_directory(subject: Subject) -> None:
 def deterministic(subject: Subject) -> None:
     what = changed(copied(result_of(subject).to_json()), copied(result_of(subject).to_json()))
     if what:
-        raise Failed(f"{what} is another the second time. Draw from a generator seeded with context.seed.")
+        raise Failed(f"{what} differs the second time. Draw from a generator seeded with context.seed.")
 
 
 def inputs_unchanged(subject: Subject) -> None:
@@ -118,10 +118,10 @@ def _files(place: Path) -> dict[str, tuple[int, int]]:
 CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
     Check("gives_a_result", "It runs on a finished run and returns a `Result` whose scalars are plain.", gives_a_result),
-    Check("can_be_written", "Its tables and figures are what `result.json` can hold.", can_be_written),
+    Check("can_be_written", "`result.json` can hold its tables and figures.", can_be_written),
     Check(
         "writes_in_its_directory",
-        "It writes under `context.directory` alone, and names what it wrote.",
+        "It writes only under `context.directory`, and names what it wrote.",
         writes_in_its_directory,
     ),
     Check("deterministic", "The same run gives the same result.", deterministic),

@@ -1,4 +1,4 @@
-"""What is asked of a callback, in tiny trainings."""
+"""The checks of a callback, in tiny trainings."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from saekit.testing.kit import Check, Failed, Subject
 def deterministic(subject: Subject) -> None:
     first, second = (listening.trained(subject, name).directory / listening.WEIGHTS for name in ("first", "second"))
     if first.read_bytes() != second.read_bytes():
-        raise Failed("the same run ends at other weights the second time. Draw from trainer.generator, and from nothing else.")
+        raise Failed("the same run ends at different weights the second time. Draw from trainer.generator, and from nothing else.")
 
 
 CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
     Check("has_hooks", "One of its methods is a lifecycle hook.", listening.has_hooks),
-    Check("runs_in_a_training", "A training that names it comes to its end.", listening.runs_in_a_training),
+    Check("runs_in_a_training", "A training that uses it finishes.", listening.runs_in_a_training),
     Check("deterministic", "The same training ends at the same weights, to the bit.", deterministic),
     Check(
         "state_round_trip",
-        "What `state_dict` gives is what a checkpoint holds, and `load_state_dict` takes it back.",
+        "A checkpoint can hold what `state_dict` returns, and `load_state_dict` restores it.",
         listening.state_round_trip,
     ),
     Check(
         "resumes_to_the_same_bits",
-        "A training that is interrupted and resumed ends at the bits of one that is not.",
+        "A training that is interrupted and resumed ends at the same bits as one that is not.",
         listening.resumes_to_the_same_bits,
     ),
 )

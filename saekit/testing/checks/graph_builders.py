@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from saekit.graph import FeatureGraph
+from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code, SparseCode
 from saekit.testing.checks import any_kind
 from saekit.testing.checks.shared import changed, copied, seeded
@@ -21,7 +22,7 @@ def sae_of(subject: Subject) -> Any:
     return finished_run(set(subject.component.needs) - {"graph"}, subject.registry).context.sae
 
 
-def codes_of(sae: Any, silent: bool = False) -> list[Code]:
+def codes_of(sae: SparseAutoencoder, silent: bool = False) -> list[Code]:
     """Codes of a few batches, without gradients. silent: no latent is active in them."""
     with torch.no_grad():
         codes = [make_step(sae=sae, seed=seed).code for seed in range(4)]
@@ -30,7 +31,7 @@ def codes_of(sae: Any, silent: bool = False) -> list[Code]:
     return codes
 
 
-def graph_of(subject: Subject, sae: Any, codes: list[Code]) -> Any:
+def graph_of(subject: Subject, sae: SparseAutoencoder, codes: list[Code]) -> Any:
     """What it builds."""
     stream: Iterator[Code] = iter(codes)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), seeded(0):

@@ -1,4 +1,4 @@
-"""What is asked of both kinds of listener, callbacks and trackers: in tiny trainings that name them."""
+"""The checks of both kinds of listener, callbacks and trackers, in tiny trainings that use them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 
 from saekit.errors import Interrupted
 from saekit.hookspecs import PROJECT, Lifecycle, hookimpl
+from saekit.protocols import Training
 from saekit.run_directory import RunDirectory
 from saekit.runner.plan import plan_run
 from saekit.testing.checks.shared import changed, copied, through_a_checkpoint
 from saekit.testing.kit import Failed, NotApplicable, Subject
 from saekit.testing.tiny import TinyRun, carried_out, table_for
+from saekit.training.trainer import Trainer
 
 LABEL = "under_check"
 WEIGHTS = Path("sae") / "sae_weights.safetensors"
@@ -23,7 +25,7 @@ def table_with(subject: Subject) -> dict[str, Any]:
     table = table_for(subject.component.needs, subject.registry)
     given = {name: value for name, value in subject.options.items() if value is not None}
     entry = {"use": subject.component.qualified_name, "name": LABEL, **given}
-    # In front of all others that the plan adds, and of no other of its kind.
+    # In front of the others that the plan adds.
     kind = subject.component.kind
     return {**table, kind: [*table.get(kind, []), entry]}
 
@@ -46,14 +48,15 @@ class _Keeper:
     instance: Any = None
 
     @hookimpl
-    def step_ended(self, trainer: Any) -> None:
+    def step_ended(self, trainer: Training) -> None:
+        assert isinstance(trainer, Trainer)
         for listener in trainer.listeners:
             if listener.label.endswith(f".{LABEL}"):
                 self.instance = listener.instance
 
 
 class _Stopper:
-    """A view that interrupts the run in the middle of training, as Ctrl-C pressed twice does."""
+    """A view that interrupts the run in the middle of training, like Ctrl-C pressed twice."""
 
     @hookimpl
     def step_ended(self, number: int) -> None:
@@ -84,14 +87,14 @@ def runs_in_a_training(subject: Subject) -> None:
 def state_round_trip(subject: Subject) -> None:
     instance, other = listener_of(subject), subject.build()
     if not hasattr(instance, "state_dict") or not hasattr(instance, "load_state_dict"):
-        raise NotApplicable("it has no state_dict and load_state_dict, so a checkpoint holds nothing of it.")
+        raise NotApplicable("it has no state_dict and load_state_dict, so a checkpoint holds no state of it.")
     state = through_a_checkpoint(instance.state_dict())
     before = copied(state)
     if state:
         other.load_state_dict(state)
     what = changed(before, copied(through_a_checkpoint(other.state_dict())))
     if what:
-        raise Failed(f"load_state_dict does not take back {what!r}, which state_dict gave. Restore it there.")
+        raise Failed(f"load_state_dict does not restore {what!r}, which state_dict returned. Restore it there.")
 
 
 def resumes_to_the_same_bits(subject: Subject) -> None:
@@ -106,14 +109,14 @@ def resumes_to_the_same_bits(subject: Subject) -> None:
     resume(place, subject)
     if (whole.directory / WEIGHTS).read_bytes() != (place / WEIGHTS).read_bytes():
         raise Failed(
-            "a run that was interrupted and resumed ends at other weights than one that was not. Put all that it keeps from "
-            "step to step into state_dict, take it back in load_state_dict, and draw from trainer.generator."
+            "a run that was interrupted and resumed ends at different weights than one that was not. Put everything it keeps from "
+            "step to step into state_dict, restore it in load_state_dict, and draw from trainer.generator."
         )
 
 
 def resume(place: Path, subject: Subject) -> None:
-    """Continue the run in `place`, with the registry that it was begun with."""
+    """Continue the run in `place`, with the same registry."""
     from saekit.runner.run import Run
 
     directory, config = RunDirectory.resume(str(place))
-    Run(plan_run(config, subject.registry), directory, subject.registry, resumed=True).execute()
+    Run(plan_run(config, subject.registry), directory, subject.registry).execute()

@@ -1,4 +1,4 @@
-"""What is asked of a loss. Each check makes it anew and hands it steps of a small SAE."""
+"""The checks of a loss. Each builds it again and gives it steps of a small SAE."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saekit.config import parse_config
 from saekit.runner.context import RunContext
 from saekit.runner.plan import plan_run
+from saekit.sae.base import SparseAutoencoder
 from saekit.testing.checks import any_kind
 from saekit.testing.checks.shared import changed, copied, same, saved_and_loaded, seeded
 from saekit.testing.fixtures import build_sae, make_step
@@ -21,40 +22,40 @@ from saekit.training.step import Step
 
 _DEAD = 8
 _WITHHELD = ("labels", "tokens", "logits", "sequences", "graph")
-"""What a step may hold, and holds only where it is declared in `needs`."""
+"""What a step may hold, but only where it is declared in `needs`."""
 
 
 @dataclasses.dataclass
 class Bench:
-    """A loss, and the steps that it is tried on: all of one SAE, which its `prepare` has seen too."""
+    """A loss, and the steps it is tried on: all of one SAE, which its `prepare` has seen too."""
 
     subject: Subject
     loss: Callable[[Step], Tensor]
-    sae: Any
+    sae: SparseAutoencoder
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
     def step(self, **changes: Any) -> Step:
-        """A step that holds all that a source can give, and dead latents; `changes` as for `make_step`."""
+        """A step with everything that a source can give, and dead latents; `changes` as for `make_step`."""
         settings = {"sae": self.sae, "dtype": self.dtype, "device": self.device, **changes}
         given = {name: self.subject.needs(name) for name in ("sequences", "graph")}
         return make_step(**{"labels": True, "tokens": True, "dead": _DEAD, **given, **settings})
 
     def value(self, step: Step, seed: int = 0) -> Tensor:
-        """The loss of a step, as one number. NotApplicable where it has nothing to say of it."""
+        """The loss of a step, as one number. NotApplicable where it has nothing to say about it."""
         with seeded(seed):
             value = self.raw(step, seed)
         if not isinstance(value, Tensor):
-            raise NotApplicable("it returns no tensor: see `scalar`.")
+            raise NotApplicable("it does not return a tensor: see `scalar`.")
         return value.mean()
 
     def raw(self, step: Step, seed: int = 0) -> Any:
-        """What the loss returns of a step, drawn from torch's `seed`."""
+        """What the loss returns for a step, with torch's generator at `seed`."""
         active = getattr(self.loss, "active", None)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if active is not None and not active(step):
-                raise NotApplicable("it says that it has nothing to say of such a step (`active`).")
+                raise NotApplicable("it says that it has nothing to say about such a step (`active`).")
             return self.loss(step)
 
     def gradients(self, value: Tensor) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ class Bench:
 
 
 def bench(subject: Subject, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Bench:
-    """The loss at work beside an SAE of an architecture that provides what it needs."""
+    """The loss with an SAE of an architecture that provides what it needs."""
     table = table_for(set(subject.component.needs) - {"graph"}, subject.registry)
     plan = plan_run(parse_config(table, "the tiny run"), subject.registry).members[0]
     where = torch.device(device)
@@ -150,7 +151,7 @@ def gradient_only_there(subject: Subject) -> None:
 def sparse_and_dense_codes_agree(subject: Subject) -> None:
     of_architecture = set(subject.component.needs) & _provided_by_architectures(subject)
     if of_architecture:
-        raise NotApplicable(f"it needs {of_architecture.pop()!r} of an architecture, whose codes have one form.")
+        raise NotApplicable(f"it needs {of_architecture.pop()!r} of an architecture whose codes have only one form.")
     values, gradients = [], []
     for sparse in (True, False):
         at = bench(subject, torch.float64)
@@ -159,7 +160,7 @@ def sparse_and_dense_codes_agree(subject: Subject) -> None:
         gradients.append(at.gradients(value))
     if not abs(values[0] - values[1]) <= 1e-9 * max(1.0, abs(values[0])):
         raise Failed(
-            f"it is {values[0]:.9g} for a compressed code and {values[1]:.9g} for the same code held whole. Reach the code "
+            f"it is {values[0]:.9g} for a compressed code and {values[1]:.9g} for the same code held dense. Reach the code "
             "through its operations (sum, columns, nonzero, ...), which mean the same for both."
         )
     for name in {*gradients[0], *gradients[1]}:
@@ -167,7 +168,7 @@ def sparse_and_dense_codes_agree(subject: Subject) -> None:
         first, second = (torch.zeros(()) if g is None else g for g in pair)
         if not torch.allclose(first, second, rtol=1e-7, atol=1e-10):
             raise Failed(
-                f"its gradient to {name} is another for the same code held whole. Reach the code through its operations "
+                f"its gradient to {name} differs for the same code held dense. Reach the code through its operations "
                 "(sum, columns, nonzero, ...), which have the right gradients in both forms."
             )
 
@@ -222,7 +223,7 @@ def without_positives(subject: Subject) -> None:
         try:
             value = at.value(at.step(**changes))
         except NotApplicable:
-            continue  # it says that it has nothing to say
+            continue  # it has nothing to say
         is_finite(value, at.gradients(value), f"with {what}")
 
 
@@ -234,7 +235,7 @@ def deterministic(subject: Subject) -> None:
         results.append((value.detach(), at.gradients(value.mean())))
     if not same(*results):
         raise Failed(
-            "the same step gives another value or gradient the second time. Draw from torch, whose state is in the "
+            "the same step gives a different value or gradient the second time. Draw from torch, whose state is in the "
             "checkpoint, and from nothing else (random, numpy, the clock, the order of a set)."
         )
 
@@ -253,7 +254,7 @@ def weight_zero_harmless(subject: Subject) -> None:
     gradients = at.gradients(0.0 * at.value(at.step()))
     wrong = [name for name, g in gradients.items() if not bool((g == 0).all())]
     if wrong:
-        raise Failed(f"with a weight of zero its gradient to {wrong[0]} is not zero but NaN: somewhere its slope is infinite.")
+        raise Failed(f"with a weight of zero its gradient to {wrong[0]} is NaN instead of zero: somewhere its slope is infinite.")
 
 
 def inputs_unchanged(subject: Subject) -> None:
@@ -280,9 +281,9 @@ def state_round_trip(subject: Subject) -> None:
     last = {"seed": 3, "number": 3}
     if not same(at.value(at.step(**last), seed=3).detach(), other.value(other.step(**last), seed=3).detach()):
         if has_state:
-            raise Failed("after load_state_dict it goes on otherwise than it would have. Put all that it keeps into state_dict.")
+            raise Failed("after load_state_dict it continues differently. Put everything it keeps into state_dict.")
         raise Failed(
-            "what it gives depends on the steps before, but it has no state_dict, so a resumed run would differ. Add "
+            "its value depends on the steps before, but it has no state_dict, so a resumed run would differ. Add "
             "state_dict and load_state_dict, or derive from nn.Module and keep buffers."
         )
 
@@ -306,15 +307,15 @@ CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
     Check("scalar", "It returns a scalar tensor.", scalar),
     Check("finite", "Value and gradients are finite on an ordinary batch.", finite),
-    Check("gradient_reaches", "A gradient reaches the SAE or parameters of its own.", gradient_reaches),
+    Check("gradient_reaches", "A gradient reaches the SAE, or the loss's own parameters.", gradient_reaches),
     Check(
         "gradient_only_there",
-        "It asks for no gradient of the data, calls no backward, and switches no gradient off.",
+        "It does not ask for a gradient of the data, call backward, or switch off a gradient.",
         gradient_only_there,
     ),
     Check(
         "sparse_and_dense_codes_agree",
-        "A compressed code and the same code held whole give the same value and gradients, in float64.",
+        "A compressed code and the same code held dense give the same value and gradients, in float64.",
         sparse_and_dense_codes_agree,
     ),
     Check("any_dtype", "It works in float32, float64 and under bf16, and gives the same up to rounding.", any_dtype),
@@ -326,12 +327,12 @@ CHECKS: tuple[Check, ...] = (
         without_positives,
     ),
     Check("deterministic", "The same step gives the same value and gradients.", deterministic),
-    Check("declared_needs_suffice", "It reads nothing of a step but what its `needs` declare.", declared_needs_suffice),
+    Check("declared_needs_suffice", "It reads only what its `needs` declare from a step.", declared_needs_suffice),
     Check("weight_zero_harmless", "With a weight of zero every gradient is zero.", weight_zero_harmless),
     Check("inputs_unchanged", "It changes neither the step nor the SAE.", inputs_unchanged),
     Check(
         "state_round_trip",
-        "What it keeps from step to step goes through `state_dict` as a checkpoint holds it, and back.",
+        "What it keeps from step to step survives `state_dict` and `load_state_dict`, as a checkpoint holds it.",
         state_round_trip,
     ),
 )

@@ -1,4 +1,4 @@
-"""What is asked of a metric, on held-out batches of a finished tiny run."""
+"""The checks of a metric, on held-out batches of a finished tiny run."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def ready(subject: Subject) -> Any:
     """The metric, built and prepared."""
     metric = subject.build()
     if not (hasattr(metric, "update") and hasattr(metric, "compute")) and not hasattr(metric, "measure"):
-        raise Failed("it has neither update(step) and compute() nor measure(context). Implement the one or the other.")
+        raise Failed("it has neither update(step) and compute() nor measure(context). Implement one or the other.")
     if hasattr(metric, "prepare"):
         metric.prepare(context_of(subject))
     return metric
 
 
 def streaming(subject: Subject) -> Any:
-    """A metric that streams, ready. NotApplicable for one that asks the model itself."""
+    """A metric that streams, ready. NotApplicable for one that measures with the model."""
     metric = ready(subject)
     if not hasattr(metric, "update"):
         raise NotApplicable("it measures with the model (`measure`) and takes in no stream.")
@@ -57,7 +57,7 @@ def batches(subject: Subject, sizes: Iterable[int], start: int = 0) -> Iterable[
 
 
 def values_of(subject: Subject, sizes: Iterable[int] = (_ROWS,), start: int = 0) -> dict[str, Any]:
-    """What it computes of a stream, or measures."""
+    """What it computes for a stream, or measures."""
     metric = ready(subject)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), seeded(0):
         torch.manual_seed(0)
@@ -95,7 +95,7 @@ def whole_or_in_pieces(subject: Subject) -> None:
         if (a is None) != (b is None) or (a is not None and b is not None and not math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)):
             raise Failed(
                 f"{name} is {a} for {_ROWS} rows at once and {b} for the same rows in batches of {_PIECES}. Keep sums and "
-                "counts, and divide in compute; a mean of batches' means is another number."
+                "counts, and divide in compute; the mean of the batches' means is a different number."
             )
 
 
@@ -104,21 +104,21 @@ def names_and_meanings(subject: Subject) -> None:
     names = set(values_of(subject))
     others = set(values_of(subject, (16,), start=_ROWS))
     if names != others:
-        raise Failed(f"{sorted(names ^ others)[0]!r} is there for one stream and not for another. Give None where undefined.")
+        raise Failed(f"{sorted(names ^ others)[0]!r} is returned for one stream and not for another. Give None where undefined.")
     meanings = getattr(metric, "meanings", {})
     for name in sorted(names - set(meanings)):
-        raise Failed(f"{name!r} has no line in `meanings`. Say in the class what it means; the report shows it.")
+        raise Failed(f"{name!r} has no line in `meanings`. Say there what it means; the report shows it.")
     for name in sorted(set(meanings) - names):
-        raise Failed(f"`meanings` explains {name!r}, which it does not give. Take the line out, or mend the name.")
+        raise Failed(f"`meanings` explains {name!r}, which it does not return. Remove the line, or correct the name.")
     for name in getattr(metric, "headline", ()):
         if name not in names:
-            raise Failed(f"`headline` names {name!r}, which it does not give. Mend the name.")
+            raise Failed(f"`headline` names {name!r}, which it does not return. Correct the name.")
 
 
 def deterministic(subject: Subject) -> None:
     what = changed(values_of(subject), values_of(subject))
     if what:
-        raise Failed(f"{what} is another the second time, for the same stream. Draw from a generator seeded with context.seed.")
+        raise Failed(f"{what} differs the second time, for the same stream. Draw from a generator seeded with context.seed.")
 
 
 def inputs_unchanged(subject: Subject) -> None:
@@ -158,7 +158,7 @@ def bounded_memory(subject: Subject) -> None:
 
 
 def size_of(value: Any, seen: set[int] | None = None) -> int:
-    """About how many bytes an object holds, with all that it alone keeps: tensors, arrays, containers, attributes."""
+    """About how many bytes an object holds: its tensors, arrays, containers and attributes."""
     seen = set() if seen is None else seen
     if id(value) in seen or isinstance(value, type | types.ModuleType) or inspect.isroutine(value):
         return 0
@@ -173,7 +173,7 @@ def size_of(value: Any, seen: set[int] | None = None) -> int:
         return 8 * len(value) + sum(size_of(inner, seen) for inner in value)
     if hasattr(value, "__dict__"):
         return sum(size_of(inner, seen) for inner in vars(value).values())
-    # A number may take more bytes as it grows: that is no growth with the number of batches.
+    # A number may take more bytes as it grows; that does not count.
     return 0 if isinstance(value, int | float) else sys.getsizeof(value)
 
 
@@ -183,7 +183,7 @@ def empty_stream(subject: Subject) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchmetrics says that there was no update
             values = metric.compute()
-    except ValueError as error:  # torch's and Python's own errors are no answer
+    except ValueError as error:  # an error of torch or Python is not an answer
         if str(error):
             return
         raise
@@ -199,7 +199,7 @@ def empty_stream(subject: Subject) -> None:
 CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
     Check("plain_numbers", "It gives a dictionary of plain numbers, None where one is not defined.", plain_numbers),
-    Check("whole_or_in_pieces", "Batches that are divided otherwise give the same values.", whole_or_in_pieces),
+    Check("whole_or_in_pieces", "The same rows in other batches give the same values.", whole_or_in_pieces),
     Check(
         "names_and_meanings",
         "It always gives the same names, each with its line in `meanings`; `headline` names some of them.",
@@ -208,5 +208,5 @@ CHECKS: tuple[Check, ...] = (
     Check("deterministic", "The same stream gives the same values.", deterministic),
     Check("inputs_unchanged", "It changes neither the step nor the SAE.", inputs_unchanged),
     Check("bounded_memory", "What it holds does not grow with the number of batches.", bounded_memory),
-    Check("empty_stream", "Of no batch at all it gives None or NaN, or a ValueError that says so.", empty_stream),
+    Check("empty_stream", "Without any batch it gives None or NaN, or a ValueError that says so.", empty_stream),
 )

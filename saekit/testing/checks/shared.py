@@ -1,4 +1,4 @@
-"""What the checks of several kinds compare with."""
+"""How the checks of several kinds compare values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from saekit.errors import PluginError
 from saekit.sae.code import Code, DenseCode, SparseCode
 from saekit.testing.kit import Failed
-from saekit.training.trainer import _plain_state
+from saekit.training.state import plain_state
 
 
 def copied(value: Any) -> Any:
-    """The tensors and numbers in `value` as they are now: of a step, a code, dictionaries, lists."""
+    """A copy of the tensors and numbers in `value`: a step, a code, dictionaries, lists."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, SparseCode):
@@ -43,7 +43,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def changed(before: Any, after: Any, name: str = "") -> str:
-    """The name of the first thing in which two copies differ; empty where there is none."""
+    """The name of the first thing in which two copies differ; empty where they are equal."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in {**before, **after}:
             inner = f"{name}.{key}" if name else str(key)
@@ -71,28 +71,28 @@ def through_a_checkpoint(state: Any) -> dict[str, Any]:
     back: dict[str, Any] = {}
     for key, value in state.items():
         try:
-            back[key] = value.detach().clone() if isinstance(value, Tensor) else json.loads(json.dumps(_plain_state(value, key)))
+            back[key] = value.detach().clone() if isinstance(value, Tensor) else json.loads(json.dumps(plain_state(value, key)))
         except PluginError as error:
             raise Failed(str(error)) from None
     return back
 
 
 def saved_and_loaded(holder: Any, other: Any) -> None:
-    """Give `other` the state of `holder`, as a resume does."""
+    """Give `other` the state of `holder`, as resuming does."""
     state = through_a_checkpoint(holder.state_dict())
     before = copied(state)
     if state:
         other.load_state_dict(state)
     what = changed(before, copied(through_a_checkpoint(other.state_dict())))
     if what:
-        raise Failed(f"load_state_dict does not take back {what!r}, which state_dict gave. Restore it there.")
+        raise Failed(f"load_state_dict does not restore {what!r}, which state_dict returned. Restore it there.")
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's and numpy's own generators begin at `seed` in the block, and go on afterwards as if nothing had been.
+    """Seed Python's and numpy's generators in the block, and put them back afterwards.
 
-    What draws from them is found by the checks that ask for determinism, and by no other."""
+    So only the checks of determinism find a component that draws from them."""
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from saekit.activations.batch import Activations
+from saekit.protocols import Source
 from saekit.testing.checks import any_kind
 from saekit.testing.checks.shared import changed, copied, seeded
 from saekit.testing.kit import Check, Failed, NotApplicable, Subject
@@ -34,7 +35,7 @@ def opened(subject: Subject, dtype: torch.dtype = torch.float32, instance: int =
     return _OPEN[key]
 
 
-def first_blocks(source: Any, n: int = _BLOCKS, *, split: str = "train", seed: int = 0, start: int = 0) -> list[Activations]:
+def first_blocks(source: Source, n: int = _BLOCKS, *, split: str = "train", seed: int = 0, start: int = 0) -> list[Activations]:
     """Blocks `start` to `start + n - 1`, or fewer where the split ends before."""
     with seeded(0), torch.random.fork_rng(devices=[]):
         return list(itertools.islice(source.blocks(split, size=_SIZE, seed=seed, start=start), n))
@@ -94,7 +95,7 @@ def shapes_and_columns(subject: Subject) -> None:
             raise Failed(f'its blocks have {name}, which it does not provide. Declare it: Component(..., provides=("{name}",)).')
 
 
-def _shape(block: Any, source: Any, dtype: torch.dtype) -> None:
+def _shape(block: Any, source: Source, dtype: torch.dtype) -> None:
     if not isinstance(block, Activations):
         raise Failed(f"blocks gives {type(block).__name__}. Give saekit.Activations.")
     n = len(block)

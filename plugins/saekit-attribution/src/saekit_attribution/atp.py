@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from saekit import Result, RunContext, top_examples
+from saekit import Result, RunContext, Subject, top_examples
 from saekit_attribution.entries import Analysed, atp_analysis, restored, stored
 from saekit_attribution.labelled import Labelled, Pair, Skipped
 from saekit_attribution.methods import Method, attribute
@@ -93,7 +93,7 @@ class AttributionPatching:
             return Labelled.load(self.data)
         return organism_data(context.source.subject, n=self.samples, seed=context.seed)
 
-    def _prepared(self, pair: Pair | Skipped, subject: Any) -> Sample | Skipped:
+    def _prepared(self, pair: Pair | Skipped, subject: Subject) -> Sample | Skipped:
         if isinstance(pair, Skipped):
             return pair
         return prepare(

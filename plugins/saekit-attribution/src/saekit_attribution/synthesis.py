@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
-from saekit import organism
+from saekit import Subject, organism
 from saekit_attribution.labelled import Labelled
 
 MAX_NEW_TOKENS = 40
 
 
-def organism_data(subject: Any, *, n: int, split: Literal["train", "held_out"] = "held_out", seed: int = 0) -> Labelled:
+def organism_data(subject: Subject, *, n: int, split: Literal["train", "held_out"] = "held_out", seed: int = 0) -> Labelled:
     """`n` arguments of a split, each under the three template types, answered greedily by the subject's model.
 
     A variation is flagged where the answer follows the stated preference (`saekit.organism.classify`). A prompt that

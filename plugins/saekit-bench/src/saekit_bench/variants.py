@@ -16,9 +16,9 @@ from saekit.config import RunConfig
 from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.run_directory import RunDirectory
-from saekit.runner.sae_run import SAERun
 from saekit.runner.plan import plan_run
 from saekit.runner.run import Run
+from saekit.runner.sae_run import SAERun
 from saekit.variants import Variant
 from saekit_bench.timing import alternate
 
@@ -39,8 +39,8 @@ def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: 
     with tempfile.TemporaryDirectory() as place:
         plan = plan_run(config, registry)
         run = Run(plan, RunDirectory.create(plan.config, str(Path(place) / "run")), registry)
-        for member in run.members:
-            member.directory.begin(member.config)
+        for one in run.sae_runs:
+            one.directory.begin(one.config)
         run.prepare()
         run.begin_training()
 
@@ -58,25 +58,25 @@ def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: 
 
     def together() -> None:
         for batch in batches():
-            for member in run.members:
-                _step(member, batch)
+            for one in run.sae_runs:
+                _step(one, batch)
 
     ready = list(batches())
 
-    def alone(member: SAERun) -> None:
+    def alone(one: SAERun) -> None:
         for batch in ready:
-            _step(member, batch)
+            _step(one, batch)
 
-    for member in run.members:
-        member.trainer.total_steps = 10**9  # so that no schedule ends
+    for one in run.sae_runs:
+        one.trainer.total_steps = 10**9  # so that no schedule ends
         for batch in itertools.islice(itertools.cycle(ready), 3):
-            _step(member, batch)
-        member.trainer.guard = None  # it has seen every loss before timing
-    each = {f"{member.variant} alone": (lambda member=member: alone(member)) for member in run.members}
+            _step(one, batch)
+        one.trainer.guard = None  # it has seen every loss before timing
+    each = {f"{one.variant} alone": (lambda one=one: alone(one)) for one in run.sae_runs}
     timings = alternate({"together": together, "harvest": harvest, **each}, rounds, run.device)
     apart = sum(timing.median for name, timing in timings.items() if name != "together")
     return {
-        "variants": len(run.members),
+        "variants": len(run.sae_runs),
         "steps": steps,
         "batch": training.batch_size,
         "seconds": {name: timing.median for name, timing in timings.items()},
@@ -85,6 +85,6 @@ def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: 
     }
 
 
-def _step(member: SAERun, batch: Activations) -> None:
-    with member.turn():
-        member.trainer.train_on(batch)
+def _step(one: SAERun, batch: Activations) -> None:
+    with one.turn():
+        one.trainer.train_on(batch)

@@ -151,13 +151,8 @@ class ConceptRows(_Concept):
         super().__init__(latents, form, margin)
 
     def _first_labels(self, context: RunContext) -> Any:
-        training = context.config.training
-        for number, block in enumerate(
-            context.source.blocks("train", size=training.batch_size, seed=training.order_seed)
-        ):
-            if number == _LOOKS:
-                return
-            yield block.labels
+        for batch in context.training_activations(_LOOKS * context.config.training.batch_size):
+            yield batch.labels
 
     def active(self, step: Step) -> bool:
         """Only where some concept has rows of both classes."""

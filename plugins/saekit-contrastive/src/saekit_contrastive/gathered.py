@@ -13,6 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from saekit import RunContext
+    from saekit.protocols import Source
 
 _BATCH = 16  # sequences asked for at a time
 _ROWS = 2048  # positions encoded at a time
@@ -101,7 +102,7 @@ def _lengths(sequence: Tensor, labels: Tensor) -> Tensor:
     return torch.bincount(sequence, minlength=len(labels)).clamp_min(1)
 
 
-def _positions(source: Any, split: str, sequences: int, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _positions(source: Source, split: str, sequences: int, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Positions [n, d_in], the sequence of each [n], and the labels of the sequences [n_sequences, n_concepts]."""
     first = source.sequences(split, _BATCH, seed, 0)
     length = max(1, int(first.mask.sum()) // max(1, len(first)))
@@ -117,7 +118,7 @@ def _positions(source: Any, split: str, sequences: int, tokens: int, seed: int) 
     return x, of, torch.cat([batch.labels for batch in batches])
 
 
-def _batches(source: Any, seed: int) -> int:
+def _batches(source: Source, seed: int) -> int:
     """How many batches of held-out sequences there are, found by asking for single ones: at most about 40 are harvested."""
     low, high = 0, 1
     while len(source.sequences("held_out", 1, seed, high * _BATCH)):

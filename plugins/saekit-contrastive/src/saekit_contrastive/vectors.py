@@ -16,6 +16,7 @@ from saekit_contrastive.probes import difference_of_means, logistic
 
 if TYPE_CHECKING:
     from saekit import SequenceBatch
+    from saekit.protocols import Source
 
 BATCH = 32
 """Sequences that are asked of a source at once."""
@@ -108,7 +109,7 @@ def concept_columns(names: list[str], wanted: list[str] | None) -> list[int]:
 
 
 def vectors_of(
-    source: Any, method: str, columns: list[int], *, sequences: int, seed: int, output: bool = False
+    source: Source, method: str, columns: list[int], *, sequences: int, seed: int, output: bool = False
 ) -> Tensor:
     """A unit vector for each of the label columns, computed from training data: [n, width], on the CPU.
 
@@ -127,7 +128,7 @@ def vectors_of(
     return known[key]
 
 
-def _labelled(source: Any, columns: list[int], sequences: int, seed: int, output: bool) -> tuple[Tensor, Tensor]:
+def _labelled(source: Source, columns: list[int], sequences: int, seed: int, output: bool) -> tuple[Tensor, Tensor]:
     """Activations [N, width] at the positions of training sequences, and the labels [N, n] of each."""
     parts: list[tuple[Tensor, Tensor]] = []
     for number in range(-(-sequences // BATCH)):

@@ -73,16 +73,9 @@ class Foretell:
         return train_propagation(graph, codes, kind=self.propagation, steps=self.steps, seed=seed)
 
     def _training_codes(self, context: RunContext) -> Iterator[Code]:
-        training = context.config.training
-        left = self.tokens or context.config.evaluation.tokens
-        for block in context.source.blocks("train", size=min(left, training.buffer), seed=training.order_seed):
-            for start in range(0, len(block), training.batch_size):
-                batch = block.rows(slice(start, min(start + training.batch_size, start + left)))
-                left -= len(batch)
-                with torch.no_grad():
-                    yield context.step(batch.to(context.device)).code
-                if left <= 0:
-                    return
+        for batch in context.training_activations(self.tokens or context.config.evaluation.tokens):
+            with torch.no_grad():
+                yield context.step(batch).code
 
     @torch.no_grad()
     def _r2(self, context: RunContext, model: Propagation | LearnedPropagation, latents: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit import Choice, Code, FeatureGraph, Kind, Pattern, SparseCode, hookimpl
+from saekit import Choice, Code, FeatureGraph, Kind, Pattern, SparseCode, Training, hookimpl
 
 Kept = tuple[Tensor, Tensor, Tensor, int]
 """A code's entries that are not zero, (rows, latents, values), and how many rows it has."""
@@ -40,7 +40,7 @@ class RefreshGraph:
         self.codes: list[Kept] = []
 
     @hookimpl
-    def training_started(self, trainer: Any) -> None:
+    def training_started(self, trainer: Training) -> None:
         """A resumed run goes on with the graph, and the codes, of its checkpoint."""
         at = trainer.device
         self.codes = [(rows.to(at), latents.to(at), values.to(at), n) for rows, latents, values, n in self.codes]
@@ -49,7 +49,7 @@ class RefreshGraph:
         trainer.graph = self.graph
 
     @hookimpl
-    def step_ended(self, trainer: Any, number: int) -> None:
+    def step_ended(self, trainer: Training, number: int) -> None:
         """Keep the step's code if the next graph is to see it, and build that graph when it is time."""
         left = self._steps_left(number + 1)
         if left < self.batches:
@@ -64,12 +64,12 @@ class RefreshGraph:
         return self.start - done if done < self.start else -(done - self.start) % self.every
 
     @torch.no_grad()
-    def refresh(self, trainer: Any, done: int) -> FeatureGraph:
+    def refresh(self, trainer: Training, done: int) -> FeatureGraph:
         """Build the graph now, after `done` steps, and give it to the trainer."""
         graph = self.builder.build()(trainer.sae, self._stream(trainer.sae.d_sae))
         graph.builder = self.builder.component.qualified_name
         if not graph.edge_index.shape[1]:
-            trainer.listeners.warn(
+            trainer.warn(
                 f"refresh_graph: the graph that {graph.builder} built after {done} steps has no edges: every cluster is "
                 "one latent alone. Give it more `batches` or a later `start`, or a builder that asks for less."
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from saekit import Registry, SequenceBatch, Step
+from saekit import Activations, Registry, SequenceBatch, Step
 from saekit.testing import make_step
 
 D_IN, D_SAE, BATCH, SEQUENCES, LENGTH = 256, 4096, 2048, 32, 64
@@ -44,8 +44,7 @@ class Bench:
         """Seconds of one step."""
         began = time.perf_counter()
         self.optimiser.zero_grad()
-        code = self.sae.encode(self.x)
-        step = Step(self.x, self.x, code, self.sae.reconstruct(self.x, code), self.sae, graph=self.graph)
+        step = Step.of(self.sae, Activations(self.x), graph=self.graph)
         total = step.error.square().mean()
         if encode:
             s = self.sequences

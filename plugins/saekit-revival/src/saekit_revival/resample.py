@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from saekit import hookimpl
+from saekit import SparseAutoencoder, Training, hookimpl
 
 
 class Resample:
@@ -40,13 +40,13 @@ class Resample:
         self.resampled = 0
 
     @hookimpl
-    def training_started(self, trainer: Any) -> None:
+    def training_started(self, trainer: Training) -> None:
         """What a checkpoint gave back lies on the CPU."""
         if self.usage is not None and self.steps is not None:
             self.usage, self.steps = self.usage.to(trainer.device), self.steps.to(trainer.device)
 
     @hookimpl
-    def step_ended(self, trainer: Any, number: int) -> None:
+    def step_ended(self, trainer: Training, number: int) -> None:
         """Take in the step's firings, and resample when it is time."""
         share = trainer.fired / len(trainer.step.code)  # [d_sae]
         if self.usage is None or self.steps is None:
@@ -63,7 +63,7 @@ class Resample:
         return self.usage / (1 - self.memory**self.steps).clamp_min(1e-12)
 
     @torch.no_grad()
-    def resample(self, trainer: Any) -> Tensor:
+    def resample(self, trainer: Training) -> Tensor:
         """Give the dead latents new weights now; returns their indices."""
         sae, step = trainer.sae, trainer.step
         silent = self.running_usage() < self.below
@@ -93,7 +93,7 @@ class Resample:
         return dead
 
     @staticmethod
-    def _reset_moments(trainer: Any, dead: Tensor) -> None:
+    def _reset_moments(trainer: Training, dead: Tensor) -> None:
         biases = [(bias, False) for bias in _biases(trainer.sae)]
         for parameter, latents_last in ((trainer.sae.W_enc, True), (trainer.sae.W_dec, False), *biases):
             state = trainer.optimizer.state[parameter]
@@ -111,7 +111,7 @@ class Resample:
         self.usage, self.steps = state.get("usage"), state.get("steps")
 
 
-def _biases(sae: Any) -> list[Tensor]:
+def _biases(sae: SparseAutoencoder) -> list[Tensor]:
     """What each latent has of its own beside its two directions and begins at zero: b_enc, or a gated SAE's three."""
     named = (getattr(sae, name, None) for name in ("b_enc", "b_gate", "b_mag", "r_mag"))
     return [bias for bias in named if bias is not None]
