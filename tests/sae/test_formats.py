@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import saekit
-from saekit.builtin.architectures import Standard, TopK
+from saekit.builtin.architectures.standard import Standard
+from saekit.builtin.architectures.topk import TopK
 from saekit.errors import UsageError
 from saekit.sae.formats import CONFIG, WEIGHTS
 

@@ -8,8 +8,9 @@ from saekit_revival.resample import Resample
 
 from saekit import SparseAutoencoder
 from saekit.activations.batch import Activations
-from saekit.builtin.architectures import Standard, TopK
-from saekit.builtin.gated import Gated
+from saekit.builtin.architectures.gated import Gated
+from saekit.builtin.architectures.standard import Standard
+from saekit.builtin.architectures.topk import TopK
 from saekit.builtin.losses import mse
 from saekit.config import TrainingConfig
 from saekit.listeners import Listener, Listeners
