@@ -56,7 +56,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no cfg.json"):
+    with pytest.raises(UsageError, match="has no cfg.json"):
         saekit.load_sae(tmp_path / "nothing")
 
 

@@ -13,6 +13,7 @@ from saekit.errors import OptionError
 from saekit.sae.base import DecoderNorm, Skip, SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.kernels import Pattern, row_topk
+from saekit.sae.saelens_format import SaeLensFormat
 
 MeanActive = Annotated[int, Field(gt=0, description="Latents active in each row, on average.")]
 ThresholdMemory = Annotated[
@@ -20,18 +21,48 @@ ThresholdMemory = Annotated[
 ]
 
 
+class BatchTopKFormat(SaeLensFormat):
+    """Written as a jumprelu with one threshold for all latents, which is what it computes at inference; read from an SAE that
+    was saved in training, which still has `k`."""
+
+    def options(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        options = {**super().options(cfg), "k": cfg["k"]}
+        if "topk_threshold_lr" in cfg:
+            options["threshold_memory"] = 1.0 - cfg["topk_threshold_lr"]
+        return options
+
+    def keys(self, sae: Any) -> dict[str, Any]:
+        return {"k": sae.k}
+
+    def to(self, sae: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        cfg, tensors = super().to(sae)
+        return cfg, {**tensors, "threshold": sae.threshold.clamp_min(0.0).expand(sae.d_sae)}  # [d_sae]
+
+    def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        state = dict(tensors)
+        if "topk_threshold" in state:  # the name in training
+            state["threshold"] = state.pop("topk_threshold")
+        if "threshold" in state and state["threshold"].numel():  # one for each latent, all equal
+            state["threshold"] = state["threshold"].reshape(-1)[0].clone()
+        return state
+
+
 class BatchTopK(SparseAutoencoder):
     """The k * batch largest pre-activations of a batch, through a ReLU (Bussmann, Leask and Nanda 2024).
 
-    At inference a row's code must not depend on its neighbours: what exceeds `threshold`, the running mean of the
-    smallest activation that was kept in training, is active.
+    At inference a row's code must not depend on the other rows, so a latent is active where it exceeds `threshold`: the
+    running mean of the smallest activation that each training batch kept.
     """
 
-    saelens_name, saelens_transcoder = "jumprelu", "jumprelu_transcoder"
-    saelens_skip_transcoder = "jumprelu_skip_transcoder"
-    known_as = ("sae_lens:batchtopk", "dictionary_learning:BatchTopKSAE")
+    interop = BatchTopKFormat(
+        "jumprelu",
+        transcoder="jumprelu_transcoder",
+        skip_transcoder="jumprelu_skip_transcoder",
+        known_as=("sae_lens:batchtopk", "dictionary_learning:BatchTopKSAE"),
+    )
+    l0_option = "k"
     candidates = 4
-    """A row's largest `candidates * k` are looked at first; where that could miss one, the whole batch is."""
+    """The largest `candidates * k` entries of each row are searched first, and the whole batch only if that could miss one."""
 
     threshold: Tensor
 
@@ -52,9 +83,6 @@ class BatchTopK(SparseAutoencoder):
         self.k, self.threshold_memory = k, threshold_memory
         self.register_buffer("threshold", torch.tensor(-1.0))  # below zero: no batch has been seen
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "k": self.k, "threshold_memory": self.threshold_memory}
-
     def gate(self, x: Tensor) -> Code:
         pre = self.dense_pre(x)  # [batch, d_sae]
         if self.training:
@@ -68,14 +96,14 @@ class BatchTopK(SparseAutoencoder):
 
     @torch.no_grad()
     def _largest_of_batch(self, pre: Tensor) -> Pattern:
-        """The k * batch largest entries, found among each row's largest where that is exact."""
+        """The k * batch largest entries, found among the largest of each row if that is exact."""
         batch, wanted = pre.shape[0], self.k * pre.shape[0]
         width = min(self.candidates * self.k, self.d_sae)
         values, latents = row_topk(pre, width)  # [batch, width]
         chosen = values.reshape(-1).topk(wanted, sorted=False).indices  # [wanted]
         rows = chosen.div(width, rounding_mode="floor")
         full_rows = torch.bincount(rows, minlength=batch) == width
-        if width < self.d_sae and bool(full_rows.any()):  # such a row may have had more to give
+        if width < self.d_sae and bool(full_rows.any()):  # such a row may hold more of the largest
             chosen = pre.reshape(-1).topk(wanted, sorted=False).indices.sort().values
             return Pattern.of_rows(chosen // self.d_sae, chosen % self.d_sae, batch, self.d_sae)
         chosen = chosen.sort().values
@@ -83,7 +111,7 @@ class BatchTopK(SparseAutoencoder):
 
     @torch.no_grad()
     def _follow(self, values: Tensor) -> None:
-        """Move the threshold towards the smallest activation of this batch; without waiting for the device."""
+        """Move the threshold towards the smallest activation of this batch, without waiting for the device."""
         positive = torch.where(values > 0, values, torch.inf)
         smallest = positive.min()
         smallest = torch.where(torch.isfinite(smallest), smallest, self.threshold)
@@ -94,25 +122,3 @@ class BatchTopK(SparseAutoencoder):
     def rescale(self, scale: float) -> None:
         super().rescale(scale)
         self.threshold.div_(scale)
-
-    def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """As a jumprelu with one threshold for all latents, which is what it is at inference."""
-        cfg, tensors = super().to_saelens()
-        threshold = self.threshold.clamp_min(0.0).expand(self.d_sae)
-        return cfg, {**tensors, "threshold": threshold}
-
-    @classmethod
-    def options_from_saelens(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        options = {**super().options_from_saelens(cfg), "k": cfg["k"]}
-        if "topk_threshold_lr" in cfg:  # of an SAE in training; what is made for inference has forgotten it
-            options["threshold_memory"] = 1.0 - cfg["topk_threshold_lr"]
-        return options
-
-    @classmethod
-    def state_from_saelens(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        state = dict(tensors)
-        if "topk_threshold" in state:  # of an SAE in training
-            state["threshold"] = state.pop("topk_threshold")
-        if "threshold" in state and state["threshold"].numel():  # one for each latent, all equal
-            state["threshold"] = state["threshold"].reshape(-1)[0].clone()
-        return state

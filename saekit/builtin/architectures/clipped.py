@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -13,10 +13,10 @@ from saekit.sae.base import DecoderNorm, Skip
 
 
 class Clipped(Standard):
-    """ReLU clipped at `cap`: no latent can say more than that (as in ReLU6).
+    """ReLU clipped at `cap`, the largest activation that a latent can have (as in ReLU6).
 
-    Unit decoder rows with the gradient along each row removed have exactly the gradient that flows through a
-    normalisation of the rows, and one pass less.
+    With unit decoder rows, removing the gradient along each row gives the same gradient as normalising the rows in the forward
+    pass would, and saves that pass.
     """
 
     def __init__(
@@ -31,9 +31,6 @@ class Clipped(Standard):
     ) -> None:
         super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self.cap = cap
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "cap": self.cap}
 
     def activation(self, z: Tensor) -> Tensor:
         return z.clamp(0.0, self.cap)

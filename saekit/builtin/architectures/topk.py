@@ -12,13 +12,31 @@ from saekit.errors import OptionError
 from saekit.sae.base import DecoderNorm, Skip, SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.kernels import Pattern, row_topk
+from saekit.sae.saelens_format import SaeLensFormat
+
+
+class TopKFormat(SaeLensFormat):
+    """Every library keeps `k`."""
+
+    def options(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        return {**super().options(cfg), "k": cfg["k"]}
+
+    def keys(self, sae: Any) -> dict[str, Any]:
+        return {"k": sae.k}
+
+    def to(self, sae: SparseAutoencoder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        cfg, tensors = super().to(sae)
+        return {**cfg, **self.keys(sae), "rescale_acts_by_decoder_norm": False}, tensors
 
 
 class TopK(SparseAutoencoder):
     """The k largest pre-activations of each row, through a ReLU (Gao et al. 2024, section 2.3)."""
 
-    saelens_name = "topk"
-    known_as = ("sae_lens:topk", "dictionary_learning:AutoEncoderTopK", "sparsify:topk", "sparsify:unnamed")
+    interop = TopKFormat(
+        "topk",
+        known_as=("sae_lens:topk", "dictionary_learning:AutoEncoderTopK", "sparsify:topk", "sparsify:unnamed"),
+    )
+    l0_option = "k"
 
     def __init__(
         self,
@@ -35,18 +53,8 @@ class TopK(SparseAutoencoder):
         super().__init__(d_in, d_sae, d_out, decoder_norm=decoder_norm, skip=skip)
         self.k = k
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "k": self.k}
-
     def gate(self, x: Tensor) -> Code:
         pre = self.dense_pre(x)  # [batch, d_sae]
-        pattern = Pattern.regular(row_topk(pre, self.k)[1], self.d_sae)
-        return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern).relu())
-
-    def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        cfg, tensors = super().to_saelens()
-        return {**cfg, "k": self.k, "rescale_acts_by_decoder_norm": False}, tensors
-
-    @classmethod
-    def options_from_saelens(cls, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super().options_from_saelens(cfg), "k": cfg["k"]}
+        latents = row_topk(pre, self.k)[1]  # [batch, k]
+        pattern = Pattern.regular(latents, self.d_sae)
+        return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern).relu())  # [batch * k] values
