@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from saekit.sae.formats import load_sae as load_sae
     from saekit.sae.formats import save_sae as save_sae
     from saekit.sae.kernels import Pattern as Pattern
+    from saekit.sae.saelens_format import SaeLensFormat as SaeLensFormat
     from saekit.stability import CONTRACT as CONTRACT
     from saekit.training.step import Step as Step
 
@@ -124,6 +125,7 @@ _HOME = {
     "DenseCode": "saekit.sae.code",
     "SparseCode": "saekit.sae.code",
     "Pattern": "saekit.sae.kernels",
+    "SaeLensFormat": "saekit.sae.saelens_format",
     "load_sae": "saekit.sae.formats",
     "save_sae": "saekit.sae.formats",
     "CONTRACT": "saekit.stability",

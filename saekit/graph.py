@@ -1,7 +1,7 @@
-"""`FeatureGraph`: which latents of a dictionary belong together. The data type only; a builder is a component.
+"""`FeatureGraph`: which latents of a dictionary belong together. This is the data type; builders are components.
 
-An edge runs from a neighbour to a centre, as torch_geometric's messages do, so `Data(edge_index=graph.edge_index)` is all
-that it takes there. A graph knows the dictionary that it was built from, and refuses to be used with another.
+An edge points from a neighbour to a centre, as messages do in torch_geometric, which takes the graph as
+`Data(edge_index=graph.edge_index)`. A graph knows the dictionary that it was built from and refuses to be used with another.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class FeatureGraph:
     """A weighted graph over the latents of one dictionary.
 
     nodes: number of latents.
-    edge_index: [2, E] int64; column e says that latent `edge_index[0, e]` is a neighbour of `edge_index[1, e]`. An
-    undirected edge stands in it twice.
+    edge_index: [2, E] int64; in column e, latent `edge_index[0, e]` is a neighbour of latent `edge_index[1, e]`. An undirected
+    edge appears twice.
     weight: [E] float32, one for each edge.
     dictionary: the digest of the decoder that it was built from, see `dictionary_digest`.
-    builder: the full name of the component that built it; a run fills it in.
+    builder: the qualified name of the component that built it; a run fills it in.
 
-    Raises ValueError where the shapes do not fit or an edge names a latent that is not there.
+    Raises ValueError if the shapes do not fit or an edge names a latent that does not exist.
     """
 
     nodes: int
@@ -73,7 +73,7 @@ class FeatureGraph:
         if self.dictionary != digest:
             raise UsageError(
                 f"the feature graph{self._by} was built from another dictionary (W_dec {self.dictionary[:12]}, this SAE has "
-                f"{digest[:12]}): its edges say nothing of these latents. Build it again from this SAE."
+                f"{digest[:12]}): its edges say nothing about these latents. Build it again from this SAE."
             )
 
     @property
@@ -88,7 +88,7 @@ class FeatureGraph:
         return self.edge_index[0, chosen], self.weight[chosen]
 
     def __eq__(self, other: object) -> bool:
-        """Whether everything is equal, the order of the edges included."""
+        """Whether everything is equal, including the order of the edges."""
         if not isinstance(other, FeatureGraph):
             return NotImplemented
         return (
@@ -117,7 +117,7 @@ class FeatureGraph:
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureGraph:
-        """The graph in the file `path`; UsageError where it is not there, damaged, or no feature graph."""
+        """The graph in the file `path`. UsageError if it is missing, damaged, or not a feature graph."""
         from safetensors import SafetensorError, safe_open
 
         path = Path(path)
@@ -125,7 +125,7 @@ class FeatureGraph:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise UsageError(f"{path}: is not a feature graph that this saekit reads. Build it again.")
+                    raise UsageError(f"{path}: is not a feature graph that this version of saekit can read. Build it again.")
                 tensors = {name: file.get_tensor(name) for name in ("edge_index", "weight")}
             return cls(
                 int(metadata["nodes"]),
@@ -141,8 +141,8 @@ class FeatureGraph:
 
 
 def dictionary_digest(sae: SparseAutoencoder) -> str:
-    """The SHA-256 of the decoder's rows as float32: two SAEs have one digest only where their dictionaries are equal."""
-    rows = sae.W_dec.detach().float().cpu().contiguous()
+    """The SHA-256 of the decoder's rows as float32: two SAEs have the same digest only if their dictionaries are equal."""
+    rows = sae.W_dec.detach().float().cpu().contiguous()  # [d_sae, d_out]
     digest = hashlib.sha256(str(tuple(rows.shape)).encode())
     digest.update(rows.numpy().data)
     return digest.hexdigest()

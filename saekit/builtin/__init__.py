@@ -10,21 +10,28 @@ from saekit.hookspecs import hookimpl
 
 @hookimpl
 def saekit_architectures() -> Iterator[Component]:
-    yield Component("standard", "saekit.builtin.architectures:Standard", "ReLU; sparse by an l1 loss.")
-    yield Component("clipped", "saekit.builtin.architectures:Clipped", "ReLU clipped at a cap; sparse by an l1 loss.")
-    yield Component("topk", "saekit.builtin.architectures:TopK", "The k largest pre-activations of each row.")
-    yield Component("batchtopk", "saekit.builtin.batchtopk:BatchTopK", "The largest pre-activations of a whole batch.")
+    architectures = "saekit.builtin.architectures"
+    yield Component("standard", f"{architectures}.standard:Standard", "ReLU; sparse by an l1 loss.")
+    yield Component("clipped", f"{architectures}.clipped:Clipped", "ReLU clipped at a cap; sparse by an l1 loss.")
+    yield Component("topk", f"{architectures}.topk:TopK", "The k largest pre-activations of each row.")
+    yield Component("batchtopk", f"{architectures}.batchtopk:BatchTopK", "The largest pre-activations of a whole batch.")
     yield Component(
         "matryoshka",
-        "saekit.builtin.batchtopk:Matryoshka",
+        f"{architectures}.matryoshka:Matryoshka",
         "BatchTopK with nested dictionaries.",
         provides=("nested_reconstructions",),
     )
     yield Component(
-        "jumprelu", "saekit.builtin.jumprelu:JumpReLU", "A learned threshold for each latent.", provides=("l0_gradient",)
+        "jumprelu",
+        f"{architectures}.jumprelu:JumpReLU",
+        "A learned threshold for each latent.",
+        provides=("l0_gradient",),
     )
     yield Component(
-        "gated", "saekit.builtin.gated:Gated", "Separate paths decide whether and how much.", provides=("gate_activations",)
+        "gated",
+        f"{architectures}.gated:Gated",
+        "Separate paths decide whether and how much.",
+        provides=("gate_activations",),
     )
 
 

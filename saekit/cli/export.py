@@ -13,11 +13,11 @@ from saekit.errors import UsageError
 @click.command("export")
 @click.argument("source", metavar="RUN|DIRECTORY")
 @click.argument("directory", metavar="NEW_DIRECTORY")
-@click.option("--to", "library", type=click.Choice(LIBRARIES), required=True, help="The library that is to open it.")
+@click.option("--to", "library", type=click.Choice(LIBRARIES), required=True, help="The library that should open it.")
 def command(source: str, directory: str, library: str) -> None:
-    """Write the SAE of a run, or in a directory, in the format of another library, and print the new directory.
+    """Write an SAE, from a run or a directory, in the files of another library, and print the new directory.
 
-    An architecture that the library lacks is refused. The SAE computes the same there.
+    The SAE computes the same there. If the library has no such architecture, it is refused.
     """
     from saekit.sae import interop
     from saekit.sae.formats import open_sae

@@ -14,17 +14,16 @@ LIBRARIES = ("sae_lens", "dictionary_learning", "sparsify")
 @click.command("import")
 @click.argument("source", metavar="DIRECTORY|RELEASE:SAE_ID")
 @click.argument("directory", metavar="NEW_DIRECTORY")
-@click.option("--from", "library", type=click.Choice(LIBRARIES), help="Whose files they are; seen from the files by default.")
+@click.option("--from", "library", type=click.Choice(LIBRARIES), help="The library that wrote the files; recognised by default.")
 @click.option(
     "--mean-norm",
     type=click.FloatRange(min=0, min_open=True),
-    help="Mean norm of the raw activations, for an SAE of sae_lens that reads them scaled by a factor it does not keep.",
+    help="Mean norm of the raw activations, for an SAE of sae_lens that scales them by a factor its files do not keep.",
 )
 def command(source: str, directory: str, library: str | None, mean_norm: float | None) -> None:
-    """Take in an SAE of another library and print the new directory.
+    """Convert an SAE of another library into one of saekit, and print the new directory.
 
-    RELEASE:SAE_ID is a release that sae_lens lists, or a repository on the Hugging Face hub in its layout; it is
-    downloaded.
+    RELEASE:SAE_ID is a release that sae_lens lists, or a repository on the Hugging Face hub in its layout. It is downloaded.
     """
     from saekit.plugins import Registry
     from saekit.sae import interop

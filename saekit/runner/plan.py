@@ -8,7 +8,7 @@ from typing import Any
 from saekit.choice import Choice
 from saekit.component import Component
 from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, SourceUse, Use
-from saekit.errors import UsageError, under_key
+from saekit.errors import OptionError, UsageError, under_key
 from saekit.plugins import Registry
 from saekit.runner.blame import explained, of_variant
 from saekit.schedules import value_at
@@ -239,7 +239,7 @@ def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> No
     """withheld: what the source could provide but does not with these options, with the fix for each."""
     others = _provided([component for part in plan.parts if part is not plan.source for component in part.components])
     provided = (others | (set(plan.source.component.provides) - set(withheld))) - {GRAPH}
-    _check_skip(plan, withheld, "target" in provided)
+    _check_architecture(plan, withheld, "target" in provided)
     for part in plan.parts:
         given = provided | ({GRAPH} if _has_graph(plan, part) else set())
         missing = [need for component in part.components for need in component.needs if need not in given]
@@ -276,13 +276,16 @@ def _provider(need: str, part: Part, registry: Registry) -> str:
     return f"No installed plugin provides it. Install one that does, or leave {part.label!r} out of the run."
 
 
-def _check_skip(plan: Plan, withheld: dict[str, str], has_target: bool) -> None:
-    if plan.architecture.options.get("skip") and not has_target:
-        fix = withheld.get("target", f"Source {plan.source.component.name!r} gives none; choose another, or leave skip out.")
-        raise UsageError(
-            "architecture.skip: adds a linear map of what is read to what is rebuilt, which would learn the identity unless "
-            f"they are two different sites. {fix}"
-        )
+def _check_architecture(plan: Plan, withheld: dict[str, str], has_target: bool) -> None:
+    """An architecture may refuse options that only a transcoder can have."""
+    check = getattr(plan.architecture.component.load(), "check", None)  # its target may be anything until it is built
+    try:
+        if check is not None:
+            check(plan.architecture.options, transcoder=has_target)
+    except OptionError as error:
+        source = plan.source.component.name
+        fix = withheld.get("target", f"Source {source!r} gives no target: choose another source, or leave {error.option} out.")
+        raise UsageError(f"{error.under(plan.architecture.key)} {fix}") from None
 
 
 def _check_training(plan: Plan) -> None:

@@ -116,6 +116,7 @@ class SAERun:
             target = first.x if first.target is None else first.target
             generator = torch.Generator().manual_seed(seed_for(self.config.training.seed, "weights"))
             sae.initialise(generator, (target * self.target_scale).cpu())
+            sae.options()  # raises now, rather than after training, if the SAE could not be saved
         sae.constrain_weights()
         self.sae = sae.to(self.device)
 
@@ -128,7 +129,7 @@ class SAERun:
                 f"{where} takes b_dec from its input: it rebuilds what it reads, but the source asks for another site. "
                 "Start from a transcoder, or from nothing."
             )
-        if not rebuilds_other and sae.W_skip is not None:
+        if not rebuilds_other and sae.skip:
             raise UsageError(
                 f"{where} has a linear path (skip), but the source asks it to rebuild what it reads: the path would learn "
                 "the identity. Name the other site, as source.target_hook_point, say."
@@ -156,7 +157,8 @@ class SAERun:
             raise UsageError(
                 f"architecture.d_sae: {entry.d_sae}, but the SAE in {entry.from_} has {sae.d_sae} latents. Leave d_sae out."
             )
-        made_with = {"skip": False, **sae.options()}  # which names `skip` only where there is one
+        # options() leaves out what an SAE can do without, such as a linear path
+        made_with = {name: getattr(sae, name) for name in entry.options if hasattr(sae, name)} | sae.options()
         for key in entry.options.keys() & made_with.keys():
             if not fits(self.plan.architecture.options[key], made_with[key]):
                 raise UsageError(

@@ -1,7 +1,7 @@
-"""`Code`: what the SAE's encoder gives, compressed where latents are gated to zero.
+"""`Code`: what the encoder of an SAE returns. A `SparseCode` stores only the active latents, a `DenseCode` all of them.
 
-Losses, metrics and analyzers reach a code through the operations below, which are correct in both forms, with
-correct gradients. Only `dense()` builds [batch, d_sae].
+Losses, metrics and analyzers read a code through the operations below, which give the same values and gradients in both
+forms. Only `dense()` builds [batch, d_sae].
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Code(ABC):
     def pre(self, latents: Tensor | None = None) -> Tensor:
         """Pre-activations of some latents (all if None), before any gating: [batch, n].
 
-        They are computed anew from the batch, with gradients to the encoder, so ask for few latents."""
+        They are computed again from the batch, with gradients to the encoder, so ask for few latents."""
         if self._pre_activations is None:
             raise ValueError("This code was not made by an encoder, so it has no pre-activations.")
         return self._pre_activations(latents)
@@ -65,7 +65,7 @@ class Code(ABC):
 
     @abstractmethod
     def fired(self) -> Tensor:
-        """In how many rows each latent is not zero, without a gradient: [d_sae] int64."""
+        """Number of rows in which each latent is not zero, without a gradient: [d_sae] int64."""
 
     @abstractmethod
     def nonzero(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,11 +73,11 @@ class Code(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The whole code: [batch, d_sae]. The only operation that builds it where the code is compressed."""
+        """The whole code: [batch, d_sae]. The only operation that builds a matrix of this size from a `SparseCode`."""
 
 
 class SparseCode(Code):
-    """Compressed rows of (latent, activation) pairs. An entry may itself be zero (a top-k value cut by the ReLU)."""
+    """A list of (latent, activation) pairs for each row. An activation may be zero (a top-k value cut by the ReLU)."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class SparseCode(Code):
         super().__init__(pre_activations)
         self.pattern = pattern
         self.values = values  # [nnz]
-        self.gates = gates  # [nnz], what the architecture's own sparsity loss sums; None where it has no gate to learn
+        self.gates = gates  # [nnz], summed by the architecture's own sparsity loss; None if it has no gate to learn
         self.d_sae = pattern.d_sae
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class SparseCode(Code):
         return self._row_sum((self.values.detach() != 0).to(self.values.dtype))
 
     def gate_sum(self) -> Tensor:
-        """Sum of each row's gates, with the architecture's own gradient: [batch]. ValueError where there are none."""
+        """Sum of each row's gates, with the architecture's own gradient: [batch]. ValueError if there are none."""
         if self.gates is None:
             raise ValueError("This architecture has no gates to learn.")
         return self._row_sum(self.gates)
@@ -124,7 +124,7 @@ class SparseCode(Code):
     def columns(self, latents: Tensor) -> Tensor:
         place = torch.full((self.d_sae,), -1, dtype=torch.long, device=latents.device)
         place[latents] = torch.arange(latents.shape[0], device=latents.device)
-        slot = place[self.pattern.indices]  # [nnz], -1 where the entry's latent is not asked for
+        slot = place[self.pattern.indices]  # [nnz], -1 if the entry's latent is not asked for
         wanted = slot >= 0
         flat = self.pattern.rows[wanted] * latents.shape[0] + slot[wanted]
         gathered = self.values.new_zeros(len(self) * latents.shape[0]).index_add(0, flat, self.values[wanted])
@@ -145,12 +145,12 @@ class SparseCode(Code):
 
 
 def _distinct(place: Tensor, latents: Tensor) -> bool:
-    """Whether no latent was asked for twice (the later of two overwrites the earlier one's place)."""
+    """Whether no latent was asked for twice (the later of two overwrites the place of the earlier)."""
     return bool((place[latents] == torch.arange(latents.shape[0], device=latents.device)).all())
 
 
 class DenseCode(Code):
-    """A code held as [batch, d_sae]: for gates that have not become sparse yet."""
+    """A code stored as [batch, d_sae], for gates that are not sparse, or not yet."""
 
     def __init__(self, activations: Tensor, pre_activations: PreActivations | None = None) -> None:
         super().__init__(pre_activations)

@@ -1,7 +1,8 @@
-"""An SAE on disk: SAELens's layout (`cfg.json` and `sae_weights.safetensors`), with ours under `metadata.saekit`.
+"""An SAE on disk: the layout of sae_lens (`cfg.json` and `sae_weights.safetensors`), with our own keys under
+`metadata.saekit`.
 
-`sae_lens.SAE.load_from_disk` opens a directory written here whenever the architecture has a counterpart there, and
-`load_sae` opens what sae_lens wrote. Other libraries' files: `saekit.sae.interop`.
+`sae_lens.SAE.load_from_disk` opens a directory written here if the architecture has a counterpart there, and `load_sae` opens
+what sae_lens wrote. For the files of other libraries see `saekit.sae.interop`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from saekit.errors import UsageError
 from saekit.files import disk_errors, whole_file, write_json
 from saekit.plugins import Registry
 from saekit.sae.base import SparseAutoencoder
+from saekit.sae.saelens_format import SaeLensFormat
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-# sae_lens drops nested metadata that claims to be older than 6.0.0; this is the layout's version, not the library's.
+# The version of the layout, not of the library: sae_lens drops nested metadata that claims to be older than 6.0.0.
 SAELENS_LAYOUT = "6.0.0"
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class SavedSAE:
-    """An SAE as it was read. name: its architecture's qualified name in the registry. metadata: what else is known of it
-    (model_name, hook_name, ...)."""
+    """An SAE as it was read.
+
+    name: the qualified name of its architecture. metadata: what else is known of it (model_name, hook_name, ...).
+    """
 
     sae: SparseAutoencoder
     name: str
@@ -38,14 +42,15 @@ class SavedSAE:
 def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metadata: dict[str, Any] | None = None) -> Path:
     """Write `sae` into `directory`.
 
-    name: the architecture's name in the registry, by which `load_sae` finds it again. metadata: SAELens's own keys
+    name: the name of the architecture in the registry, by which `load_sae` finds it again. metadata: the keys of sae_lens
     (model_name, hook_name, ...) and anything else that describes the SAE.
     """
     from safetensors.torch import save_file
 
     directory = Path(directory)
     metadata = dict(metadata or {})
-    own, tensors = sae.to_saelens()
+    form = SaeLensFormat.of(type(sae))
+    own, tensors = form.to(sae)
     ours = {
         "format": FORMAT_VERSION,
         "architecture": name,
@@ -54,7 +59,7 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metada
         "transcoder": sae.transcoder,
     }
     cfg = {
-        "architecture": sae.saelens_architecture or name,
+        "architecture": form.counterpart(sae) or name,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         **({"d_out": sae.d_out} if sae.transcoder else {}),
@@ -76,17 +81,17 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metada
 def load_sae(
     source: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None
 ) -> SparseAutoencoder:
-    """The SAE in the directory `source`, ready to encode: in float32, in evaluation mode, without gradients.
+    """The SAE in the directory `source`, ready to encode: float32, in evaluation mode, without gradients.
 
-    source: a directory that saekit or sae_lens wrote, or `RELEASE:SAE_ID` of a release that sae_lens knows, which is
-    downloaded. Raises UsageError where it is not whole, or computes what no installed architecture does.
+    source: a directory that saekit or sae_lens wrote, or `RELEASE:SAE_ID` of a release that sae_lens lists, which is
+    downloaded. Raises UsageError if the SAE is incomplete, or if no installed architecture computes the same.
     """
     return open_sae(source, device=device, registry=registry).sae
 
 
 def open_sae(source: str | Path, *, device: str | torch.device = "cpu", registry: Registry | None = None) -> SavedSAE:
-    """As `load_sae`, with what is known about the SAE."""
-    from saekit.sae import interop  # here: it stands on this module
+    """The same as `load_sae`, together with what is known about the SAE."""
+    from saekit.sae import interop  # here, because it imports this module
 
     registry = registry or Registry()
     directory = Path(source)
@@ -97,7 +102,7 @@ def open_sae(source: str | Path, *, device: str | torch.device = "cpu", registry
         library = interop.library_of(directory)
         if library not in (None, interop.sae_lens.LIBRARY):
             raise UsageError(
-                f"{directory}: holds an SAE of {library}. Take it in first, and name the new directory: "
+                f"{directory}: holds an SAE of {library}. Import it first, and name the new directory: "
                 f"saekit import {directory} NEW_DIRECTORY"
             )
         cfg = read_config(directory)
@@ -130,8 +135,8 @@ def _own(directory: Path, cfg: dict[str, Any], ours: Any, registry: Registry) ->
 
 
 def fill(sae: SparseAutoencoder, tensors: Mapping[str, torch.Tensor], path: Path | str) -> None:
-    """Give `sae` the weights in `tensors` (sae_lens's layout, from `path`), and make it ready to encode."""
-    state = sae.state_from_saelens(tensors)
+    """Give `sae` the weights in `tensors` (the layout of sae_lens, read from `path`), and make it ready to encode."""
+    state = SaeLensFormat.of(type(sae)).state(tensors)
     wanted = sae.state_dict()
     names = f"the architecture has {', '.join(wanted)}"
     for name in wanted:
@@ -139,18 +144,18 @@ def fill(sae: SparseAutoencoder, tensors: Mapping[str, torch.Tensor], path: Path
             raise UsageError(f"{path}: tensor {name!r} is missing; {names}.")
     for name, tensor in state.items():
         if name not in wanted:
-            raise UsageError(f"{path}: tensor {name!r} has no place; {names}.")
+            raise UsageError(f"{path}: tensor {name!r} is not expected; {names}.")
         if tensor.shape != wanted[name].shape:
-            raise UsageError(f"{path}: {name} is {_shape(tensor)}, but {CONFIG} asks for {_shape(wanted[name])}.")
+            raise UsageError(f"{path}: {name} is {_shape(tensor)}, but {CONFIG} says {_shape(wanted[name])}.")
     sae.load_state_dict(state)
     sae.requires_grad_(False).eval()
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The content of cfg.json; a UsageError where it is missing or broken."""
+    """The content of cfg.json. UsageError if it is missing or broken."""
     path = directory / CONFIG
     if not path.is_file():
-        raise UsageError(f"{directory}: holds no {CONFIG}, so it is not the directory of an SAE.")
+        raise UsageError(f"{directory}: has no {CONFIG}, so it is not the directory of an SAE.")
     cfg = read_object(path)
     for key in ("architecture", "d_in", "d_sae"):
         if key not in cfg:
@@ -159,11 +164,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`; a UsageError that names it where there is none."""
+    """The JSON object in the file `path`. UsageError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"{path.parent}: holds no {path.name}.") from None
+        raise UsageError(f"{path.parent}: has no {path.name}.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
@@ -172,30 +177,30 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a safetensors file; a UsageError that names it where it is missing or damaged."""
+    """The tensors in a safetensors file. UsageError if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UsageError(f"{path.parent}: holds no {path.name}.") from None
+        raise UsageError(f"{path.parent}: has no {path.name}.") from None
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path}: is damaged or cut short: {error}.") from None
 
 
 def width(table: Mapping[str, Any], key: str, path: Path | str) -> int:
-    """The value of `key`, which must be a whole number above zero."""
+    """The value of `key`. UsageError unless it is a positive integer."""
     value = table.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{path}: {key} is {value!r}, but a whole number above zero is wanted.")
+        raise UsageError(f"{path}: {key} is {value!r}, but must be a positive integer.")
     return value
 
 
 def check_widths(tensors: Mapping[str, torch.Tensor], d_in: int, d_sae: int, path: Path | str) -> None:
-    """UsageError where the encoder is not [d_in, d_sae]: seen before an SAE of a size that nobody meant is built."""
+    """UsageError if the encoder is not [d_in, d_sae]; checked before an SAE of a wrong size takes up memory."""
     if "W_enc" in tensors and tensors["W_enc"].shape != (d_in, d_sae):
-        raise UsageError(f"{path}: W_enc is {_shape(tensors['W_enc'])}, but {CONFIG} asks for [{d_in}, {d_sae}].")
+        raise UsageError(f"{path}: W_enc is {_shape(tensors['W_enc'])}, but {CONFIG} says [{d_in}, {d_sae}].")
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -1,8 +1,8 @@
-"""The sparse products of an SAE: decode, and the gradients of decoder, encoder, biases and input on the non-zeros.
+"""The sparse products of an SAE: decoding, and the gradients of decoder, encoder, biases and input on the active entries.
 
-Everything is built from one primitive, a weighted sum of table rows for each bag of indices
-(`torch.nn.functional.embedding_bag`), and one sampled product. With k of F latents active, each costs about
-k / F of the dense product of the same shapes, so that the encoder's dense product dominates a step.
+Everything is built from two primitives: a weighted sum of table rows for each bag of indices
+(`torch.nn.functional.embedding_bag`), and a sampled product. With k of F latents active, each costs about k / F of the dense
+product of the same shapes, so the encoder's dense product dominates a step.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _GATHER_LIMIT = 1 << 24  # elements of a gathered block in the fallback of `samp
 
 @dataclass
 class Pattern:
-    """Where a code's entries stand: compressed rows.
+    """The positions of a code's entries, as compressed rows.
 
     indices: [nnz] latents, row after row. offsets: [batch + 1], row i is `indices[offsets[i]:offsets[i + 1]]`.
-    d_sae: number of latents. k: entries a row where every row has the same number, else None.
+    d_sae: number of latents. k: number of entries in each row if all rows have the same number, else None.
     """
 
     indices: Tensor
@@ -34,14 +34,14 @@ class Pattern:
 
     @classmethod
     def regular(cls, latents: Tensor, d_sae: int) -> Pattern:
-        """The pattern of `latents` [batch, k], the same number in every row."""
+        """The pattern of `latents` [batch, k], with the same number in every row."""
         batch, k = latents.shape
         offsets = torch.arange(0, batch * k + 1, k, device=latents.device)
         return cls(latents.reshape(-1), offsets, d_sae, k)
 
     @classmethod
     def of_mask(cls, mask: Tensor) -> Pattern:
-        """The entries that are True in `mask` [batch, d_sae]. The host waits, to learn how many there are."""
+        """The entries that are True in `mask` [batch, d_sae]. The host waits to learn how many there are."""
         rows, indices = (column.contiguous() for column in mask.nonzero(as_tuple=True))
         return cls.of_rows(rows, indices, mask.shape[0], mask.shape[1])
 
@@ -51,7 +51,7 @@ class Pattern:
         offsets = torch.zeros(batch + 1, dtype=torch.long, device=rows.device)
         torch.cumsum(torch.bincount(rows, minlength=batch), 0, out=offsets[1:])
         pattern = cls(indices, offsets, d_sae)
-        pattern.__dict__["rows"] = rows  # known already: fills the cached property
+        pattern.__dict__["rows"] = rows  # already known: fills the cached property
         return pattern
 
     @property
@@ -61,7 +61,7 @@ class Pattern:
 
     @cached_property
     def rows(self) -> Tensor:
-        """[nnz] the row of each entry."""
+        """The row of each entry: [nnz]."""
         if self.k:
             return torch.arange(self.indices.shape[0], device=self.indices.device) // self.k
         numbers = torch.arange(self.batch, device=self.indices.device)
@@ -79,14 +79,14 @@ class Pattern:
 
 
 def row_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """(values, indices) of the k largest of each row, [rows, k] each, in no order; which of equal ones, is left open.
+    """(values, indices) of the k largest of each row, [rows, k] each, in no particular order. Ties are broken arbitrarily.
 
-    On a CPU, columns are dealt into groups first: a row's k largest stand in the k groups with the largest maxima, or
-    equal what does. Maxima are found at the speed of memory, so only about 2 sqrt(k F) of F columns need to be ordered.
+    On a CPU, columns are first dealt into groups. The k largest of a row are in the k groups with the largest maxima (up to
+    ties), and maxima are found at the speed of memory, so only about 2 sqrt(k F) of F columns need to be ordered.
     """
     rows, columns = values.shape
     groups = 1 << max(0, math.ceil(math.log2((k * columns) ** 0.5)))
-    size = columns // groups  # what is left over, fewer columns than groups, is looked at in any case
+    size = columns // groups  # the columns left over, fewer than there are groups, are always searched
     if values.device.type != "cpu" or groups < k or size < 4:
         found = values.topk(k, dim=1, sorted=False)
         return found.values, found.indices
@@ -140,14 +140,14 @@ def sampled_product(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:
 
 @cache
 def _announce_csr() -> None:
-    """Make the first CSR tensor where torch's notice that they are in beta, given once a process, is not shown."""
+    """Create the process's first CSR tensor with torch's warning that they are in beta suppressed. It comes only once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
 
 
 class _Encode(torch.autograd.Function):
-    """Attaches the encoder's gradient to pre-activations that were computed and selected without one."""
+    """Gives the encoder's gradient to pre-activations that were computed and selected without one."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W_enc: Tensor, b_enc: Tensor, selected: Tensor, pattern: Pattern) -> Tensor:
@@ -206,10 +206,10 @@ class _ZeroShift(torch.autograd.Function):
 
 
 def zero_shift(b_dec: Tensor, W_enc: Tensor) -> Tensor:
-    """Zeros [d_sae] that, added to the encoder's bias, bring b_dec the gradient of `(x - b_dec) @ W_enc`.
+    """Zeros [d_sae] that, added to the encoder's bias, give b_dec the gradient of `(x - b_dec) @ W_enc`.
 
-    b_dec is one row for the whole batch, so the batch can be summed before the product with W_enc instead of after: one
-    product of a vector in place of one of [batch, d_sae]. For an input that was centred by b_dec's value alone."""
+    They are for an input from which b_dec was subtracted without a gradient. Since b_dec is the same for the whole batch, the
+    batch can be summed before the product with W_enc instead of after it: a product with a vector instead of [batch, d_sae]."""
     return _ZeroShift.apply(b_dec, W_enc)
 
 
@@ -219,5 +219,5 @@ def encode_selected(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, selected: Te
 
 
 def decode_sparse(values: Tensor, W_dec: Tensor, b_dec: Tensor, pattern: Pattern) -> Tensor:
-    """`code @ W_dec + b_dec` of a compressed code: [batch, d_out], with gradients to values, W_dec and b_dec."""
+    """`code @ W_dec + b_dec` of a sparse code: [batch, d_out], with gradients to values [nnz], W_dec and b_dec."""
     return _Decode.apply(values, W_dec, b_dec, pattern)

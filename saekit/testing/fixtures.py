@@ -151,14 +151,20 @@ def build_sae(
 ) -> SparseAutoencoder:
     """An SAE of an architecture with its first weights, ready for a first step. sample: [n, d_out], what it will rebuild.
 
-    Where the architecture has an option `k`, it is 8 unless `options` say so."""
+    Unless `options` say otherwise, few latents are active: see `few_active`."""
     import torch
 
-    few = {"k": min(8, d_sae)} if "k" in component.options_model().model_fields else {}
-    sae = component.build(component.validate({**few, **options}, "architecture"), d_in, d_sae, d_out)
+    given = {**few_active(component, min(8, d_sae)), **options}
+    sae = component.build(component.validate(given, "architecture"), d_in, d_sae, d_out)
     sae.initialise(torch.Generator().manual_seed(seed), sample)
     sae.constrain_weights()
     return sae
+
+
+def few_active(component: Component, l0: int = 8) -> dict[str, int]:
+    """The options with which about `l0` latents of an architecture are active; none if no option sets that."""
+    option = getattr(component.load(), "l0_option", None)
+    return {} if option is None else {option: l0}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from saekit.plugins import Registry
 from saekit.run_directory import RunDirectory
 from saekit.runner.context import RunContext
 from saekit.runner.plan import GRAPH, RunPlan
-from saekit.testing.fixtures import CONCEPTS, D_IN, D_SAE
+from saekit.testing.fixtures import CONCEPTS, D_IN, D_SAE, few_active
 from saekit.testing.kit import NotApplicable
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ def table_for(needs: Iterable[str], registry: Registry) -> dict[str, Any]:
     for need in sorted(left):
         provider = _provider(need, registry)
         if provider.kind == "architecture":
-            few = {"k": 8} if "k" in provider.options_model().model_fields else {}
-            table["architecture"] = {"use": provider.qualified_name, "d_sae": D_SAE, **few}
+            table["architecture"] = {"use": provider.qualified_name, "d_sae": D_SAE, **few_active(provider)}
         else:
             table.setdefault(provider.kind, []).append({"use": provider.qualified_name})
     return table

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from saekit import Activations, RunContext, UsageError
-from saekit.builtin.architectures import Standard
+from saekit.builtin.architectures.standard import Standard
 from saekit.builtin.features import Features
 from saekit.config import EvaluationConfig, TrainingConfig
 

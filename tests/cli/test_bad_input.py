@@ -656,7 +656,7 @@ class Odd:
 
 ARCHITECTURE = """
 import torch
-from saekit.builtin.architectures import TopK
+from saekit.builtin.architectures.topk import TopK
 
 class Odd(TopK):
     def gate(self, x):

@@ -89,7 +89,7 @@ def test_bad_calls_say_what_to_do(topk: Path, command, tmp_path: Path) -> None:
         (("import", topk, full), ("full: exists and is not an empty directory",)),
         (("export", topk, tmp_path / "new"), ("--to",)),
         (("export", topk, tmp_path / "new", "--to", "saelens"), ("saelens", "sae_lens")),
-        (("export", tmp_path / "none", tmp_path / "new", "--to", "sparsify"), ("holds no cfg.json",)),
+        (("export", tmp_path / "none", tmp_path / "new", "--to", "sparsify"), ("has no cfg.json",)),
         (("import", tmp_path / "none", tmp_path / "new"), ("none: there is no such directory",)),
         (("import", full, tmp_path / "new"), ("does not hold the files of any of sae_lens, dictionary_learning, sparsify",)),
         (("import", topk, tmp_path / "new", "--from", "sparsify"), ("sae: does not hold the files of sparsify",)),

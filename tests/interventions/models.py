@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from saekit import SparseAutoencoder
 from saekit.activations.sites import resolve, run_to_site
-from saekit.builtin.architectures import Standard, TopK
+from saekit.builtin.architectures.standard import Standard
+from saekit.builtin.architectures.topk import TopK
 
 D, D_SAE = 32, 48
 TOKENS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import saekit
 from saekit import Mode, SparseAutoencoder, UsageError
 from saekit.activations.sites import resolve
-from saekit.builtin.architectures import TopK
-from saekit.builtin.batchtopk import BatchTopK
+from saekit.builtin.architectures.batchtopk import BatchTopK
+from saekit.builtin.architectures.topk import TopK
 from saekit.testing.tiny import in_float64
 
 EDITS = {

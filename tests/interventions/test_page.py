@@ -12,7 +12,7 @@ import torch
 from interventions.models import D_SAE, TOKENS, D, language_case
 
 import saekit
-from saekit.builtin.architectures import TopK
+from saekit.builtin.architectures.topk import TopK
 
 PAGE = Path(__file__).parents[2] / "docs" / "interventions.md"
 

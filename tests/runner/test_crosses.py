@@ -28,6 +28,7 @@ from saekit.config import parse_config
 from saekit.errors import UsageError
 from saekit.plugins import OWN_DISTRIBUTION, Registry
 from saekit.runner.plan import ALWAYS_PROVIDED, make_plan
+from saekit.testing.fixtures import few_active
 
 REGISTRY = Registry()
 STEPS, BATCH, D_SAE = 6, 64, 48
@@ -84,7 +85,7 @@ def table(reads: dict[str, dict[str, Any]]) -> Callable[..., dict[str, Any]]:
 
     def make(source: Component, architecture: Component, losses: list[Component]) -> dict[str, Any]:
         assert source.name in reads, f"say in the fixture `reads` what a tiny run of source {source.name!r} reads"
-        few = {"k": 4} if "k" in architecture.options_model().model_fields else {}
+        few = few_active(architecture, 4)
         names = dict.fromkeys(["mse", *(loss.name for loss in losses)])
         return {
             "source": {"use": source.name, **reads[source.name]},

@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field
 
 from saekit import Choice, Component, ComponentError, Kind, OptionError, UsageError, hookimpl
-from saekit.builtin.architectures import TopK
+from saekit.builtin.architectures.topk import TopK
 from saekit.builtin.sources import SyntheticSource
 from saekit.errors import under_key
 from saekit.plugins import Registry

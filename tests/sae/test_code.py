@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saekit import DenseCode, SparseCode
-from saekit.builtin.architectures import Standard, TopK
+from saekit.builtin.architectures.standard import Standard
+from saekit.builtin.architectures.topk import TopK
 from saekit.sae.kernels import Pattern, decode_sparse, sampled_product, transposed_sum
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import saekit
-from saekit.builtin.architectures import Standard, TopK
+from saekit.builtin.architectures.standard import Standard
+from saekit.builtin.architectures.topk import TopK
 from saekit.errors import UsageError
 from saekit.sae.formats import CONFIG, WEIGHTS
 
@@ -55,7 +56,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no cfg.json"):
+    with pytest.raises(UsageError, match="has no cfg.json"):
         saekit.load_sae(tmp_path / "nothing")
 
 

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from saekit import SparseAutoencoder, SparseCode, Step
 from saekit.builtin import losses
-from saekit.builtin.architectures import Clipped, Standard, TopK
-from saekit.builtin.batchtopk import BatchTopK, Matryoshka
-from saekit.builtin.gated import Gated
-from saekit.builtin.jumprelu import JumpReLU
+from saekit.builtin.architectures.batchtopk import BatchTopK
+from saekit.builtin.architectures.clipped import Clipped
+from saekit.builtin.architectures.gated import Gated
+from saekit.builtin.architectures.jumprelu import JumpReLU
+from saekit.builtin.architectures.matryoshka import Matryoshka
+from saekit.builtin.architectures.standard import Standard
+from saekit.builtin.architectures.topk import TopK
 
 D, F, D_OUT = 5, 24, 7
 

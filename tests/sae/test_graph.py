@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import saekit
 from saekit import FeatureGraph
-from saekit.builtin.architectures import TopK
+from saekit.builtin.architectures.topk import TopK
 from saekit.errors import UsageError
 
 

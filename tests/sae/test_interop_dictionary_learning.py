@@ -185,7 +185,7 @@ def test_code_in_the_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     evil = pickle.dumps(Boom(), protocol=2)
     for write_evil in (lambda path: torch.save({"bias": Boom()}, path), lambda path: path.write_bytes(evil)):
         write_evil(directory / WEIGHTS)
-        with pytest.raises(UsageError, match=r"ae.pt: is damaged, or holds more than tensors"):
+        with pytest.raises(UsageError, match=r"ae.pt: is damaged or holds more than tensors"):
             read(directory)
     assert not Path("ran_code").exists()
 
@@ -199,13 +199,13 @@ def test_it_is_opened_only_where_it_is_asked_for(tmp_path: Path) -> None:
 def test_bad_files_are_named(tmp_path: Path) -> None:
     state = state_of("BatchTopKSAE")
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({**state, "extra": torch.zeros(1)}, {}, "ae.pt: tensor 'extra' has no place"),
+        ({**state, "extra": torch.zeros(1)}, {}, "ae.pt: tensor 'extra' is not expected"),
         ({k: v for k, v in state.items() if k != "encoder.bias"}, {}, "ae.pt: tensor 'encoder.bias' is missing"),
         ({**state, "encoder.bias": torch.zeros(9)}, {}, r"b_enc is \[9\]"),
         ({**state, "encoder.weight": torch.zeros(9)}, {}, "encoder.weight has 1 dimensions"),
         ({**state, "decoder.weight": torch.zeros(D_SAE, D_IN)}, {}, "W_dec is"),
         ({**state, "threshold": torch.zeros(0)}, {}, "threshold is"),
-        (state, {"dict_class": "CrossCoder"}, "trainer.dict_class is 'CrossCoder', which is not read"),
+        (state, {"dict_class": "CrossCoder"}, "trainer.dict_class is 'CrossCoder', which cannot be read"),
         (state, {"k": 6}, "trainer.k is 6, but ae.pt says 5"),
         ({"bias": "text"}, {}, "does not hold a state dict"),
     ]
@@ -220,5 +220,5 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"'trainer.dict_class' is missing"):
         read(directory)
     (directory / CONFIG).unlink()
-    with pytest.raises(UsageError, match=r"holds no config.json"):
+    with pytest.raises(UsageError, match=r"has no config.json"):
         read(directory)

@@ -16,11 +16,13 @@ from saekit.plugins import Registry
 from saekit.sae import interop
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.formats import CONFIG, WEIGHTS, SavedSAE, open_sae
+from saekit.sae.saelens_format import SaeLensFormat
 
 D_IN, D_SAE = 16, 64
 OWN = [c for c in Registry().components("architecture") if c.distribution == "saekit"]
 NAMES = [c.name for c in OWN]
 CLASSES = {c.name: c.load() for c in OWN}
+FORMATS = {name: SaeLensFormat.of(cls) for name, cls in CLASSES.items()}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 # (sae_lens's architecture, its own options, whether it takes b_dec from the input, ours)
@@ -102,7 +104,7 @@ def test_from_sae_lens_and_back(name, options, centred, ours, inputs: torch.Tens
 
 @pytest.mark.slow
 @pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("name", [name for name in NAMES if CLASSES[name].saelens_name])
+@pytest.mark.parametrize("name", [name for name in NAMES if FORMATS[name].name])
 def test_to_sae_lens(name: str, centred: bool, random_sae, inputs: torch.Tensor, tmp_path: Path) -> None:
     """Every installed architecture that says it has a counterpart there; without our own part of the file as well."""
     import sae_lens
@@ -124,8 +126,8 @@ TRANSCODERS = [
     for name in NAMES
     for d_out in (12, D_IN)
     for skip in (False, True)
-    if (CLASSES[name].saelens_skip_transcoder if skip else CLASSES[name].saelens_transcoder)
-    or (CLASSES[name].saelens_name and d_out == D_IN and not skip)  # the SAE that does not centre is the same function
+    if (FORMATS[name].skip_transcoder if skip else FORMATS[name].transcoder)
+    or (FORMATS[name].name and d_out == D_IN and not skip)  # the SAE that does not centre is the same function
 ]
 
 
@@ -154,18 +156,19 @@ def test_transcoders_to_sae_lens(
 @pytest.mark.parametrize("name", NAMES)
 def test_what_sae_lens_lacks_is_refused(name: str, random_sae, tmp_path: Path) -> None:
     refused = {}
-    if CLASSES[name].saelens_name is None:
-        refused["has not an architecture that computes what"] = random_sae(name)
-    if CLASSES[name].saelens_transcoder is None:
-        refused["has not a"] = random_sae(name, d_out=12)
-    if CLASSES[name].saelens_skip_transcoder is None:
-        reason = r"has not .*\(a linear path \(skip\), d_in 16, d_out 16\)" if CLASSES[name].saelens_name else "has not an"
+    if FORMATS[name].name is None:
+        refused["has no architecture that computes what"] = random_sae(name)
+    if FORMATS[name].transcoder is None:
+        refused["has no (transcoder|architecture)"] = random_sae(name, d_out=12)
+    if FORMATS[name].skip_transcoder is None:
+        path = r"has no transcoder .*\(a linear path \(skip\), d_in 16, d_out 16\)"
+        reason = path if FORMATS[name].name else "has no architecture"
         refused[reason] = random_sae(name, d_out=D_IN, skip=True)
     for reason, sae in refused.items():
         with pytest.raises(UsageError, match=reason):
             interop.sae_lens.write(SavedSAE(sae, name, {}), tmp_path)
     assert not any(tmp_path.iterdir())
-    assert CLASSES["clipped"].saelens_name is None
+    assert FORMATS["clipped"].name is None
 
 
 def test_a_subclass_inherits_no_counterpart() -> None:
@@ -174,7 +177,7 @@ def test_a_subclass_inherits_no_counterpart() -> None:
     class Odd(CLASSES["topk"]):  # type: ignore[name-defined, misc]
         pass
 
-    assert Odd.saelens_name is None and Odd.saelens_transcoder is None and Odd.known_as == ()
+    assert SaeLensFormat.of(Odd) == SaeLensFormat()
 
 
 @pytest.mark.slow
@@ -260,7 +263,7 @@ def test_every_architecture_of_sae_lens_is_read_or_refused() -> None:
     pytest.importorskip("sae_lens")
     from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-    known = {name for cls in CLASSES.values() for name in interop.foreign.names_in("sae_lens", cls)}
+    known = {name for form in FORMATS.values() for name in form.names_in("sae_lens")}
     assert {*SAE_CLASS_REGISTRY, *SAE_TRAINING_CLASS_REGISTRY} == known | set(NOT_OURS)
 
 
@@ -290,23 +293,23 @@ def test_the_options_come_from_the_file(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"architecture": "topc"}, r"'topc' is computed by none.* Did you mean 'topk'"),
-        ({"architecture": "matching_pursuit"}, "'matching_pursuit' is computed by none"),
+        ({"architecture": "topc"}, r"no installed architecture computes sae_lens's 'topc'.* Did you mean 'topk'"),
+        ({"architecture": "matching_pursuit"}, "no installed architecture computes sae_lens's 'matching_pursuit'"),
         ({"architecture": "skip_transcoder", "d_out": 16, "apply_b_dec_to_input": False}, "tensor 'W_skip' is missing"),
         ({"architecture": "GONE"}, "cfg.json: key 'architecture' is missing"),
         ({"k": "GONE"}, r"key 'k' is missing, which sae_lens's topk has"),
         ({"k": 5.5}, r"k: .*integer"),
         ({"k": 65}, "65 latents cannot be active of d_sae = 64"),
-        ({"d_in": 17}, r"W_enc is \[16, 64\], but cfg.json asks for \[17, 64\]"),
+        ({"d_in": 17}, r"W_enc is \[16, 64\], but cfg.json says \[17, 64\]"),
         ({"d_sae": 10**15}, "W_enc is"),
-        ({"d_sae": True}, "d_sae is True, but a whole number"),
+        ({"d_sae": True}, "d_sae is True, but must be a positive integer"),
         ({"d_in": "sixteen"}, "d_in is 'sixteen'"),
         ({"d_out": 12}, "apply_b_dec_to_input is true, but b_dec has the width of what is rebuilt"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations is layer_norm: .*by its own statistics"),
         ({"normalize_activations": "covariance_whitening"}, "normalize_activations is covariance_whitening"),
         ({"activation_fn": "tanh-relu"}, "activation_fn is 'tanh-relu'"),
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor is true"),
-        ({"metadata": {}, "activation_fn_str": "tanh-relu"}, "architecture 'tanh-relu' is computed by none"),
+        ({"metadata": {}, "activation_fn_str": "tanh-relu"}, "no installed architecture computes sae_lens's 'tanh-relu'"),
         ({"metadata": [1]}, "metadata is not a table"),
         ({"reshape_activations": "hook_q"}, "reshape_activations is 'hook_q'"),
     ],
@@ -321,7 +324,7 @@ def test_what_cannot_be_said_here_is_refused(directory: Path, keys: dict[str, An
 def test_missing_and_extra_tensors_are_named(directory: Path) -> None:
     tensors = load_file(directory / WEIGHTS)
     save_file({**tensors, "threshold": torch.zeros(D_SAE)}, directory / WEIGHTS)
-    with pytest.raises(UsageError, match=f"{WEIGHTS}: tensor 'threshold' has no place"):
+    with pytest.raises(UsageError, match=f"{WEIGHTS}: tensor 'threshold' is not expected"):
         saekit.load_sae(directory)
     del tensors["b_enc"]
     save_file(tensors, directory / WEIGHTS)
@@ -334,7 +337,7 @@ def test_missing_and_extra_tensors_are_named(directory: Path) -> None:
     with pytest.raises(UsageError, match="damaged or cut short"):
         saekit.load_sae(directory)
     (directory / WEIGHTS).unlink()
-    with pytest.raises(UsageError, match=f"holds no {WEIGHTS}"):
+    with pytest.raises(UsageError, match=f"has no {WEIGHTS}"):
         saekit.load_sae(directory)
 
 
@@ -351,21 +354,18 @@ def test_a_third_party_takes_over_an_architecture(directory: Path, tmp_path: Pat
     """An architecture that a plugin brings reads what nobody else does, by its name there."""
     (tmp_path / "halved.py").write_text(
         """
-from saekit import Component, SparseAutoencoder, hookimpl
+from saekit import Component, SaeLensFormat, SparseAutoencoder, hookimpl
+
+class HalvedFormat(SaeLensFormat):
+    def options(self, cfg):
+        return {"by": cfg["halved_by"]}
 
 class Halved(SparseAutoencoder):
-    known_as = ("sae_lens:halved",)
+    interop = HalvedFormat(known_as=("sae_lens:halved",))
 
     def __init__(self, d_in, d_sae, d_out=None, *, by: float = 2.0):
         super().__init__(d_in, d_sae, d_out, decoder_norm="free")
         self.by = by
-
-    def options(self):
-        return {"by": self.by}
-
-    @classmethod
-    def options_from_saelens(cls, cfg):
-        return {"by": cfg["halved_by"]}
 
     def gate(self, x):
         return self.dense_code(x, (self.pre_activations(x) / self.by).relu())

@@ -117,12 +117,12 @@ def test_what_it_lacks_is_refused(name: str, random_sae, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"signed": True}, "signed is true: it has latents of both signs"),
-        ({"activation": "groupmax"}, "'groupmax' is computed by none"),
+        ({"signed": True}, "signed is true: its latents have both signs"),
+        ({"activation": "groupmax"}, "no installed architecture computes sparsify's 'groupmax'"),
         ({"k": "GONE"}, "k is None"),
         ({"k": 0}, "k is 0"),
         ({"d_in": "GONE"}, "d_in is None"),
-        ({"expansion_factor": 5}, r"W_enc is \[16, 64\], but cfg.json asks for \[16, 80\]"),
+        ({"expansion_factor": 5}, r"W_enc is \[16, 64\], but cfg.json says \[16, 80\]"),
     ],
 )
 def test_what_cannot_be_said_here_is_refused(keys: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_what_cannot_be_said_here_is_refused(keys: dict[str, Any], words: str, t
 def test_missing_and_extra_tensors_are_named(tmp_path: Path) -> None:
     state = lay(tmp_path)
     save_file({**state, "W_skip": torch.zeros(D_IN, D_IN)}, tmp_path / WEIGHTS)
-    with pytest.raises(UsageError, match="sae.safetensors: tensor 'W_skip' has no place"):
+    with pytest.raises(UsageError, match="sae.safetensors: tensor 'W_skip' is not expected"):
         read(tmp_path)
     save_file({key: value for key, value in state.items() if key != "W_dec"}, tmp_path / WEIGHTS)
     with pytest.raises(UsageError, match="sae.safetensors: tensor 'W_dec' is missing"):

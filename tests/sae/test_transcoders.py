@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import saekit
-from saekit.builtin.architectures import TopK
+from saekit.builtin.architectures.topk import TopK
 from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.sae.formats import CONFIG, SavedSAE

@@ -23,6 +23,7 @@ from saekit import (
     FeatureGraph,
     Pattern,
     Result,
+    SaeLensFormat,
     SparseAutoencoder,
     SparseCode,
     hookimpl,
@@ -211,7 +212,7 @@ class LooksAside(Small):
 
 
 class ForgetsAnOption(SparseAutoencoder):
-    """Does not tell its `threshold`."""
+    """Does not tell its `floor`."""
 
     def __init__(
         self, d_in, d_sae, d_out=None, *, floor: Annotated[float, Field(ge=0, description="Smaller ones are cut.")] = 0.05
@@ -245,7 +246,84 @@ class KeepsItsFloor(ForgetsAnOption):
         SparseAutoencoder.rescale(self, scale)
 
     def options(self):
-        return {"floor": self.floor}
+        return SparseAutoencoder.options(self)
+
+
+class KeepsUnderAnotherName(SparseAutoencoder):
+    """Keeps its `floor` where nobody finds it."""
+
+    def __init__(
+        self, d_in, d_sae, d_out=None, *, floor: Annotated[float, Field(ge=0, description="Smaller ones are cut.")] = 0.0
+    ):
+        super().__init__(d_in, d_sae, d_out)
+        self.minimum = floor
+
+    def gate(self, x):
+        return self.dense_code(x, self.pre_activations(x).relu())
+
+
+class ForgetsALatentParameter(SparseAutoencoder):
+    """Has a sharpness for each latent, which a revived latent does not get back."""
+
+    def __init__(self, d_in, d_sae, d_out=None):
+        super().__init__(d_in, d_sae, d_out)
+        self.sharpness = torch.nn.Parameter(torch.ones(d_sae))
+
+    def gate(self, x):
+        return self.dense_code(x, self.sharpness * self.pre_activations(x).relu())
+
+    @torch.no_grad()
+    def initialise(self, generator, sample):
+        super().initialise(generator, sample)
+        self.sharpness.fill_(1.0)
+
+
+class ShiftsHalf(SparseAutoencoder):
+    """Has a second bias, which is added to the same product, and shifts the first alone."""
+
+    def __init__(self, d_in, d_sae, d_out=None):
+        super().__init__(d_in, d_sae, d_out)
+        self.second = torch.nn.Parameter(torch.zeros(d_sae))
+
+    @property
+    def latent_parameters(self):
+        return {**super().latent_parameters, "second": 0.0}
+
+    def gate(self, x):
+        pre = self.pre_activations(x)
+        return self.dense_code(x, pre.relu() + (pre - self.b_enc + self.second).relu())
+
+    @torch.no_grad()
+    def rescale(self, scale):
+        super().rescale(scale)
+        self.second.div_(scale)
+
+
+class AnotherGate(Small):
+    """Claims sae_lens's ReLU for a gate that is none."""
+
+    interop = SaeLensFormat("standard")
+
+
+class FormatOfNoReturn(SaeLensFormat):
+    """Reads an option from a key that it does not write."""
+
+    def options(self, cfg):
+        return {"floor": cfg["floor"]}
+
+
+class ReadsWhatItDoesNotWrite(KeepsItsFloor):
+    """Is known elsewhere, but an SAE of ours does not get back from there."""
+
+    interop = FormatOfNoReturn(known_as=("sae_lens:floored",))
+
+    def __init__(
+        self, d_in, d_sae, d_out=None, *, floor: Annotated[float, Field(ge=0, description="Smaller ones are cut.")] = 0.05
+    ):
+        super().__init__(d_in, d_sae, d_out, floor=floor)
+
+    def rescale(self, scale):
+        ForgetsAnOption.rescale(self, scale)
 
 
 class DrawsElsewhere(Small):
@@ -263,7 +341,11 @@ ARCHITECTURES: dict[str, tuple[Any, set[str]]] = {
     "twice_the_gradient": (TwiceTheGradient, {"gradient_is_the_derivative"}),
     "looks_aside": (LooksAside, {"rows_alone_in_eval"}),
     "keeps_its_floor": (KeepsItsFloor, {"rescale_is_homogeneous"}),
-    "draws_elsewhere": (DrawsElsewhere, {"initialise_draws_from_its_generator", "deterministic"}),
+    "draws_elsewhere": (DrawsElsewhere, {"initialise_draws_from_its_generator", "deterministic", "latents_start_again"}),
+    "keeps_under_another_name": (KeepsUnderAnotherName, {"options_rebuild", "saved_and_loaded"}),
+    "forgets_a_latent_parameter": (ForgetsALatentParameter, {"latents_start_again"}),
+    "shifts_half": (ShiftsHalf, {"shift_moves_pre_activations"}),
+    "reads_what_it_does_not_write": (ReadsWhatItDoesNotWrite, {"saelens_format"}),
 }
 
 # --- metrics ---------------------------------------------------------------------------------------------------
@@ -675,6 +757,12 @@ def test_architectures_that_begin_dense_are_checked_in_both_forms(name: str) -> 
     assert isinstance(built(subject).encode(activations()), DenseCode)
     assert isinstance(built(subject, sparse=True).encode(activations()), SparseCode)
     assert bool(built(subject, sparse=True).encode(activations()).count().any())
+
+
+@pytest.mark.slow
+def test_an_architecture_under_a_name_of_sae_lens_that_computes_something_else() -> None:
+    pytest.importorskip("sae_lens")
+    assert failing(checked("architecture", "another_gate", AnotherGate)) == {"saelens_format"}
 
 
 def test_an_option_that_options_does_not_tell() -> None:

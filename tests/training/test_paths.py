@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from saekit import Activations, SparseAutoencoder
-from saekit.builtin.architectures import Clipped, Standard, TopK
-from saekit.builtin.batchtopk import BatchTopK
-from saekit.builtin.gated import Gated
-from saekit.builtin.jumprelu import JumpReLU
+from saekit.builtin.architectures.batchtopk import BatchTopK
+from saekit.builtin.architectures.clipped import Clipped
+from saekit.builtin.architectures.gated import Gated
+from saekit.builtin.architectures.jumprelu import JumpReLU
+from saekit.builtin.architectures.standard import Standard
+from saekit.builtin.architectures.topk import TopK
 from saekit.builtin.losses import AuxK, gate_sum, gated_aux, l1, mse
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners

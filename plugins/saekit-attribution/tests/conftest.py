@@ -14,7 +14,8 @@ from saekit import SparseAutoencoder
 from saekit.activations.batch import TokenBatch
 from saekit.activations.sites import resolve
 from saekit.activations.subject import Subject
-from saekit.builtin.architectures import Standard, TopK
+from saekit.builtin.architectures.standard import Standard
+from saekit.builtin.architectures.topk import TopK
 from saekit.testing.tiny import in_float64, tiny_network
 
 D, D_SAE, VOCABULARY = 32, 48, 120

@@ -345,7 +345,7 @@ def test_options_that_mean_nothing_are_refused(tiny, gpt2, options: dict, messag
 
 
 def test_an_sae_that_does_not_fit_is_refused(tiny, gpt2) -> None:
-    from saekit.builtin.architectures import TopK
+    from saekit.builtin.architectures.topk import TopK
 
     class Curved(TopK):
         def decode(self, code):

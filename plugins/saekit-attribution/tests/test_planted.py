@@ -12,7 +12,7 @@ from saekit_attribution.samples import Sample
 from torch import Tensor, nn
 
 from saekit import SparseAutoencoder
-from saekit.builtin.architectures import Standard
+from saekit.builtin.architectures.standard import Standard
 
 D, LATENTS, VOCABULARY = 20, 16, 40  # four directions of the activation are in no latent
 TARGET, BASE = 3, 5

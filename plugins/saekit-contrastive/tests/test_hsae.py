@@ -14,7 +14,7 @@ from saekit_contrastive.hsae import HSAE
 from saekit_contrastive.vectors import vectors_of
 
 import saekit
-from saekit import Component, Registry, UsageError, hookimpl, load_sae, save_sae
+from saekit import Component, Registry, SaeLensFormat, UsageError, hookimpl, load_sae, save_sae
 from saekit.api import resume
 from saekit.testing import registry_of, tiny_run
 from saekit.testing.tiny import save_tiny_gemma2
@@ -107,7 +107,7 @@ def test_it_computes_what_its_base_computes_with_the_same_weights(base: str) -> 
     assert torch.equal(sae(x), plain(x))
     assert isinstance(sae, HSAE)
     assert isinstance(sae, type(plain))
-    assert sae.saelens_architecture == plain.saelens_architecture
+    assert SaeLensFormat.of(type(sae)) == SaeLensFormat.of(type(plain))
     assert {**sae.options()["base"]} == {"use": plain_component.qualified_name, **plain.options()}
 
 

@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from saekit_revival.resample import Resample
+from torch import Tensor
 
-from saekit import SparseAutoencoder
+from saekit import Code, SparseAutoencoder
 from saekit.activations.batch import Activations
-from saekit.builtin.architectures import Standard, TopK
-from saekit.builtin.gated import Gated
+from saekit.builtin.architectures.gated import Gated
+from saekit.builtin.architectures.jumprelu import JumpReLU
+from saekit.builtin.architectures.standard import Standard
+from saekit.builtin.architectures.topk import TopK
 from saekit.builtin.losses import mse
 from saekit.config import TrainingConfig
 from saekit.listeners import Listener, Listeners
@@ -26,8 +29,9 @@ def trainer_with(callback: Resample, sae: SparseAutoencoder | None = None) -> Tr
     sae = sae or TopK(D, F, k=4)
     generator = torch.Generator().manual_seed(0)
     sae.initialise(generator, torch.randn(100, D, generator=generator))
-    bias = sae.b_gate if isinstance(sae, Gated) else sae.b_enc
-    bias.data[DEAD] = -1e6
+    never = torch.zeros(F)
+    never[DEAD] = -1e6
+    sae.shift_pre_activations(never)
     listeners = Listeners()
     listeners.add(Listener("resample", callback, "callback 'resample'", vital=True))
     config = TrainingConfig(tokens=BATCH * 100, batch_size=BATCH, lr=1e-3)
@@ -83,6 +87,54 @@ def test_the_gates_of_a_gated_sae_begin_anew_too() -> None:
     assert set(DEAD) <= set(callback.resample(trainer).tolist())
     for bias in (sae.b_gate, sae.b_mag, sae.r_mag):
         assert bias[DEAD].eq(0).all()
+
+
+class Sharpened(SparseAutoencoder):
+    """A third party's: no b_enc, but a bar and a sharpness for each latent."""
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        super().__init__(d_in, d_sae)
+        self.register_parameter("b_enc", None)
+        self.bar = torch.nn.Parameter(torch.zeros(d_sae))
+        self.sharpness = torch.nn.Parameter(torch.ones(d_sae))
+
+    @property
+    def latent_parameters(self) -> dict[str, float]:
+        return {"bar": 0.0, "sharpness": 1.0}
+
+    def shift_pre_activations(self, by: Tensor | float) -> None:
+        self.bar.data.sub_(by)
+
+    def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
+        pre = self.centred(x) @ self.W_enc - self.bar
+        return pre if latents is None else pre[:, latents]
+
+    def gate(self, x: Tensor) -> Code:
+        return self.dense_code(x, self.sharpness * self.pre_activations(x).relu())
+
+
+def test_an_architecture_with_parameters_of_its_own_is_revived_with_their_first_values() -> None:
+    callback, sae = Resample(every=1000, below=1e-4), Sharpened(D, F)
+    trainer = trainer_with(callback, sae)
+    sae.sharpness.data[DEAD] = 0.01
+    for batch in batches(10):
+        trainer.train_on(batch)
+    assert set(DEAD) <= set(callback.resample(trainer).tolist())
+    assert sae.bar[DEAD].eq(0).all() and sae.sharpness[DEAD].eq(1).all()
+    for parameter in (sae.bar, sae.sharpness):
+        assert trainer.optimizer.state[parameter]["exp_avg"][DEAD].eq(0).all()
+    assert sae.encode(next(iter(batches(1, seed=4))).x).fired()[DEAD].gt(0).all()
+
+
+def test_a_jumprelu_latent_gets_its_first_threshold_back() -> None:
+    """Otherwise a threshold that rose out of reach would keep the latent dead."""
+    callback, sae = Resample(every=1000, below=1e-4), JumpReLU(D, F, threshold=0.05)
+    trainer = trainer_with(callback, sae)
+    sae.threshold.data[DEAD] = 1e6
+    for batch in batches(10):
+        trainer.train_on(batch)
+    assert set(DEAD) <= set(callback.resample(trainer).tolist())
+    assert torch.equal(sae.threshold[DEAD], torch.full((3,), 0.05))
 
 
 def test_decoder_rows_that_are_left_alone_get_the_norm_of_the_living() -> None:

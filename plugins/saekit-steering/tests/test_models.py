@@ -17,7 +17,7 @@ from saekit_steering.typical import typical_tokens
 
 from saekit import Subject
 from saekit.activations.sites import resolve
-from saekit.builtin.architectures import Standard
+from saekit.builtin.architectures.standard import Standard
 from saekit.testing.tiny import tiny_network
 
 VOCABULARY, D = 60, 32

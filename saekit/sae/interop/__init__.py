@@ -1,13 +1,12 @@
-"""SAEs of other libraries: one module a library, each with the same four names.
+"""The SAEs of other libraries: one module for each library, with the same four names in each.
 
-    LIBRARY           what the library is called on the command line
-    matches(directory) -> bool                    whether a directory looks like one of its own
-    read(directory) -> Foreign                    what lies there, in sae_lens's words
-    write(saved, directory) -> None               the same for an SAE of ours; a UsageError where the library lacks it
+    LIBRARY                            what the library is called on the command line
+    matches(directory) -> bool         whether a directory holds its files
+    read(directory) -> Foreign         the SAE in the directory, in the words of sae_lens
+    write(saved, directory) -> None    an SAE of ours in its files; UsageError if the library cannot compute the same
 
-The words of sae_lens stand between: a format translates its files into them, an architecture translates them into its
-own options and weights (`known_as`, `options_from_saelens`, `state_from_saelens`), so that one that a plugin brings
-takes part in every format.
+The words of sae_lens are the common language. A module here translates a library's files into them, and the `SaeLensFormat` of
+an architecture translates them into its options and weights. So an architecture from a plugin takes part in every library.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ FORMATS: dict[str, ModuleType] = {module.LIBRARY: module for module in (sae_lens
 
 
 def library_of(directory: Path) -> str | None:
-    """The library whose files lie in `directory`, or None where they are nobody's."""
+    """The library whose files are in `directory`, or None."""
     return next((library for library, module in FORMATS.items() if module.matches(directory)), None)
 
 
 def release_of(source: str | Path) -> tuple[str, str] | None:
-    """(release, sae_id) where `source` is written `RELEASE:SAE_ID` and is no path; else None."""
+    """(release, sae_id) if `source` is written `RELEASE:SAE_ID` and is not a path, else None."""
     release, colon, sae_id = str(source).partition(":")
-    if not colon or Path(source).exists() or len(release) < 2:  # a drive has one letter
+    if not colon or Path(source).exists() or len(release) < 2:  # one letter is a drive
         return None
     return release, sae_id
 

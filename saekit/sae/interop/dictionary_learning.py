@@ -1,7 +1,7 @@
 """dictionary_learning: `ae.pt` (a state dict) and `config.json`.
 
-`ae.pt` is a pickle by nature. It is read with torch's restricted unpickler (`weights_only=True`), which makes tensors and
-containers and nothing else, and only by `saekit import`, never in passing; what is written holds plain tensors.
+`ae.pt` is a pickle. It is read only by `saekit import`, with torch's restricted unpickler (`weights_only=True`), which creates
+nothing but tensors and containers. What is written holds plain tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from saekit.errors import UsageError, near_names
 from saekit.files import disk_errors, whole_file, write_json
 from saekit.sae.formats import SavedSAE, read_object
-from saekit.sae.interop.foreign import Foreign, exported_as, recentred
+from saekit.sae.interop.foreign import Foreign, exported_as, key_of, recentred
 
 LIBRARY = "dictionary_learning"
 WEIGHTS, CONFIG = "ae.pt", "config.json"
@@ -26,9 +26,12 @@ WEIGHTS, CONFIG = "ae.pt", "config.json"
 
 @dataclass(frozen=True)
 class Layout:
-    """A class of dictionary_learning. centred: whether it takes its decoder's bias from the input.
-    names: its tensor for each of sae_lens's; what ends in .weight belongs to a torch.nn.Linear and lies transposed.
-    counts: other tensors: k, the threshold of a running mean, sizes of groups."""
+    """A class of dictionary_learning.
+
+    centred: whether it subtracts the decoder's bias from the input.
+    names: its tensor for each of sae_lens's. One that ends in .weight belongs to a torch.nn.Linear and is transposed.
+    counts: other tensors: k, the threshold of a running mean, sizes of groups.
+    """
 
     centred: bool
     names: dict[str, str]
@@ -59,7 +62,7 @@ CLASSES = {
 
 
 def matches(directory: Path) -> bool:
-    """Whether the files of dictionary_learning lie in `directory`."""
+    """Whether `directory` holds the files of dictionary_learning."""
     return (directory / WEIGHTS).is_file()
 
 
@@ -73,7 +76,7 @@ def read(directory: Path) -> Foreign:
     name = trainer["dict_class"]
     if name not in CLASSES:
         raise UsageError(
-            f"{path}: trainer.dict_class is {name!r}, which is not read.{near_names(str(name), CLASSES)} "
+            f"{path}: trainer.dict_class is {name!r}, which cannot be read.{near_names(str(name), CLASSES)} "
             f"Known: {', '.join(CLASSES)}."
         )
     layout = CLASSES[name]
@@ -95,9 +98,9 @@ def write(saved: SavedSAE, directory: Path) -> None:
     """Write `ae.pt` and `config.json` as dictionary_learning's `load_dictionary` opens them."""
     sae = saved.sae
     names = exported_as(LIBRARY, saved)
-    if sae.W_skip is not None:
+    if sae.skip:
         raise UsageError(f"--to {LIBRARY}: none of its classes has a linear path past the latents (skip).")
-    # Of two classes that differ in what they take from the input, the one that fits; else the bias moves.
+    # If two classes differ only in whether they subtract the bias, choose the one that fits; otherwise the bias moves.
     name = next((n for n in names if CLASSES[n].centred == sae.reads_centred), names[0])
     layout = CLASSES[name]
     tensors = recentred(sae, layout.centred)
@@ -107,15 +110,15 @@ def write(saved: SavedSAE, directory: Path) -> None:
         if theirs == "threshold" and "k" in layout.counts:
             tensor = tensor.max()  # one for all latents
         state[theirs] = tensor.cpu().float().contiguous().clone()
-    options = sae.options()
     trainer: dict[str, Any] = {"dict_class": name, "activation_dim": sae.d_in, "dict_size": sae.d_sae}
     if "k" in layout.counts:
-        trainer["k"] = options["k"]
-        state["k"] = torch.tensor(options["k"], dtype=torch.int32)
+        trainer["k"] = key_of(sae, "k")
+        state["k"] = torch.tensor(trainer["k"], dtype=torch.int32)
     if "threshold" in layout.counts:
-        state["threshold"] = torch.tensor(-1.0)  # none was followed
+        state["threshold"] = torch.tensor(-1.0)  # not set
     if "group_sizes" in layout.counts:
-        trainer["group_sizes"] = [after - before for before, after in pairwise([0, *options["prefixes"]])]
+        widths = key_of(sae, "matryoshka_widths")
+        trainer["group_sizes"] = [after - before for before, after in pairwise([0, *widths])]
         state["group_sizes"] = torch.tensor(trainer["group_sizes"])
     known = saved.metadata
     hook = str(known.get("hook_name") or "")
@@ -136,10 +139,10 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UsageError(f"{path.parent}: holds no {path.name}.") from None
-    except Exception as error:  # whatever the unpickler, zip or torch's own checks say
+        raise UsageError(f"{path.parent}: has no {path.name}.") from None
+    except Exception as error:  # from the unpickler, the zip file or torch's own checks
         raise UsageError(
-            f"{path}: is damaged, or holds more than tensors, and is not opened: {str(error).partition(chr(10))[0]}"
+            f"{path}: is damaged or holds more than tensors, so it is not opened: {str(error).partition(chr(10))[0]}"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise UsageError(f"{path}: does not hold a state dict of tensors.")
@@ -158,12 +161,13 @@ def _in_saelens_words(layout: Layout, state: dict[str, Tensor], path: Path) -> d
         tensors[ours] = tensor.t() if turned else tensor
     unknown = sorted(state.keys() - set(layout.names.values()) - set(layout.counts))
     if unknown:
-        raise UsageError(f"{path}: tensor {unknown[0]!r} has no place in this class, which has {', '.join(layout.names.values())}.")
+        known = ", ".join(layout.names.values())
+        raise UsageError(f"{path}: tensor {unknown[0]!r} is not expected in this class, which has {known}.")
     return tensors
 
 
 def _keys(layout: Layout, state: dict[str, Tensor], trainer: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What the class needs beside its weights, under sae_lens's keys."""
+    """What the class needs besides its weights, under the keys of sae_lens."""
     keys: dict[str, Any] = {}
     if "k" in layout.counts:
         k = state["k"].tolist() if "k" in state else trainer.get("k")
@@ -173,6 +177,6 @@ def _keys(layout: Layout, state: dict[str, Tensor], trainer: dict[str, Any], pat
     if "group_sizes" in layout.counts:
         sizes = state["group_sizes"].tolist() if "group_sizes" in state else trainer.get("group_sizes")
         if not isinstance(sizes, list) or not all(isinstance(size, int) for size in sizes):
-            raise UsageError(f"{path}: trainer.group_sizes is {sizes!r}, but a list of sizes is wanted.")
+            raise UsageError(f"{path}: trainer.group_sizes is {sizes!r}, but must be a list of sizes.")
         keys["matryoshka_widths"] = list(accumulate(sizes))
     return keys

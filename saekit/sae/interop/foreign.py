@@ -1,7 +1,8 @@
-"""`Foreign`: an SAE of another library in the words of sae_lens, and its way into an architecture of ours."""
+"""`Foreign`: an SAE of another library in the words of sae_lens, and how it becomes an architecture of ours."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from saekit.errors import PluginError, UsageError, near_names
 from saekit.plugins import OWN_DISTRIBUTION, Registry
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.formats import SavedSAE, check_widths, fill
+from saekit.sae.saelens_format import SaeLensFormat
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,12 @@ class Foreign:
     """An SAE as another library keeps it.
 
     library, architecture: the library, and what it calls the architecture. where: the file that errors name.
-    d_in, d_sae, d_out: widths; d_out is None where it is no transcoder. centred: whether b_dec is taken from the input before
-    the encoder. skip: whether a linear map of the input is added to what the latents rebuild.
-    tensors: in sae_lens's layout and names. cfg: what else the architecture needs, under sae_lens's keys (`k`, ...).
+    d_in, d_sae, d_out: widths; d_out is None unless it is a transcoder.
+    centred: whether b_dec is subtracted from the input of the encoder.
+    tensors: with the names and shapes of sae_lens.
+    cfg: what else the architecture needs, under the keys of sae_lens (`k`, ...).
     metadata: what is known about it (model_name, hook_name, ...).
+    skip: whether a linear map of the input is added to what the latents rebuild.
     """
 
     library: str
@@ -42,10 +46,10 @@ class Foreign:
 
 
 def take_in(foreign: Foreign, registry: Registry) -> SavedSAE:
-    """The SAE with the architecture that knows it by its name there, in float32. UsageError where none does."""
+    """The SAE in float32, with the architecture that claims its name. UsageError if none does."""
     component = _component(foreign, registry)
     try:
-        options = component.load().options_from_saelens(foreign.cfg)
+        options = SaeLensFormat.of(component.load()).options(foreign.cfg)
     except KeyError as error:
         raise UsageError(
             f"{foreign.where}: key {error} is missing, which {foreign.library}'s {foreign.architecture} has."
@@ -64,64 +68,61 @@ def take_in(foreign: Foreign, registry: Registry) -> SavedSAE:
 
 
 def _component(foreign: Foreign, registry: Registry) -> Component:
-    """The installed architecture that is known to the library by that name; a third party's before a built-in one."""
+    """The installed architecture that claims the library's name; a third party's comes before a built-in one."""
     found: list[Component] = []
     known: set[str] = set()
     for component in registry.components("architecture"):
         try:
-            names = names_in(foreign.library, component.load())
-        except PluginError:  # a broken plugin stops only what names it
+            names = SaeLensFormat.of(component.load()).names_in(foreign.library)
+        except PluginError:  # a broken plugin stops only a run that names it
             continue
         known |= set(names)
         if foreign.architecture in names:
             found.append(component)
     if not found:
         raise UsageError(
-            f"{foreign.where}: {foreign.library}'s architecture {foreign.architecture!r} is computed by none that is "
-            f"installed.{near_names(foreign.architecture, known)} Known: {', '.join(sorted(known)) or 'none'}. A plugin can "
-            "add one (known_as)."
+            f"{foreign.where}: no installed architecture computes {foreign.library}'s {foreign.architecture!r}."
+            f"{near_names(foreign.architecture, known)} Known: {', '.join(sorted(known)) or 'none'}. A plugin can add it "
+            "(known_as in its SaeLensFormat)."
         )
     others = [c for c in found if c.distribution != OWN_DISTRIBUTION]
     if len(others) > 1:
         claims = " and ".join(f"{c.qualified_name} ({c.distribution} {c.version})" for c in others)
         raise UsageError(
-            f"{foreign.where}: {claims} both take over {foreign.library}'s {foreign.architecture}. Disable one "
+            f"{foreign.where}: {claims} both claim {foreign.library}'s {foreign.architecture}. Disable one "
             "(SAEKIT_DISABLE_PLUGINS)."
         )
     return (others or found)[0]
 
 
-def names_in(library: str, architecture: type[SparseAutoencoder]) -> tuple[str, ...]:
-    """What `library` calls what `architecture` can take over."""
-    pairs = (name.partition(":") for name in architecture.known_as)
-    return tuple(name for of, _, name in pairs if of == library)
-
-
 def exported_as(library: str, saved: SavedSAE) -> tuple[str, ...]:
-    """What `library` calls the architecture of `saved`; a UsageError where it has no such thing."""
-    names = names_in(library, type(saved.sae))
+    """What `library` calls the architecture of `saved`. UsageError if the library cannot compute the same."""
+    names = SaeLensFormat.of(type(saved.sae)).names_in(library)
     if not names:
         raise UsageError(f"--to {library}: {library} has nothing that computes what {saved.name} does.")
     if saved.sae.d_out != saved.sae.d_in:
         raise UsageError(
-            f"--to {library}: the SAE reads width {saved.sae.d_in} and rebuilds width {saved.sae.d_out}; {library}'s "
-            "files hold one width."
+            f"--to {library}: the SAE reads width {saved.sae.d_in} and rebuilds width {saved.sae.d_out}, but {library}'s "
+            "files have one width."
         )
     return names
 
 
+def key_of(sae: SparseAutoencoder, name: str) -> Any:
+    """The value of a key in the words of sae_lens, such as `k`."""
+    keys = SaeLensFormat.of(type(sae)).keys(sae)
+    if name not in keys:
+        raise PluginError(f"{type(sae).__name__}: its SaeLensFormat has no {name!r}. Return it from keys(sae).")
+    return keys[name]
+
+
 def recentred(sae: SparseAutoencoder, centred: bool) -> dict[str, Tensor]:
-    """The tensors, in sae_lens's layout, of the same function where b_dec is taken from the input (or is not).
+    """The tensors, as sae_lens has them, of the same function with b_dec subtracted from the input (or not).
 
     (x - b_dec) W_enc = x W_enc - b_dec W_enc, so the difference moves into the encoder's biases."""
-    tensors = {name: t.detach() for name, t in sae.to_saelens()[1].items()}
-    if sae.reads_centred == centred:
-        return tensors
-    shift = (tensors["b_dec"].double() @ tensors["W_enc"].double()) * (1 if centred else -1)  # [d_sae]
-    moved = {"b_enc": shift, "b_gate": shift}
-    if "r_mag" in tensors:  # the magnitude reads exp(r_mag) times the gate's product
-        moved["b_mag"] = shift * tensors["r_mag"].double().exp()
-    for name, by in moved.items():
-        if name in tensors:
-            tensors[name] = (tensors[name].double() + by).to(tensors[name].dtype)
-    return tensors
+    if sae.reads_centred != centred:
+        sae = copy.deepcopy(sae)
+        shift = sae.b_dec.detach().double() @ sae.W_enc.detach().double()  # [d_sae]
+        sae.shift_pre_activations(shift if centred else -shift)
+        sae.reads_centred = centred
+    return SaeLensFormat.of(type(sae)).to(sae)[1]

@@ -1,4 +1,4 @@
-"""What is asked of an architecture. Each check builds small SAEs and looks at what they compute."""
+"""The checks of an architecture. Each builds small SAEs and looks at what they compute."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from saekit.errors import UsageError
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code, DenseCode
 from saekit.sae.formats import load_sae, save_sae
+from saekit.sae.saelens_format import SaeLensFormat
 from saekit.testing.checks import any_kind
 from saekit.testing.checks.shared import changed, copied, same
 from saekit.testing.fixtures import D_IN, D_SAE, build_sae
@@ -31,18 +32,15 @@ def activations(n: int = 24, seed: int = 0, width: int = D_IN) -> Tensor:
 
 
 def built(subject: Subject, *, d_out: int | None = None, sparse: bool = False, dtype: torch.dtype = torch.float32) -> Any:
-    """An SAE that has seen a few batches in training. d_out: of a transcoder. sparse: few of its latents are active."""
+    """An SAE that has seen a few batches in training. d_out: that of a transcoder. sparse: few of its latents are active."""
     component = subject.component
-    # As the run file would: `k` is a small one, unless it was given.
+    # Only what was really given, so that `build_sae` can make few latents active.
     options = {name: value for name, value in subject.options.items() if value != _default(subject, name)}
     sae = build_sae(component, options, activations(width=d_out or D_IN), d_out=d_out)
     if not isinstance(sae, SparseAutoencoder):
         raise Failed(f"it builds {type(sae).__name__}. Derive its target from saekit.SparseAutoencoder.")
     if sparse:
-        with torch.no_grad():
-            for name, parameter in sae.named_parameters():
-                if parameter.shape == (D_SAE,) and name in ("b_enc", "b_gate"):
-                    parameter.sub_(0.6)
+        sae.shift_pre_activations(-0.6)
     sae.to(dtype)
     with torch.no_grad():
         for seed in range(_SETTLE):
@@ -87,7 +85,7 @@ def gradient_is_the_derivative(subject: Subject) -> None:
 
 
 def _compare_with_differences(sae: Any) -> None:
-    """Hold autograd's derivative along a random direction of each weight against the difference quotient."""
+    """Compare autograd's derivative along a random direction of each weight with the difference quotient."""
     x = activations(8).double()
     target = activations(8, seed=9, width=sae.d_out).double()
     weights = activations(1, seed=8, width=sae.d_sae).double().squeeze(0)
@@ -105,12 +103,12 @@ def _compare_with_differences(sae: Any) -> None:
         direction /= direction.norm()
         told = 0.0 if gradient is None else float((gradient * direction).sum())
         quotients = [_quotient(objective, parameter, direction, step) for step in (1e-6, 1e-7)]
-        # A latent that switches on or off within a step makes a jump; it does so within one of the two at most.
+        # A latent that switches on or off within a step makes the value jump, but hardly within both steps.
         if all(abs(told - q) > 1e-4 * max(1.0, abs(q)) for q in quotients):
             raise Failed(
-                f"its gradient to {name} is {told:.6g} along a direction in which the value really changes by "
-                f"{quotients[0]:.6g}. Take active values from self.pre_at(x, pre, pattern) or self.pre_activations(x), which "
-                "carry a gradient; self.dense_pre(x) has none."
+                f"its gradient to {name} is {told:.6g} along a direction in which the value changes by {quotients[0]:.6g}. Take "
+                "active values from self.pre_at(x, pre, pattern) or self.pre_activations(x), which carry a gradient; "
+                "self.dense_pre(x) has none."
             )
 
 
@@ -139,12 +137,12 @@ def decodes_either_form(subject: Subject) -> None:
             results.append((rebuilt, {n: g for (n, _), g in zip(named, found, strict=True) if g is not None}))
         (first, gradients), (second, others) = results
         if not close(first, second, exact=True):
-            raise Failed("a compressed code and the same code held whole are decoded otherwise. Leave `decode` as it is.")
+            raise Failed("a sparse code and the same code made dense are decoded differently. Leave `decode` as it is.")
         for name in {**gradients, **others}:
             pair = [g.get(name, torch.zeros_like(getattr(sae, name, first))) for g in (gradients, others)]
             if not close(pair[0], pair[1], exact=True):
                 raise Failed(
-                    f"the gradient to {name} through a compressed code is not that through the same code held whole. Mend "
+                    f"the gradient to {name} through a sparse code differs from that through the same code made dense. Mend "
                     "the gradient of `decode`."
                 )
 
@@ -156,7 +154,7 @@ def batch_of_one(subject: Subject) -> None:
         sae.train(training)
         rebuilt = sae(x)
         if list(rebuilt.shape) != [1, D_IN] or not bool(torch.isfinite(rebuilt).all()):
-            raise Failed(f"one row alone gives {list(rebuilt.shape)}, or what is not finite. Mend `gate` for a batch of one.")
+            raise Failed(f"one row alone gives {list(rebuilt.shape)}, or is not finite. Mend `gate` for a batch of one.")
     sae.train()
     (x - sae(x)).square().mean().backward()
     for name, parameter in sae.named_parameters():
@@ -169,12 +167,12 @@ def rows_alone_in_eval(subject: Subject) -> None:
     x = activations()
     whole = sae.encode(x).dense()
     if not close(sae.encode(x).dense(), whole):
-        raise Failed("in evaluation the same batch gives another code the second time. Draw and adapt in training only.")
+        raise Failed("in evaluation the same batch gives a different code the second time. Draw and adapt in training only.")
     alone = torch.cat([sae.encode(x[n : n + 1]).dense() for n in range(len(x))])
     if not close(alone, whole):
         raise Failed(
-            "in evaluation a row's code depends on the rows beside it. Keep what the batch decides in training (a threshold, "
-            "say) in a buffer, and use that where not self.training."
+            "in evaluation a row's code depends on the other rows. Keep what the batch decides in training (a threshold, for "
+            "example) in a buffer, and use that unless self.training."
         )
 
 
@@ -184,16 +182,16 @@ def options_rebuild(subject: Subject) -> None:
     try:
         plain = json.loads(json.dumps(given))
     except TypeError as error:
-        raise Failed(f"options() is not plain: {error}. cfg.json keeps it: return numbers, texts and lists.") from None
+        raise Failed(f"options() is not plain: {error}. cfg.json holds it: keep numbers, texts and lists.") from None
     try:
         again = subject.component.build(subject.component.validate(plain, "options()"), sae.d_in, sae.d_sae)
     except UsageError as error:
-        raise Failed(f"options() does not fit its own constructor: {error} Return each option under its name.") from None
+        raise Failed(f"options() does not fit its own constructor: {error} Keep each option as it was given.") from None
     what = changed(copied(given), copied(again.options()))
     if what:
-        raise Failed(f"built again from options(), option {what!r} is another. Return each as the constructor takes it.")
+        raise Failed(f"built again from options(), option {what!r} is different. Keep it as the constructor takes it.")
     for name, value in subject.options.items():
-        if name in given and value is not None and name not in ("k",) and not fits(value, given[name]):
+        if name in given and value is not None and name != sae.l0_option and not fits(value, given[name]):
             raise Failed(f"options() gives {name} = {given[name]!r}, but it was built with {value!r}.")
     again.load_state_dict(sae.state_dict())
     x = activations()
@@ -209,10 +207,52 @@ def saved_and_loaded(subject: Subject) -> None:
         back = load_sae(place, registry=subject.registry)
         what = changed(copied(sae.state_dict()), copied(back.state_dict()))
         if what:
-            raise Failed(f"{what} is another after save_sae and load_sae. Extend to_saelens and state_from_saelens.")
+            raise Failed(f"{what} is different after save_sae and load_sae. Mend `to` and `state` of its SaeLensFormat.")
         x = activations()
         if not close(back(x), sae(x)):
-            raise Failed("after save_sae and load_sae it computes something else. Is an option missing from options()?")
+            raise Failed("after save_sae and load_sae it computes something else. Is an option left out of options()?")
+
+
+def latents_start_again(subject: Subject) -> None:
+    sae = built(subject).eval()
+    for name in sae.latent_parameters:
+        if getattr(getattr(sae, name, None), "shape", None) != (D_SAE,):
+            raise Failed(f"latent_parameters names {name!r}, which is not a tensor of shape [d_sae].")
+    sae.initialise(torch.Generator().manual_seed(0), activations())
+    fresh = sae.encode(activations()).dense()
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            if parameter.shape == (D_SAE,):
+                parameter.add_(activations(1, seed=5, width=D_SAE).squeeze(0).abs())
+        for name, value in sae.latent_parameters.items():
+            getattr(sae, name).fill_(value)
+    if not close(sae.encode(activations()).dense(), fresh):
+        raise Failed(
+            "with the values of latent_parameters its latents are not as they were at the start. Name every parameter [d_sae] "
+            "there, with its first value: a dead latent is revived with it."
+        )
+
+
+def shift_moves_pre_activations(subject: Subject) -> None:
+    x, by = activations().double(), 0.3 * activations(1, seed=6, width=D_SAE).squeeze(0).double()
+    for sparse in (False, True):
+        sae = built(subject, sparse=sparse, dtype=torch.float64).eval()
+        before = sae.pre_activations(x)
+        shifted = copy.deepcopy(sae)
+        shifted.shift_pre_activations(by)
+        if not close(shifted.pre_activations(x), before + by):
+            raise Failed("shift_pre_activations(by) does not add `by` to its pre-activations. Move the biases of its encoder.")
+        if not sae.reads_centred:
+            continue
+        sae.b_dec.data.copy_(activations(1, seed=7).squeeze(0))
+        other = copy.deepcopy(sae)
+        other.reads_centred = False
+        other.shift_pre_activations(-(sae.b_dec @ sae.W_enc))
+        if not close(other(x), sae(x)):
+            raise Failed(
+                "x without b_dec subtracted, its pre-activations shifted instead, gives another code. Read x through "
+                "self.centred or self.encoder_input, and shift every bias that is added to the product with W_enc."
+            )
 
 
 def rescale_is_homogeneous(subject: Subject) -> None:
@@ -244,7 +284,7 @@ def initialise_draws_from_its_generator(subject: Subject) -> None:
             states.append(copied(sae.state_dict()))
     what = changed(*states)
     if what:
-        raise Failed(f"{what} is not decided by the generator given to initialise. Fill every parameter there.")
+        raise Failed(f"{what} does not depend on the generator given to initialise alone. Fill every parameter there.")
 
 
 def weights_learn(subject: Subject) -> None:
@@ -264,18 +304,21 @@ def weights_learn(subject: Subject) -> None:
         raise Failed(f"50 steps of Adam do not lower its squared error ({first:.4g} to {last:.4g}). Does a gradient reach it?")
 
 
-def saelens_layout(subject: Subject) -> None:
+def saelens_format(subject: Subject) -> None:
     sae = built(subject).eval()
-    keys, tensors = sae.to_saelens()
+    form = SaeLensFormat.of(type(sae))
+    keys, tensors = form.to(sae)
     try:
-        json.dumps(keys)
+        json.dumps([keys, form.keys(sae)])
     except TypeError as error:
-        raise Failed(f"the keys that to_saelens gives are not plain: {error}.") from None
-    back = type(sae).state_from_saelens({name: t.detach().clone() for name, t in tensors.items()})
+        raise Failed(f"the keys that its SaeLensFormat gives are not plain: {error}.") from None
+    back = form.state({name: t.detach().clone() for name, t in tensors.items()})
     what = changed(copied(dict(sae.state_dict())), copied(dict(back)))
     if what:
-        raise Failed(f"state_from_saelens(to_saelens()) gives another {what}. The one must be the way back of the other.")
-    if sae.saelens_architecture is None:
+        raise Failed(f"state(to(sae)) of its SaeLensFormat gives a different {what}. Each must be the inverse of the other.")
+    if SaeLensFormat.of(subject.component.load()).known_as:  # what an import looks at
+        _options_there_and_back(form, sae)
+    if form.counterpart(sae) is None:
         return  # `saekit export --to sae_lens` refuses it with the reason
     if importlib.util.find_spec("sae_lens") is None:
         raise NotApplicable("its layout is whole, but sae_lens is not installed, so whether that opens it is not known.")
@@ -287,9 +330,20 @@ def saelens_layout(subject: Subject) -> None:
     with torch.no_grad():
         if not close(theirs.decode(theirs.encode(x)), sae(x)):
             raise Failed(
-                f"sae_lens opens it as {sae.saelens_architecture!r} and computes something else. Set saelens_name = None, or "
-                "give the tensors with which that architecture computes the same."
+                f"sae_lens opens it as {form.counterpart(sae)!r} and computes something else. Leave the name out of its "
+                "SaeLensFormat, or give the tensors with which that architecture computes the same."
             )
+
+
+def _options_there_and_back(form: SaeLensFormat, sae: Any) -> None:
+    try:
+        back = form.options(form.keys(sae))
+    except KeyError as error:
+        raise Failed(f"options(cfg) of its SaeLensFormat reads {error}, which keys(sae) does not return.") from None
+    made_with = sae.options()
+    for name, value in back.items():
+        if name != "decoder_norm" and value != made_with.get(name):
+            raise Failed(f"options(keys(sae)) of its SaeLensFormat gives {name} = {value!r}, not {made_with.get(name)!r}.")
 
 
 def deterministic(subject: Subject) -> None:
@@ -300,7 +354,7 @@ def deterministic(subject: Subject) -> None:
         rebuilt.square().mean().backward()
         results.append([rebuilt, {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}])
     if not same(*results):
-        raise Failed("from the same weights and batches, training comes to other numbers the second time.")
+        raise Failed("from the same weights and batches, training gives different numbers the second time.")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -308,23 +362,33 @@ CHECKS: tuple[Check, ...] = (
     Check("shapes", "Code and reconstruction have the right shapes, for an SAE and for a transcoder.", shapes),
     Check(
         "gradient_is_the_derivative",
-        "The gradient of encoder, decoder and biases is what small changes of them do to the value, in float64.",
+        "The gradient of encoder, decoder and biases equals the difference quotient, in float64.",
         gradient_is_the_derivative,
     ),
     Check(
         "decodes_either_form",
-        "A compressed code and the same code held whole are decoded alike, with the same gradients, in float64.",
+        "A sparse code and the same code made dense are decoded alike, with the same gradients, in float64.",
         decodes_either_form,
     ),
     Check("batch_of_one", "One row alone is encoded and decoded, with finite gradients.", batch_of_one),
     Check(
         "rows_alone_in_eval",
-        "In evaluation a row's code is the same every time, and does not depend on the rows beside it.",
+        "In evaluation a row's code is the same every time, and does not depend on the other rows.",
         rows_alone_in_eval,
     ),
-    Check("deterministic", "From the same weights, training comes to the same numbers to the bit.", deterministic),
+    Check("deterministic", "From the same weights, training gives the same numbers to the bit.", deterministic),
     Check("options_rebuild", "`options()` is plain, and builds the same SAE again.", options_rebuild),
     Check("saved_and_loaded", "`save_sae` and `load_sae` give the same weights and the same code.", saved_and_loaded),
+    Check(
+        "latents_start_again",
+        "With the values of `latent_parameters` latents are as they were at the start.",
+        latents_start_again,
+    ),
+    Check(
+        "shift_moves_pre_activations",
+        "`shift_pre_activations(by)` adds `by`, and can replace subtracting b_dec from the input, in float64.",
+        shift_moves_pre_activations,
+    ),
     Check(
         "rescale_is_homogeneous",
         "After `rescale(s)` it makes of x what it made of s * x before, divided by s.",
@@ -337,8 +401,8 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check("weights_learn", "A few steps of Adam lower the squared error.", weights_learn),
     Check(
-        "saelens_layout",
-        "What `to_saelens` gives is read back whole, and computes the same in sae_lens where it has a name there.",
-        saelens_layout,
+        "saelens_format",
+        "What its `SaeLensFormat` writes is read back whole, and sae_lens computes the same if it has a name there.",
+        saelens_format,
     ),
 )

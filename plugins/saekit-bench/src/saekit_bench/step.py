@@ -81,12 +81,11 @@ def time_step(
 def _lower_bias(trainer: Trainer, x: Tensor, l0: float) -> float:
     """Lower every latent's bias alike until a row of x has `l0` active latents on average; gives the bias."""
     sae = trainer.sae
-    gates = [bias for name in ("b_enc", "b_gate") if isinstance(bias := getattr(sae, name, None), Tensor)]
-    low, high = -64.0, 0.0
+    low, high, bias = -64.0, 0.0, 0.0
     for _ in range(30):
         middle = (low + high) / 2
-        for bias in gates:
-            bias.fill_(middle)
+        sae.shift_pre_activations(middle - bias)
+        bias = middle
         if float(sae.encode(x[:256]).count().mean()) > l0:
             high = middle
         else:

@@ -1,4 +1,4 @@
-"""`hsae`: an SAE of any gating some of whose decoder rows are concept vectors, fixed for good."""
+"""`hsae`: an SAE with any gate in which some decoder rows are concept vectors that never change."""
 
 from __future__ import annotations
 
@@ -11,28 +11,26 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from saekit import Choice, ComponentError, Kind, OptionError, RunContext, SparseAutoencoder
+from saekit import Choice, ComponentError, Kind, OptionError, RunContext, SaeLensFormat, SparseAutoencoder
 from saekit_contrastive.vectors import METHODS, checked, concept_columns, read_vectors, vectors_of
-
-_NAMES_ELSEWHERE = ("saelens_name", "saelens_transcoder", "saelens_skip_transcoder", "known_as")
 
 
 class HSAE(SparseAutoencoder):
-    """An SAE whose latents in `latents` decode to concept vectors that training never moves.
+    """An SAE in which the decoder rows of `latents` are concept vectors that training never moves.
 
-    Everything else is the `base` architecture's: gate, kernels, options, what other libraries call it. An instance is of a
-    class made of this one and the base's, so that it is an instance of both.
+    Everything else is that of the `base` architecture: gate, kernels, options, what other libraries call it. The class of an
+    instance derives from this one and from the base's, so it is an instance of both.
 
-    The fixed rows have norm 1 whatever `decoder_norm` the base has, receive no gradient, and are put back after every step,
-    so that they equal the vectors to the bit. They are rows of W_dec like any other: nothing of them is saved beside it.
-    A fixed row alone makes no latent fire: that takes a loss such as `concept`, whose `latents` are to be the same.
+    The fixed rows have norm 1 whatever the base's `decoder_norm`, receive no gradient, and are put back after every step, so
+    they equal the vectors to the bit. They are rows of W_dec like any other, and nothing else about them is saved. A fixed row
+    does not make its latent fire; that takes a loss such as `concept` with the same `latents`.
     """
 
     fixed: Tensor
     _latents: Tensor
 
     def __new__(cls, *args: Any, base: Choice | None = None, **options: Any) -> HSAE:
-        """`cls` is already made of both where torch or `copy` makes an instance without calling the constructor."""
+        """Without `base`, torch or `copy` is making an instance of a class that already derives from both."""
         return super().__new__(cls if base is None else _over(base.component.load()))
 
     def __init__(
@@ -75,7 +73,7 @@ class HSAE(SparseAutoencoder):
             )
         self._base = base.component.qualified_name
         self.fixed_vectors, self.concepts, self.sequences, self.wanted = fixed_vectors, concepts, sequences, latents
-        # Not in the state dict, whose W_dec has the rows: what other libraries open has no place for more.
+        # Not in the state dict, which has the rows in W_dec: other libraries would not accept more tensors.
         self.register_buffer("fixed", self.W_dec.new_empty(0, self.d_out), persistent=False)  # [n, d_out]
         self.register_buffer("_latents", torch.empty(0, dtype=torch.long), persistent=False)  # [n]
         if latents is not None:
@@ -85,7 +83,7 @@ class HSAE(SparseAutoencoder):
 
     @property
     def fixed_latents(self) -> Tensor:
-        """The latents whose rows are the vectors, in their order: [n]."""
+        """The latents whose rows are the vectors, in the order of the vectors: [n]."""
         return self._latents
 
     def options(self) -> dict[str, Any]:
@@ -98,7 +96,7 @@ class HSAE(SparseAutoencoder):
         }
 
     def prepare(self, context: RunContext) -> None:
-        """Fix the rows, before the first step. UsageError where the vectors cannot be had, or do not fit."""
+        """Fix the rows before the first step. UsageError if the vectors cannot be computed or do not fit."""
         if self.fixed_vectors not in METHODS:
             self.fix(read_vectors(self.fixed_vectors, self.d_out))
             return
@@ -113,7 +111,7 @@ class HSAE(SparseAutoencoder):
     def fix(self, vectors: Tensor) -> None:
         """From now on the decoder rows of the latents are `vectors` [n, d_out], each divided by its norm.
 
-        The encoder of an SAE starts as it would from those rows: their transpose, as long as its columns are now."""
+        Unless this is a transcoder, the encoder's columns become the transpose of those rows and keep their norms."""
         vectors = checked(vectors, self.d_out)
         latents = list(range(len(vectors))) if self.wanted is None else self.wanted
         _check_latents(latents, self.d_sae)
@@ -121,7 +119,7 @@ class HSAE(SparseAutoencoder):
             raise OptionError(
                 "latents", f"names {len(latents)} latents for {len(vectors)} vectors. Name as many, or leave it out."
             )
-        rows = functional.normalize(vectors.to(self.W_dec), dim=1)
+        rows = functional.normalize(vectors.to(self.W_dec), dim=1)  # [n, d_out]
         index = torch.tensor(latents, device=rows.device)
         self.W_dec[index] = rows
         if not self.transcoder:
@@ -130,9 +128,9 @@ class HSAE(SparseAutoencoder):
 
     @torch.no_grad()
     def _hold(self, latents: Iterable[int]) -> None:
-        """Keep the decoder rows of `latents` as they are."""
+        """Keep the decoder rows of `latents` as they are now."""
         self._latents = torch.tensor(list(latents), dtype=torch.long, device=self.W_dec.device)
-        self.fixed = self.W_dec[self.fixed_latents].clone()
+        self.fixed = self.W_dec[self.fixed_latents].clone()  # [n, d_out]
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, sample: Tensor) -> None:
@@ -148,24 +146,24 @@ class HSAE(SparseAutoencoder):
     @torch.no_grad()
     def constrain_weights(self) -> None:
         super().constrain_weights()
-        self.W_dec[self.fixed_latents] = self.fixed  # normalising a row again may move it by a rounding
+        self.W_dec[self.fixed_latents] = self.fixed  # normalising a row again may round it differently
 
     def path_state(self) -> dict[str, Any]:
         return {**super().path_state(), "fixed_latents": self.fixed_latents.tolist()}
 
     def load_path_state(self, state: dict[str, Any]) -> None:
-        """The weights are there already: the rows they hold are the fixed ones."""
+        """The weights have already been loaded; the fixed rows are the ones they hold."""
         super().load_path_state(state)
         self._hold(state["fixed_latents"])
 
 
 @functools.cache
 def _over(base: type[SparseAutoencoder]) -> type[HSAE]:
-    """The class of an HSAE over `base`; computing what `base` does, it has the base's names in other libraries."""
+    """The class of an HSAE over `base`. It computes what `base` does, so other libraries know it by the same names."""
     if not isinstance(base, type) or not issubclass(base, SparseAutoencoder) or issubclass(base, HSAE):
-        raise OptionError("base", "is not an architecture that hsae can stand on. Name another, such as topk.")
-    names = {name: getattr(base, name) for name in _NAMES_ELSEWHERE}
-    return type(f"HSAE over {base.__name__}", (HSAE, base), {**names, "__doc__": HSAE.__doc__, "__module__": __name__})
+        raise OptionError("base", "hsae cannot be built on this. Name another architecture, such as topk.")
+    of_base = {"interop": SaeLensFormat.of(base), "option_names": base.option_names}
+    return type(f"HSAE over {base.__name__}", (HSAE, base), {**of_base, "__doc__": HSAE.__doc__, "__module__": __name__})
 
 
 def _hold_what_was_loaded(sae: Any, _: Any) -> None:
@@ -177,4 +175,4 @@ def _check_latents(latents: list[int], d_sae: int) -> None:
         if not 0 <= latent < d_sae:
             raise OptionError("latents", f"there is no latent {latent}; there are 0 to {d_sae - 1}.")
     if len(set(latents)) < len(latents):
-        raise OptionError("latents", f"{latents} names one twice. A row can be one vector only.")
+        raise OptionError("latents", f"{latents} names one twice, but a row can be only one vector.")

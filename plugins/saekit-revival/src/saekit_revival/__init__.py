@@ -1,4 +1,4 @@
-"""saekit-revival: brings dead latents back to life."""
+"""saekit-revival: revives dead latents."""
 
 from collections.abc import Iterator
 

@@ -1,8 +1,6 @@
-"""Gated: one path decides whether a latent is active, another how much."""
+"""Gated: one path decides whether a latent is active, another by how much."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +8,17 @@ from torch import Tensor, nn
 from saekit.sae.base import DecoderNorm, Skip, SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.kernels import Pattern
+from saekit.sae.saelens_format import SaeLensFormat
 
 
 class Gated(SparseAutoencoder):
     """f = H(gate) * ReLU(magnitude) (Rajamanoharan et al. 2024a, Improving Dictionary Learning with Gated SAEs).
 
-    Both paths share one product, `shared = (x - b_dec) @ W_enc`: gate = shared + b_gate, magnitude = exp(r_mag) * shared
-    + b_mag (eqs. 5 and 6). The gate learns through the loss `gated_aux`, whose support is every open gate.
+    Both paths share one product, `shared = (x - b_dec) @ W_enc`: gate = shared + b_gate and magnitude = exp(r_mag) * shared +
+    b_mag (eqs. 5 and 6). The gates learn from the loss `gated_aux`, which sees every open gate.
     """
 
-    saelens_name = "gated"
-    known_as = ("sae_lens:gated", "dictionary_learning:GatedAutoEncoder")
+    interop = SaeLensFormat("gated", known_as=("sae_lens:gated", "dictionary_learning:GatedAutoEncoder"))
 
     def __init__(
         self, d_in: int, d_sae: int, d_out: int | None = None, *, decoder_norm: DecoderNorm = "unit", skip: Skip = False
@@ -31,6 +29,15 @@ class Gated(SparseAutoencoder):
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
 
+    @property
+    def latent_parameters(self) -> dict[str, float]:
+        return {"b_gate": 0.0, "b_mag": 0.0, "r_mag": 0.0}
+
+    @torch.no_grad()
+    def shift_pre_activations(self, by: Tensor | float) -> None:
+        self.b_gate.copy_(self.b_gate.double() + by)
+        self.b_mag.copy_(self.b_mag.double() + by * self.r_mag.double().exp())
+
     def pre_activations(self, x: Tensor, latents: Tensor | None = None) -> Tensor:
         """The gate's pre-activations: [batch, n]."""
         if latents is None:
@@ -40,12 +47,12 @@ class Gated(SparseAutoencoder):
         return torch.addmm(self.b_gate[latents], self.centred(x), self.W_enc[:, latents])
 
     def gate(self, x: Tensor) -> Code:
-        shared = self.dense_pre(x)  # [batch, d_sae]; there is no b_enc in it
+        shared = self.dense_pre(x)  # [batch, d_sae], without a bias
         pattern = Pattern.of_mask(shared > -self.b_gate.detach())
         z = self.pre_at(x, shared, pattern)  # [nnz]
-        latents = pattern.indices
-        magnitude = torch.exp(self.r_mag)[latents] * z + self.b_mag[latents]
-        gates = z + self.b_gate[latents]  # positive on the whole pattern, so this is ReLU(gate)
+        latents = pattern.indices  # [nnz]
+        magnitude = torch.exp(self.r_mag)[latents] * z + self.b_mag[latents]  # [nnz]
+        gates = z + self.b_gate[latents]  # [nnz], positive on the whole pattern, so this is ReLU(gate)
         return self.sparse_code(x, pattern, magnitude.relu(), gates)
 
     @torch.no_grad()
@@ -53,8 +60,3 @@ class Gated(SparseAutoencoder):
         self.b_gate.div_(scale)
         self.b_mag.div_(scale)
         self.b_dec.div_(scale)
-
-    def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        cfg, tensors = super().to_saelens()
-        del tensors["b_enc"]
-        return cfg, {**tensors, "b_gate": self.b_gate, "b_mag": self.b_mag, "r_mag": self.r_mag}

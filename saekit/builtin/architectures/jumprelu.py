@@ -1,9 +1,9 @@
-"""JumpReLU: a threshold for each latent, learned through straight-through estimators."""
+"""JumpReLU: a threshold for each latent, learned by straight-through estimators."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saekit.sae.base import DecoderNorm, Skip, SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.kernels import Pattern
+from saekit.sae.saelens_format import SaeLensFormat
 
 
 class _Jump(torch.autograd.Function):
@@ -35,22 +36,34 @@ class _Jump(torch.autograd.Function):
         return d_jump * gate, -(theta * d_jump + d_gate) * window, None
 
 
-class JumpReLU(SparseAutoencoder):
-    """z where z exceeds the latent's own threshold, else zero (Rajamanoharan et al. 2024b, Jumping Ahead).
+class JumpReLUFormat(SaeLensFormat):
+    """Other libraries have a ReLU before the jump, so that a threshold below zero acts as zero."""
 
-    The thresholds learn from latents within half a `bandwidth` of them, active or not: those entries are kept in the
-    code with the value zero, so that the gradient's support is exactly the estimator's. Goes with the loss `l0`.
-    The threshold is a parameter itself, not its logarithm, and is kept from falling below zero, as sae_lens does:
-    Adam moves a logarithm too slowly over a short run.
+    def state(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        state = dict(tensors)
+        if "threshold" in state:
+            state["threshold"] = state["threshold"].clamp_min(0.0)
+        return state
+
+
+class JumpReLU(SparseAutoencoder):
+    """z where z exceeds the latent's threshold, else zero (Rajamanoharan et al. 2024b, Jumping Ahead). Goes with the loss `l0`.
+
+    A threshold learns from entries within half a `bandwidth` of it, whether active or not. The code keeps the inactive ones with
+    the value zero, so that the gradient has exactly the support of the estimator. The parameter is the threshold, not its
+    logarithm, and is kept from falling below zero, as in sae_lens: Adam moves a logarithm too slowly in a short run.
     """
 
-    saelens_name, saelens_transcoder = "jumprelu", "jumprelu_transcoder"
-    saelens_skip_transcoder = "jumprelu_skip_transcoder"
-    known_as = (
-        "sae_lens:jumprelu",
-        "sae_lens:jumprelu_transcoder",
-        "sae_lens:jumprelu_skip_transcoder",
-        "dictionary_learning:JumpReluAutoEncoder",
+    interop = JumpReLUFormat(
+        "jumprelu",
+        transcoder="jumprelu_transcoder",
+        skip_transcoder="jumprelu_skip_transcoder",
+        known_as=(
+            "sae_lens:jumprelu",
+            "sae_lens:jumprelu_transcoder",
+            "sae_lens:jumprelu_skip_transcoder",
+            "dictionary_learning:JumpReluAutoEncoder",
+        ),
     )
 
     def __init__(
@@ -68,8 +81,9 @@ class JumpReLU(SparseAutoencoder):
         self.initial_threshold, self.bandwidth = threshold, bandwidth
         self.threshold = nn.Parameter(torch.full((d_sae,), threshold))
 
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "threshold": self.initial_threshold, "bandwidth": self.bandwidth}
+    @property
+    def latent_parameters(self) -> dict[str, float]:
+        return {**super().latent_parameters, "threshold": self.initial_threshold}
 
     def gate(self, x: Tensor) -> Code:
         pre = self.dense_pre(x)  # [batch, d_sae]
@@ -77,8 +91,8 @@ class JumpReLU(SparseAutoencoder):
             pattern = Pattern.of_mask(pre > self.threshold)
             return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern))
         pattern = Pattern.of_mask(pre > self.threshold.detach() - self.bandwidth / 2)
-        z = self.pre_at(x, pre, pattern)
-        values, gates = _Jump.apply(z, self.threshold[pattern.indices], self.bandwidth)
+        z = self.pre_at(x, pre, pattern)  # [nnz]
+        values, gates = _Jump.apply(z, self.threshold[pattern.indices], self.bandwidth)  # [nnz] each
         return self.sparse_code(x, pattern, values, gates)
 
     @torch.no_grad()
@@ -91,15 +105,3 @@ class JumpReLU(SparseAutoencoder):
         super().rescale(scale)
         self.threshold.div_(scale)
         self.bandwidth /= scale
-
-    def to_saelens(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        cfg, tensors = super().to_saelens()
-        return cfg, {**tensors, "threshold": self.threshold}
-
-    @classmethod
-    def state_from_saelens(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Elsewhere a ReLU stands before the jump, so that a threshold below zero acts as zero."""
-        state = dict(tensors)
-        if "threshold" in state:
-            state["threshold"] = state["threshold"].clamp_min(0.0)
-        return state
