@@ -386,7 +386,7 @@ def test_an_attachment_is_used_again_but_not_twice_at_once(gpt2: Case) -> None:
             {"edits": {3: saekit.add(1, unit="max")}, "statistics": {"max": torch.ones(7)}},
             r"has shape \[7\]. It must be",
         ),
-        ({"edits": {3: saekit.add(1, unit="max")}, "statistics": {"max": torch.zeros(D_SAE)}}, "never fired"),
+        ({"edits": {3: saekit.add(1, unit="max")}, "statistics": {"max": torch.zeros(D_SAE)}}, "never fires"),
         ({"edits": {3: saekit.add(1, unit="max")}, "statistics": {"max": {3: float("nan")}}}, "which is nan"),
         ({"edits": {}, "positions": slice(0, 9, -1)}, "step of a slice must be 1 or more"),
         ({"edits": {}, "positions": [1.5]}, "neither a slice, a list of numbers"),

@@ -191,7 +191,7 @@ def test_negative_positions_are_refused_while_a_text_grows(language: Case) -> No
         (MASK[:, :5], r"the mask is \[2, 5\] and the forward sees 2 rows of 12"),
         (MASK[:1], r"the mask is \[1, 12\] and the forward sees 2 rows of 12"),
         (lambda p: p, r"the function returned torch.int64 \[2, 12\] .* Return booleans"),
-        (lambda p: p[0] > 3, r"gave torch.bool \[12\] for positions \[2, 12\]"),
+        (lambda p: p[0] > 3, r"returned torch.bool \[12\] for positions \[2, 12\]"),
     ],
 )
 def test_positions_that_do_not_fit_the_forward(case: Case, positions, message: str) -> None:
