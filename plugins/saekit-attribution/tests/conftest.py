@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from saekit_attribution.samples import Sample
+from saekit_attribution.labelled_data.samples import Sample
 from torch import Tensor, nn
 
 from saekit import SparseAutoencoder

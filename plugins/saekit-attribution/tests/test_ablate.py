@@ -11,11 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_attribution.ablate import Ablate
-from saekit_attribution.behaviour import answers, commonest, drawn_answers, judged, load_judge, preferences, share_of
-from saekit_attribution.cases import split, template_types
-from saekit_attribution.greedy import Question, _Texts, select
-from saekit_attribution.labelled import Labelled
+from saekit_attribution.ablate.analyzer import Ablate
+from saekit_attribution.ablate.answers import (
+    answers,
+    commonest,
+    drawn_answers,
+    judged,
+    load_judge,
+    preferences,
+    share_of,
+)
+from saekit_attribution.ablate.greedy_selection import Question, _Texts, select
+from saekit_attribution.ablate.questions import split, template_types
+from saekit_attribution.labelled_data.document import Labelled
 
 import saekit
 from saekit import Result, RunContext, UsageError

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_attribution import methods as methods_module
-from saekit_attribution.atp import AttributionPatching
-from saekit_attribution.entries import Analysed
-from saekit_attribution.methods import Attribution, attribute
-from saekit_attribution.prepare import prepare
-from saekit_attribution.samples import Sample
-from saekit_attribution.summary import summarised
+from saekit_attribution.atp.analyzer import AttributionPatching
+from saekit_attribution.atp.sample_analysis import Analysed
+from saekit_attribution.atp.summary import summarised
+from saekit_attribution.effects import methods as methods_module
+from saekit_attribution.effects.methods import Attribution, attribute
+from saekit_attribution.labelled_data.samples import Sample
+from saekit_attribution.labelled_data.teacher_forcing import prepare
 
 from saekit import Result, RunContext, UsageError
 from saekit.plugins import Registry
@@ -84,7 +84,7 @@ def entries(document: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def samples_of(context: RunContext, data: str) -> dict[tuple[int, int], Sample]:
-    from saekit_attribution.labelled import Labelled, Pair
+    from saekit_attribution.labelled_data.document import Labelled, Pair
 
     pairs = [p for p in Labelled.load(data).pairs() if isinstance(p, Pair)]
     subject = context.source.subject

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from saekit_attribution.benchmark import KINDS, main, measure, random_samples, seed_loop
-from saekit_attribution.methods import attribute
+from saekit_attribution.effects.methods import attribute
 
 from saekit import organism
 from saekit.activations.huggingface import load_subject

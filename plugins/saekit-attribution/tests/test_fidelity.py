@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from saekit_attribution.fidelity import correlation, fidelity, ranks
-from saekit_attribution.methods import Attribution
+from saekit_attribution.effects.fidelity import correlation, fidelity, ranks
+from saekit_attribution.effects.methods import Attribution
 from torch import Tensor
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from saekit_attribution import forward, methods
-from saekit_attribution.fidelity import fidelity
-from saekit_attribution.forward import Above
-from saekit_attribution.methods import Failed, Refused, attribute
-from saekit_attribution.nodes import nodes_of
+from saekit_attribution.effects import logit_difference, methods
+from saekit_attribution.effects.fidelity import fidelity
+from saekit_attribution.effects.logit_difference import Above
+from saekit_attribution.effects.methods import Failed, Refused, attribute
+from saekit_attribution.effects.nodes import nodes_of
 from torch import Tensor, nn
 
 import saekit
@@ -314,14 +314,14 @@ def test_batches_are_halved_where_memory_is_short(tiny, gpt2, monkeypatch, fault
 
 def test_a_sample_too_large_for_memory_is_said_to_be_so(tiny, gpt2, monkeypatch) -> None:
     sae, samples = tiny.sae(gpt2), tiny.samples([9, 12, 9])
-    own = forward.Replay.record
+    own = logit_difference.Replay.record
 
     def short(self, tokens: Tensor, *args, **kwargs):
         if tokens.shape[1] == 12:
             raise OUT_OF_MEMORY[0]
         return own(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(forward.Replay, "record", short)
+    monkeypatch.setattr(logit_difference.Replay, "record", short)
     found = attribute(gpt2, sae, samples, on_error="keep")
     assert [isinstance(f, Failed) for f in found] == [False, True, False]
     assert found[1].error == "OOM"

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from saekit_attribution.fidelity import fidelity
-from saekit_attribution.methods import METHODS, Attribution, attribute
-from saekit_attribution.samples import Sample
+from saekit_attribution.effects.fidelity import fidelity
+from saekit_attribution.effects.methods import METHODS, Attribution, attribute
+from saekit_attribution.labelled_data.samples import Sample
 from torch import Tensor, nn
 
 from saekit import SparseAutoencoder

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from saekit_attribution.methods import Attribution, attribute
-from saekit_attribution.ranking import agreement, by_weight, ranked
+from saekit_attribution.effects.methods import Attribution, attribute
+from saekit_attribution.effects.ranking import agreement, by_weight, ranked
 
 from saekit.activations.subject import Subject
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from saekit_contrastive.class_contrast import FORMS, contrast
 from saekit_contrastive.concept import Concept, ConceptRows, bar, resolve_latents
-from saekit_contrastive.forms import FORMS, contrast
 
 from saekit import UsageError
 

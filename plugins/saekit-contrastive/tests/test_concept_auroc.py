@@ -4,10 +4,10 @@ import types
 
 import pytest
 import torch
-from saekit_contrastive import gathered
+from saekit_contrastive import labelled_codes
+from saekit_contrastive.auroc import auroc
 from saekit_contrastive.concept_auroc import ConceptAUROC, _others
-from saekit_contrastive.gathered import Gathered, gather
-from saekit_contrastive.ranks import auroc
+from saekit_contrastive.labelled_codes import Gathered, gather
 from sklearn.metrics import roc_auc_score
 
 from saekit import SequenceBatch
@@ -150,8 +150,8 @@ def test_the_best_other_latent_is_chosen_on_training_data() -> None:
 def test_of_a_dense_code_some_positions_are_kept_whole(monkeypatch) -> None:
     sae = sae_of("standard")
     whole = gather(context_of(sae), "held_out", [0], sequences=256, tokens=10_000)
-    monkeypatch.setattr(gathered, "_ENTRIES", len(whole.values) // 3)
-    monkeypatch.setattr(gathered, "_ROWS", 64)
+    monkeypatch.setattr(labelled_codes, "_ENTRIES", len(whole.values) // 3)
+    monkeypatch.setattr(labelled_codes, "_ROWS", 64)
     part = gather(context_of(sae), "held_out", [0], sequences=256, tokens=10_000)
     assert len(whole.some) == len(whole.x) and len(part.some) < 0.4 * len(whole.x)
     dense = sae.encode(part.x[part.some]).dense().detach()

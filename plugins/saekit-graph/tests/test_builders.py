@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from saekit_graph import joint
+from saekit_graph import activation_graphs
+from saekit_graph.activation_graphs import PMI, Coactivation, Correlation, Firings
 from saekit_graph.cosine import Cosine, cosine_blocks
-from saekit_graph.joint import PMI, Coactivation, Correlation, Firings
-from saekit_graph.strongest import strongest
+from saekit_graph.top_k_graph import strongest
 from torch import Tensor
 
 from saekit import Code, DenseCode, FeatureGraph, Pattern, Registry, SparseAutoencoder, SparseCode, UsageError
@@ -171,7 +171,7 @@ def test_the_measure_is_never_held_whole() -> None:
     codes, _ = some_codes()
     sizes = [len(block) for _, block in Firings.of(iter(codes), D_SAE, np.int32).measured(lambda n, i, j: n, 4 * D_SAE)]
     assert sizes == [4] * 9 + [1]
-    assert joint.BLOCK * 8 <= 1 << 26
+    assert activation_graphs.BLOCK * 8 <= 1 << 26
 
 
 @pytest.mark.parametrize("name", ["cosine", "correlation", "coactivation", "pmi"])

@@ -151,7 +151,12 @@ def a_run(place: Path, builder: dict[str, Any], **changes: Any) -> tuple[Watch, 
 
     watch = Watch()
     callback = {"use": "refresh_graph", "builder": builder, "start": 3, "every": 4, "batches": 2}
-    table = {**tiny_table(), "loss": [{"use": "mse"}, {"use": "cluster", "weight": 0.1}], "callback": [callback], **changes}
+    table = {
+        **tiny_table(),
+        "loss": [{"use": "mse"}, {"use": "cluster", "weight": 0.1}],
+        "callback": [callback],
+        **changes,
+    }
     return watch, carried_out(table, place, Registry(), watch).summary
 
 

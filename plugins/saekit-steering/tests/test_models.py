@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from saekit_steering.cluster import Cluster
-from saekit_steering.measure import Measure, logit_lens
+from saekit_steering.continuations import continuations
 from saekit_steering.prompts import Prompt, batches
-from saekit_steering.push import latent_pushes, strengths
-from saekit_steering.texts import continuations
-from saekit_steering.typical import typical_tokens
+from saekit_steering.scoring import Measure, logit_lens
+from saekit_steering.steering_vectors import latent_pushes, strengths
+from saekit_steering.typical_tokens import typical_tokens
 
 from saekit import Subject
 from saekit.activations.sites import resolve

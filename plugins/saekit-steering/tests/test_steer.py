@@ -11,9 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from saekit_steering.continuations import distinct, judged, load_judge, log_perplexity
 from saekit_steering.prompts import DEFAULT, load_prompts
 from saekit_steering.steer import Steer
-from saekit_steering.texts import distinct, judged, load_judge, log_perplexity
 
 from saekit import RunContext, UsageError
 

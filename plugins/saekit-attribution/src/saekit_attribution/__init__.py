@@ -9,13 +9,13 @@ from saekit import Component, hookimpl
 def saekit_analyzers() -> Iterator[Component]:
     yield Component(
         "atp",
-        "saekit_attribution.atp:AttributionPatching",
+        "saekit_attribution.atp.analyzer:AttributionPatching",
         "Which latents cause flagged answers, with exact effects beside the estimate.",
         needs=("subject_model", "tokens"),
     )
     yield Component(
         "ablate",
-        "saekit_attribution.ablate:Ablate",
+        "saekit_attribution.ablate.analyzer:Ablate",
         "Ablates the latents that cause flagged answers, asks again, and measures what is left.",
         needs=("subject_model", "tokens"),
     )

@@ -30,8 +30,8 @@ from saekit import (
     organism,
     write_json,
 )
-from saekit_attribution.methods import attribute
-from saekit_attribution.samples import Sample
+from saekit_attribution.effects.methods import attribute
+from saekit_attribution.labelled_data.samples import Sample
 
 HOOK_POINT = "blocks.2.hook_out"
 INSERTED = 6  # tokens of a stated preference, which the base prompt lacks

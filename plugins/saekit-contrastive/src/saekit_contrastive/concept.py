@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saekit import Code, ComponentError, OptionError, Step
-from saekit_contrastive.forms import Form, Margin, contrasts, has_both
+from saekit_contrastive.class_contrast import Form, Margin, contrasts, has_both
 
 if TYPE_CHECKING:
     from saekit import RunContext

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from saekit_contrastive.auroc import auroc, auroc_of_latents
 from saekit_contrastive.concept import Latents, resolve_latents
-from saekit_contrastive.gathered import Gathered, gather
+from saekit_contrastive.labelled_codes import Gathered, gather
 from saekit_contrastive.probes import difference_of_means, logistic
-from saekit_contrastive.ranks import auroc, auroc_of_latents
 
 if TYPE_CHECKING:
     from saekit import RunContext, SparseAutoencoder

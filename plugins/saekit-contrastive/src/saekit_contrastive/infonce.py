@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saekit import OptionError, Step
-from saekit_contrastive.forms import has_both
+from saekit_contrastive.class_contrast import has_both
 from saekit_contrastive.pooling import Pool, halves, pooled
 from saekit_contrastive.tiled import LEFT_OUT, contrastive_loss
 

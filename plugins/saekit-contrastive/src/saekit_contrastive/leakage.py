@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from saekit import Code, Step
+from saekit_contrastive.class_contrast import has_both
 from saekit_contrastive.concept import Latents, resolve_latents
-from saekit_contrastive.forms import has_both
 
 if TYPE_CHECKING:
     from saekit import RunContext

@@ -8,9 +8,17 @@ from saekit import Component, hookimpl
 @hookimpl
 def saekit_graph_builders() -> Iterator[Component]:
     yield Component("cosine", "saekit_graph.cosine:Cosine", "Latents whose decoder rows point the same way.")
-    yield Component("correlation", "saekit_graph.joint:Correlation", "Latents whose activations rise and fall together.")
-    yield Component("coactivation", "saekit_graph.joint:Coactivation", "Latents that fire on the same activations (Jaccard).")
-    yield Component("pmi", "saekit_graph.joint:PMI", "Latents that fire together more often than chance has it.")
+    yield Component(
+        "correlation", "saekit_graph.activation_graphs:Correlation", "Latents whose activations rise and fall together."
+    )
+    yield Component(
+        "coactivation",
+        "saekit_graph.activation_graphs:Coactivation",
+        "Latents that fire on the same activations (Jaccard).",
+    )
+    yield Component(
+        "pmi", "saekit_graph.activation_graphs:PMI", "Latents that fire together more often than chance has it."
+    )
 
 
 @hookimpl
@@ -49,7 +57,7 @@ def saekit_analyzers() -> Iterator[Component]:
     )
     yield Component(
         "propagation",
-        "saekit_graph.foretell:Foretell",
+        "saekit_graph.neighbour_prediction:Foretell",
         "How much of what latents do their neighbours tell: by mean or learned (GCN, GAT) propagation, beside strangers.",
         needs=("graph",),
     )

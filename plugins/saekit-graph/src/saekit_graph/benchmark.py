@@ -25,7 +25,7 @@ from torch import Tensor
 
 from saekit import Code, Pattern, Registry, SparseAutoencoder, SparseCode, write_json
 from saekit_graph.cosine import BLOCK, Cosine, cosine_blocks
-from saekit_graph.strongest import rows_in_a_block, strongest
+from saekit_graph.top_k_graph import rows_in_a_block, strongest
 
 ACTIVE = 32  # latents of each activation
 BATCH = 4096
@@ -95,7 +95,12 @@ def of_joint(name: str, d_sae: int, tokens: int, k: int) -> dict[str, Any]:
     drawing = _timed(lambda: sum(len(code) for code in random_codes(tokens, d_sae)), "cpu")
     edges: list[Tensor] = []
     seconds = _timed(lambda: edges.append(builder(sae, random_codes(tokens, d_sae)).edge_index), "cpu")
-    return {"tokens": tokens, "seconds": seconds - drawing, "seconds_to_draw_the_codes": drawing, "edges": edges[0].shape[1]}
+    return {
+        "tokens": tokens,
+        "seconds": seconds - drawing,
+        "seconds_to_draw_the_codes": drawing,
+        "edges": edges[0].shape[1],
+    }
 
 
 def _timed(work: Callable[[], Any], device: str) -> float:
@@ -109,7 +114,9 @@ def _timed(work: Callable[[], Any], device: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print or write what came out."""
     parser = argparse.ArgumentParser(description="What building a feature graph costs.")
-    parser.add_argument("builder", nargs="?", default="cosine", choices=("cosine", "coactivation", "correlation", "pmi"))
+    parser.add_argument(
+        "builder", nargs="?", default="cosine", choices=("cosine", "coactivation", "correlation", "pmi")
+    )
     parser.add_argument("--latents", type=int, help="width of the dictionary")
     parser.add_argument("--width", type=int, default=768, help="of the activations, for cosine")
     parser.add_argument("--k", type=int, default=32, help="neighbours")

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from saekit_contrastive.class_contrast import Form, Margin
 from saekit_contrastive.concept import Concept, Latents, On, bar
-from saekit_contrastive.forms import Form, Margin
 from torch import Tensor
 
 from saekit import Code, FeatureGraph, Step

@@ -30,7 +30,9 @@ class Communities:
         self,
         *,
         latents: Annotated[list[int], Field(description="The latents whose community is listed.")] = [0],  # noqa: B006
-        resolution: Annotated[float, Field(gt=0, description="Louvain's resolution: larger makes smaller communities.")] = 1.0,
+        resolution: Annotated[
+            float, Field(gt=0, description="Louvain's resolution: larger makes smaller communities.")
+        ] = 1.0,
         rewired: Annotated[int, Field(ge=0, description="Rewired graphs for comparison.")] = 3,
         members: Annotated[int, Field(gt=0, description="Members listed of each community.")] = 32,
     ) -> None:
@@ -49,10 +51,14 @@ class Communities:
         clusters, note = self._agglomerative(G, sum(len(c) > 1 for c in found))
         notes = [note] if note else []
         if controls and modularity <= max(controls):
-            notes.append("The communities are no better than those of rewired graphs: the graph has no groups of its own.")
+            notes.append(
+                "The communities are no better than those of rewired graphs: the graph has no groups of its own."
+            )
         alone = [j for j in self.latents if not len(graph.neighbours(j)[0])]
         if alone:
-            notes.append(f"Latents {alone} have no neighbours, so none can be said to be in their community but by others' edges.")
+            notes.append(
+                f"Latents {alone} have no neighbours, so none can be said to be in their community but by others' edges."
+            )
         scalars: dict[str, float | int | None] = {
             "latents_with_edges": G.number_of_nodes(),
             "communities": len(found),
@@ -82,7 +88,10 @@ class Communities:
 
         nodes = list(G)
         if len(nodes) > AGGLOMERATIVE:
-            return None, f"Agglomerative clustering is left out: {len(nodes)} latents have edges, it takes {AGGLOMERATIVE} at most."
+            return (
+                None,
+                f"Agglomerative clustering is left out: {len(nodes)} latents have edges, it takes {AGGLOMERATIVE} at most.",
+            )
         place = {node: i for i, node in enumerate(nodes)}
         weights = np.zeros((len(nodes), len(nodes)))
         for a, b, weight in G.edges(data="weight"):
@@ -204,4 +213,3 @@ def _figure(groups: list[list[int]]) -> dict[str, Any]:
             "yaxis": {"title": {"text": "latents"}, "type": "log"},
         },
     }
-

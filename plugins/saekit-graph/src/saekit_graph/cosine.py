@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saekit import Code, ComponentError, FeatureGraph, SparseAutoencoder
-from saekit_graph.strongest import Above, Neighbours, rows_in_a_block, strongest
+from saekit_graph.top_k_graph import Above, Neighbours, rows_in_a_block, strongest
 
 BLOCK = 1 << 26  # cosines held at a time: 256 MB of float32. Smaller blocks make the matrix products slower.
 

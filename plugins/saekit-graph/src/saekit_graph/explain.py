@@ -32,7 +32,9 @@ class ExplainNeighbours:
         *,
         latents: Annotated[list[int], Field(description="The latents whose g is explained.")] = [0],  # noqa: B006
         epochs: Annotated[int, Field(gt=0, description="Steps in which GNNExplainer learns its mask.")] = 200,
-        tokens: Annotated[int | None, Field(gt=0, description="Held-out activations; evaluation.tokens by default.")] = None,
+        tokens: Annotated[
+            int | None, Field(gt=0, description="Held-out activations; evaluation.tokens by default.")
+        ] = None,
     ) -> None:
         self.latents, self.epochs, self.tokens = list(latents), epochs, tokens
 
@@ -137,5 +139,3 @@ def rank_agreement(first: Tensor, second: Tensor) -> float | None:
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit import Code, FeatureGraph, RunContext, SequenceBatch, SparseAutoencoder, own_numerics
-from saekit_steering.typical import of_class
+from saekit_steering.typical_tokens import of_class
 
 
 class Cluster:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from saekit_steering.matched import Curve
+from saekit_steering.effect_curve import Curve
 
 COLOURS = {"latent": "#c0392b", "random": "#7f8c8d", "other latent": "#2980b9"}
 

@@ -9,11 +9,11 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from saekit import ComponentError, OptionError, Result, RunContext
+from saekit_steering.continuations import load_judge
+from saekit_steering.experiment import Session
 from saekit_steering.prompts import load_prompts, tokenised
-from saekit_steering.push import Unit
-from saekit_steering.session import Session
-from saekit_steering.texts import load_judge
-from saekit_steering.typical import concept_column
+from saekit_steering.steering_vectors import Unit
+from saekit_steering.typical_tokens import concept_column
 
 
 def _existing(path: str) -> str:

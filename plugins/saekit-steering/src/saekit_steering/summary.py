@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from saekit import Result
+from saekit_steering.activation_statistics import Spread
 from saekit_steering.cluster import Classes, Cluster, class_table, right_share
+from saekit_steering.continuations import Continuation, averaged
+from saekit_steering.effect_curve import Curve, mean
 from saekit_steering.figures import damage_figure, effect_figure
-from saekit_steering.matched import Curve, mean
-from saekit_steering.measure import Measured
 from saekit_steering.prompts import NEUTRAL, UNRELATED
-from saekit_steering.push import Push
-from saekit_steering.spread import Spread
-from saekit_steering.texts import Continuation, averaged
+from saekit_steering.scoring import Measured
+from saekit_steering.steering_vectors import Push
 
 if TYPE_CHECKING:
     from saekit_steering.steer import Steer
