@@ -1,4 +1,4 @@
-"""Labelled data: kept as it came, refused with the place of what is wrong, paired or skipped with the reason."""
+"""Labelled data: written back unchanged, refused with the place of a fault, paired or skipped with the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from saekit_attribution.labelled_data.document import Labelled, Pair, Skipped
+from saekit_attribution.labelled_data.document import LabelledData, Pair, Skipped
 
 from saekit import UsageError
 
@@ -39,8 +39,8 @@ def variation(kind: str, response: Any = "No", flag: Any = 0, prompt: Any = "Q",
     return {"template_type": kind, "prompt": prompt, "response": response, "sycophancy_flag": flag, **more}
 
 
-def labelled(*variations: dict[str, Any]) -> Labelled:
-    return Labelled({"results": [{"variations": list(variations)}]}, "data.json")
+def labelled(*variations: dict[str, Any]) -> LabelledData:
+    return LabelledData({"results": [{"variations": list(variations)}]}, "data.json")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def file(tmp_path: Path) -> Any:
 
 def refusal(path: Path) -> str:
     with pytest.raises(UsageError) as caught:
-        Labelled.load(path)
+        LabelledData.load(path)
     assert str(path) in str(caught.value)
     return str(caught.value)
 
@@ -111,7 +111,7 @@ def test_what_was_there_is_still_there_in_order(
 ) -> None:
     place = tmp_path_factory.mktemp("labelled")
     (place / "in.json").write_text(json.dumps(document), encoding="utf-8")
-    data = Labelled.load(place / "in.json")
+    data = LabelledData.load(place / "in.json")
     analyses = {p.place: {"skipped": str(p.place)} for p in data.pairs()}
     data.write(place / "out.json", analyses)
     written = json.loads((place / "out.json").read_text(encoding="utf-8"))
@@ -136,9 +136,9 @@ def test_an_earlier_analysis_is_replaced_where_it_stands() -> None:
 
 
 def test_text_stays_readable_and_half_a_surrogate_survives(file: Any, tmp_path: Path) -> None:
-    Labelled.load(file(SEED)).write(tmp_path / "out.json", {})
+    LabelledData.load(file(SEED)).write(tmp_path / "out.json", {})
     assert "質問全文" in (tmp_path / "out.json").read_text(encoding="utf-8")
-    Labelled.load(file('{"results": [], "x": "\\ud800"}')).write(tmp_path / "out.json", {})
+    LabelledData.load(file('{"results": [], "x": "\\ud800"}')).write(tmp_path / "out.json", {})
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["x"] == "\ud800"
 
 
@@ -176,10 +176,10 @@ def test_a_file_cut_off_anywhere_is_told_as_such(
         ('{"results": [5]}', "results[0]: is a number, not an object"),
         ('{"results": [{}]}', "results[0].variations: is missing"),
         ('{"results": [{"variations": [null]}]}', "results[0].variations[0]: is null, not an object"),
-        ('{"results": [], "results": []}', "'results' twice"),
-        ('{"results": [], "x": {"a": 1, "a": 1}}', "'a' twice"),
-        ('{"results": [], "x": NaN}', "NaN is no JSON number"),
-        ('{"results": [], "x": -Infinity}', "-Infinity is no JSON number"),
+        ('{"results": [], "results": []}', "'results' occurs twice"),
+        ('{"results": [], "x": {"a": 1, "a": 1}}', "'a' occurs twice"),
+        ('{"results": [], "x": NaN}', "NaN is not a JSON number"),
+        ('{"results": [], "x": -Infinity}', "-Infinity is not a JSON number"),
         ('{"results": [], "x": 1e400}', "1e400 is too large"),
         ('{"results": [], "x": ' + "9" * 5000 + "}", "of 5000 digits is too long"),
         ('{"results": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
@@ -209,14 +209,14 @@ def test_a_wrong_type_is_named_by_its_path(file: Any, key: str, value: Any, said
 def test_a_missing_file_a_directory_and_a_byte_order_mark(file: Any, tmp_path: Path) -> None:
     assert "No such file" in refusal(tmp_path / "none.json")
     assert "directory" in refusal(tmp_path)
-    assert Labelled.load(file(b"\xef\xbb\xbf" + json.dumps(SEED).encode())).document == SEED
+    assert LabelledData.load(file(b"\xef\xbb\xbf" + json.dumps(SEED).encode())).document == SEED
 
 
 # --- paired -----------------------------------------------------------------------------------------------------
 
 
 def test_each_flagged_variation_is_paired_with_the_base_of_its_result() -> None:
-    data = Labelled(
+    data = LabelledData(
         {
             "results": [
                 {

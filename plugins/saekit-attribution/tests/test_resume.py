@@ -1,4 +1,4 @@
-"""An analysis that is killed and run again: nothing is lost, nothing done twice, and the result is the undisturbed one."""
+"""An analysis that is killed and run again: nothing is lost or repeated, and the result is that of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ context = dataclasses.replace(context, directory=Path(directory))
 owner, name = {
     "attribute": (analyzer, "attribute"),
     "rename": (saekit.files.os, "replace"),
-    "results": (analyzer.Labelled, "write"),
+    "results": (analyzer.LabelledData, "write"),
     "finish": (progress.Progress, "finish"),
 }[moment]
 real, calls = getattr(owner, name), 0
@@ -212,7 +212,7 @@ def test_what_would_change_the_numbers_begins_anew(
 def test_the_same_data_elsewhere_goes_on(
     context: RunContext, data: str, attributed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What counts is the content, and not the path or the layout of the file."""
+    """The content of the file counts, not its path or layout."""
     interrupted(context, {"data": data, **OPTIONS}, monkeypatch, after=3)
     (tmp_path / "copy.json").write_text(json.dumps(json.loads(Path(data).read_text()), indent=4))
     attributed.clear()

@@ -1,4 +1,4 @@
-"""From text to teacher-forced tokens: where answers part, what cannot be compared and why, how positions are aligned."""
+"""From text to teacher-forced tokens: the first difference, pairs that cannot be compared, and the alignment of positions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from saekit_attribution.labelled_data.document import Pair, Skipped
 from saekit_attribution.labelled_data.organism_answers import organism_data
-from saekit_attribution.labelled_data.samples import Sample
-from saekit_attribution.labelled_data.teacher_forcing import SAME_PROMPT, SEAM, prepare
+from saekit_attribution.labelled_data.teacher_forcing import SAME_PROMPT, SEAM, Sample, teacher_forced
 
 from saekit import UsageError, organism
 
@@ -45,13 +44,13 @@ def text(tokens: tuple[int, ...]) -> str:
 
 
 def prepared(given: Pair, tokenizer: Any = None, context: int | None = None, **options: Any) -> Sample:
-    found = prepare(given, tokenizer or Letters(), context, **options)
+    found = teacher_forced(given, tokenizer or Letters(), context, **options)
     assert isinstance(found, Sample), found
     return found
 
 
 def reason(given: Pair, tokenizer: Any = None, context: int | None = None, **options: Any) -> str:
-    found = prepare(given, tokenizer or Letters(), context, **options)
+    found = teacher_forced(given, tokenizer or Letters(), context, **options)
     assert found == Skipped((3, 1), "like", found.reason), found  # type: ignore[union-attr]
     return found.reason  # type: ignore[union-attr]
 
@@ -84,7 +83,7 @@ def test_a_chat_template_puts_the_prompt_into_a_turn() -> None:
     sample = prepared(pair("a", "x", "b", "y"), Templated(), chat_template=True)
     assert text(sample.tokens) == "[user]a[model]"
     with pytest.raises(UsageError, match="no chat template"):
-        prepare(pair("a", "x", "b", "y"), Letters(), None, chat_template=True)
+        teacher_forced(pair("a", "x", "b", "y"), Letters(), None, chat_template=True)
 
 
 def test_the_range_in_which_a_difference_is_sought() -> None:
@@ -161,7 +160,7 @@ def test_the_organisms_own_answers_give_samples_of_each_direction() -> None:
 
     subject = load_subject(str(organism.directory()), "blocks.2.hook_out")
     data = organism_data(subject, n=6)
-    found = [prepare(pair, subject.tokenizer, subject.context) for pair in data.pairs()]  # type: ignore[arg-type]
+    found = [teacher_forced(pair, subject.tokenizer, subject.context) for pair in data.pairs()]  # type: ignore[arg-type]
     assert [s.template_type for s in found] == ["I really like", "I really dislike"] * 6
     assert all(isinstance(s, Sample) and s.token_position == 1 for s in found)  # the classes share no first word
     assert organism_data(subject, n=6).digest == data.digest

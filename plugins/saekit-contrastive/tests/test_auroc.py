@@ -31,7 +31,7 @@ def test_every_latent_has_the_auroc_of_its_dense_column(seed: int, n: int, d_sae
 
 
 def test_scores_that_a_squashing_metric_would_tie_are_told_apart() -> None:
-    """torchmetrics' AUROC puts scores outside 0 to 1 through a sigmoid: 30 and 40 are equal there in float32."""
+    """torchmetrics' AUROC passes scores outside 0 to 1 through a sigmoid, where 30 and 40 are equal in float32."""
     scores = torch.tensor([30.0, 40.0, 50.0, 60.0])
     assert auroc(scores, torch.tensor([0.0, 0.0, 1.0, 1.0])) == 1.0
     assert auroc(-scores, torch.tensor([0.0, 0.0, 1.0, 1.0])) == 0.0

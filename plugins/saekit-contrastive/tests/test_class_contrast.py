@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saekit_contrastive import class_contrast
-from saekit_contrastive.class_contrast import FORMS, contrast, contrasts, has_both
+from saekit_contrastive.class_contrast import FORMS, contrast, contrasts, has_both_classes
 
 SCALE_FREE = [form for form in FORMS if form != "raw"]
 
@@ -29,7 +29,7 @@ def test_a_scale_changes_neither_the_value_nor_is_there_a_slope_along_it(form) -
 
 
 def test_raw_has_no_floor() -> None:
-    """The seed's form: the same separation, ten times the scale, ten times as good."""
+    """The form raw: the same separation at ten times the scale counts ten times as much."""
     scores, labels = drawn()
     value = contrast(scores, labels, form="raw")
     torch.testing.assert_close(contrast(10 * scores, labels, form="raw"), 10 * value)
@@ -58,7 +58,7 @@ def test_one_class_alone_says_nothing(form, fill: float) -> None:
     labels = torch.full((5,), fill)
     assert contrast(torch.randn(5), labels, form=form) is None
     assert contrasts(torch.randn(5, 2), torch.stack([labels, labels], 1), form=form) is None
-    assert not has_both(labels[:, None])
+    assert not has_both_classes(labels[:, None])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,4 +1,4 @@
-"""What is added: strength x decoder row, in every unit, equally long for every direction, read after the edit."""
+"""The added vector: strength x decoder row, in every unit, of the same norm for every direction, read after the edit."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from saekit_steering.cluster import Cluster
 from saekit_steering.prompts import Prompt, batches
-from saekit_steering.scoring import Measure, output_score
-from saekit_steering.steering_vectors import latent_pushes, other_pushes, random_pushes, strengths
+from saekit_steering.scoring import Scorer, output_score
+from saekit_steering.steering_vectors import latent_vectors, other_latent_vectors, random_vectors, strengths
 from saekit_steering.typical_tokens import typical_tokens
 
 import saekit
@@ -16,15 +16,15 @@ from saekit import RunContext, UsageError
 TOKENS = (0, 40, 41, 42, 43)
 
 
-def measured(context: RunContext, pushes, prompts=None):
+def measured(context: RunContext, vectors, prompts=None):
     typical = typical_tokens(torch.randint(1, 9, (2, 258), generator=torch.Generator().manual_seed(0)), 20, 1)
     some = prompts or [Prompt("neutral", "", TOKENS)]
-    return Measure(context, Cluster(context, 0, 10), typical)(pushes, batches(some, 512), {})
+    return Scorer(context, Cluster(context, 0, 10), typical)(vectors, batches(some, 512), {})
 
 
 def test_f_is_read_after_the_edit_and_rises_by_the_strength(context: RunContext) -> None:
-    push = latent_pushes(context.sae, 0, strengths([2.5], "absolute", 1.0, 1.0))[0]
-    found = measured(context, [push])
+    vector = latent_vectors(context.sae, 0, strengths([2.5], "absolute", 1.0, 1.0))[0]
+    found = measured(context, [vector])
     before, after = found.readings_before[0][0], found.readings[0][0][0]
     assert before.shape == (len(TOKENS) - 1, 5)
     torch.testing.assert_close(after[:, 0] - before[:, 0], torch.full((4,), 2.5), atol=1e-4, rtol=0)
@@ -32,9 +32,9 @@ def test_f_is_read_after_the_edit_and_rises_by_the_strength(context: RunContext)
 
 def test_the_first_position_is_not_steered(context: RunContext) -> None:
     subject = context.source.subject
-    push = latent_pushes(context.sae, 0, strengths([2.5], "absolute", 1.0, 1.0))[0]
+    vector = latent_vectors(context.sae, 0, strengths([2.5], "absolute", 1.0, 1.0))[0]
     ids = torch.tensor([TOKENS])
-    edit = push.edit(subject)
+    edit = vector.edit(subject)
     with saekit.attach_all([edit, saekit.read(subject.model, context.sae, subject.site, after=edit)]) as both:
         subject.model(ids)
     with saekit.read(subject.model, context.sae, subject.site) as plain:
@@ -56,7 +56,7 @@ def test_g_is_the_weighted_mean_of_the_neighbours(context: RunContext) -> None:
 
 
 def test_g_is_that_of_the_graph_plugin(context: RunContext) -> None:
-    """Small as it is, it is written twice: this plugin does without torch_geometric."""
+    """Both plugins compute g, since this one does without torch_geometric."""
     graphs = pytest.importorskip("saekit_graph.propagation")
     cluster = Cluster(context, 0, 10)
     x = torch.randn(20, 16, generator=torch.Generator().manual_seed(4))
@@ -80,7 +80,7 @@ def test_a_graph_of_another_dictionary_is_refused(context: RunContext) -> None:
 
 
 def test_reading_upstream_of_the_edit_is_refused(context: RunContext) -> None:
-    """The defect that this analyzer exists to rule out: the SAE read before the layer that was steered."""
+    """The defect that this analyzer rules out: reading the SAE before the steered layer."""
     subject = context.source.subject
     edit = saekit.attach(subject.model, context.sae, "blocks.1.hook_out", edits={0: saekit.add(2.0)})
     reader = saekit.read(subject.model, context.sae, subject.site, after=edit)  # blocks.0
@@ -96,12 +96,12 @@ def test_every_direction_of_one_strength_is_equally_long(context: RunContext) ->
         row_norm = float(sae.W_dec[0].norm())
         sweep = strengths([0.5, 2.0], "absolute", 1.0, row_norm)
         living = torch.ones(sae.d_sae, dtype=torch.bool)
-        for make in (random_pushes(sae, 0, sweep, 3, 0), other_pushes(sae, 0, living, sweep, 23, 0)):
-            for push in make:
-                added = push.scale * push.strength.absolute * push.sae.W_dec[push.row]
-                assert float(added.norm()) == pytest.approx(push.strength.norm, rel=1e-5)
-                assert push.strength.norm == pytest.approx(push.strength.given * row_norm)
-        drawn = {push.row for push in other_pushes(sae, 0, living, sweep, 23, 0)}
+        for make in (random_vectors(sae, 0, sweep, 3, 0), other_latent_vectors(sae, 0, living, sweep, 23, 0)):
+            for vector in make:
+                added = vector.scale * vector.strength.absolute * vector.sae.W_dec[vector.row]
+                assert float(added.norm()) == pytest.approx(vector.strength.norm, rel=1e-5)
+                assert vector.strength.norm == pytest.approx(vector.strength.given * row_norm)
+        drawn = {vector.row for vector in other_latent_vectors(sae, 0, living, sweep, 23, 0)}
         assert drawn == set(range(1, 24))
     finally:
         with torch.no_grad():
@@ -110,28 +110,28 @@ def test_every_direction_of_one_strength_is_equally_long(context: RunContext) ->
 
 def test_random_directions_come_from_the_seed_and_point_anywhere(context: RunContext) -> None:
     sweep = strengths([1.0], "absolute", 1.0, 1.0)
-    first, again, other = (random_pushes(context.sae, 0, sweep, 4, seed)[0].sae.W_dec for seed in (0, 0, 1))
+    first, again, other = (random_vectors(context.sae, 0, sweep, 4, seed)[0].sae.W_dec for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
     assert torch.linalg.matrix_rank(first) == 4
 
 
 def test_strength_zero_changes_nothing(context: RunContext) -> None:
-    push = latent_pushes(context.sae, 0, strengths([0.0], "absolute", 1.0, 1.0))[0]
-    found = measured(context, [push])
-    score = found.pushed[0]["neutral"]
+    vector = latent_vectors(context.sae, 0, strengths([0.0], "absolute", 1.0, 1.0))[0]
+    found = measured(context, [vector])
+    score = found.steered[0]["neutral"]
     assert score.kl == pytest.approx(0.0, abs=1e-6)
-    assert score.log_odds == pytest.approx(found.clean["neutral"].log_odds, abs=1e-4)
+    assert score.log_odds == pytest.approx(found.unsteered["neutral"].log_odds, abs=1e-4)
 
 
 def test_padding_does_not_change_what_is_measured(context: RunContext) -> None:
-    push = latent_pushes(context.sae, 0, strengths([2.5], "absolute", 1.0, 1.0))[0]
+    vector = latent_vectors(context.sae, 0, strengths([2.5], "absolute", 1.0, 1.0))[0]
     rows = [Prompt("neutral", "", TOKENS), Prompt("neutral", "", (0, *range(50, 62)))]
-    alone = [measured(context, [push], [row]) for row in rows]
-    together = measured(context, [push], rows)
+    alone = [measured(context, [vector], [row]) for row in rows]
+    together = measured(context, [vector], rows)
     for name in ("log_odds", "probability", "kl", "positions"):
-        total = sum(getattr(one.pushed[0]["neutral"], name) for one in alone)
-        assert getattr(together.pushed[0]["neutral"], name) == pytest.approx(total, rel=1e-4, abs=1e-5)
+        total = sum(getattr(one.steered[0]["neutral"], name) for one in alone)
+        assert getattr(together.steered[0]["neutral"], name) == pytest.approx(total, rel=1e-4, abs=1e-5)
     for number, one in enumerate(alone):
         torch.testing.assert_close(together.readings[0][number][0], one.readings[0][0][0], atol=1e-4, rtol=1e-4)
 

@@ -1,10 +1,10 @@
-"""The sets of typical tokens: planted ones are found, rare ones are not, and the log-odds is what it says."""
+"""Typical tokens: planted ones are found, rare ones are not, and the log-odds follows its definition."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from saekit_steering.cluster import right_share
+from saekit_steering.cluster import sign_agreement
 from saekit_steering.typical_tokens import concept_column, typical_tokens
 
 from saekit import RunContext, UsageError
@@ -63,5 +63,5 @@ def test_an_unknown_concept_names_those_that_there_are(context: RunContext) -> N
 def test_the_right_sign_is_that_of_the_concept_and_zero_is_never_right() -> None:
     expected = torch.tensor([1.0, -1.0, 1.0, 0.0])
     change = torch.tensor([0.5, -0.5, 0.0, 0.0])
-    assert right_share(change, expected, forward=True) == 0.5
-    assert right_share(-change, expected, forward=False) == 0.5
+    assert sign_agreement(change, expected, forward=True) == 0.5
+    assert sign_agreement(-change, expected, forward=False) == 0.5

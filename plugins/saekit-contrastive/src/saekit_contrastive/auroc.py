@@ -1,4 +1,8 @@
-"""Exact AUROC by ranks, for all latents of a sparse code at once."""
+"""Exact AUROC by ranks, for all latents of a sparse code at once.
+
+torchmetrics passes scores outside [0, 1] through a sigmoid, which ties large ones, and scikit-learn takes dense scores, one
+latent at a time; so it is written here, and tested against both definitions.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,8 @@ from torch import Tensor
 
 
 def auroc(scores: Tensor, labels: Tensor) -> float | None:
-    """How often a row of class 1 scores higher than one of class 0, ties counted half, over all pairs (Hanley and McNeil
-    1982). scores, labels: [n]; a label is 0, 1 or NaN (left out). None where a class has no row."""
+    """How often a row of class 1 scores higher than a row of class 0, over all pairs, ties counting half (Hanley and McNeil
+    1982). scores, labels: [n]; a label is 0, 1 or NaN (left out). None where a class has no rows."""
     n = torch.arange(len(scores), device=scores.device)
     value = float(auroc_of_latents(n, torch.zeros_like(n), scores, labels, 1)[0])
     return None if value != value else value
@@ -17,8 +21,8 @@ def auroc(scores: Tensor, labels: Tensor) -> float | None:
 def auroc_of_latents(rows: Tensor, latents: Tensor, values: Tensor, labels: Tensor, d_sae: int) -> Tensor:
     """The AUROC of every latent of a code given by its active entries: [d_sae] float64, 0.5 for one that never fires.
 
-    rows, latents, values: [nnz], each (row, latent) once; all other activations are zero, and less than any value here.
-    labels: [n] for the n rows, NaN where one is left out. NaN everywhere where a class has no row. Memory grows with nnz.
+    rows, latents, values: [nnz], each (row, latent) once; all other activations are zero, below every value here.
+    labels: [n], NaN for a row that is left out. The result is NaN where a class has no rows. Memory grows with nnz.
     """
     known = ~labels.isnan()
     positive = known & (labels > 0.5)  # [n]
@@ -35,8 +39,8 @@ def auroc_of_latents(rows: Tensor, latents: Tensor, values: Tensor, labels: Tens
     below = torch.cat([counted.new_zeros(1), counted])  # rows of class 0 among the first i entries: [nnz + 1]
     start, end = _runs(latents)
     first, last = _runs(latents, values)
-    per_pos = (below[first] - below[start]) + 0.5 * (below[last] - below[first])  # active rows of class 0 that it beats
-    idle_neg = n_neg - (below[end] - below[start])  # rows of class 0 where the latent is silent: beaten as well
+    per_pos = (below[first] - below[start]) + 0.5 * (below[last] - below[first])  # active rows of class 0 that score lower
+    idle_neg = n_neg - (below[end] - below[start])  # rows of class 0 where the latent is silent: lower too
     wins = torch.zeros(d_sae, dtype=torch.float64, device=values.device)
     wins.index_add_(0, latents[is_pos], (per_pos + idle_neg)[is_pos].double())
     active_pos = torch.bincount(latents[is_pos], minlength=d_sae)
@@ -46,7 +50,7 @@ def auroc_of_latents(rows: Tensor, latents: Tensor, values: Tensor, labels: Tens
 
 
 def _runs(*keys: Tensor) -> tuple[Tensor, Tensor]:
-    """For each place of sorted keys [n], where the run of equal ones around it begins, and where it ends: [n] each."""
+    """For each place of sorted keys [n], the beginning and the end of its run of equal keys: [n] each."""
     n = len(keys[0])
     new = torch.ones(n + 1, dtype=torch.bool, device=keys[0].device)
     if n > 1:

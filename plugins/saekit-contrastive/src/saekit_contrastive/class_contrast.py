@@ -1,14 +1,14 @@
-"""What it costs that scores do not part two classes, in forms that a larger scale alone cannot satisfy.
+"""The contrast of two classes: how badly scores separate them, in forms that a larger scale alone cannot satisfy.
 
-Scores are those of one latent; class 1 is to score high, class 0 low. All forms but `raw` see the scores in units of
-their root mean square over the labelled rows, and that unit is not held fixed: a gradient along the scores themselves
-is zero (the forms are homogeneous of degree 0), so a step towards greater activations gains nothing.
+Scores are those of one latent; class 1 should score high, class 0 low. All forms but `raw` take the scores in units of
+their root mean square over the labelled rows, and gradients flow through that unit. The forms are then homogeneous of
+degree 0: their gradient along the scores themselves is zero, so a step towards larger activations gains nothing.
 
-- raw: `-(mean of class 1 - mean of class 0)`. Unbounded below: twice the scores are twice as good.
+- raw: `-(mean of class 1 - mean of class 0)`. Unbounded below: doubling the scores doubles the gain.
 - hinge: how far class 1 falls short of `+margin`, and class 0 of `-margin`.
-- bce: cross-entropy of the logistic of score / margin, each class weighing one half.
+- bce: cross-entropy of the logistic of score / margin; each class weighs one half.
 - pairwise: log(1 + exp(-difference / margin)), averaged over all pairs of one row of each class: a smooth AUROC
-  (Yan et al. 2003; logistic in place of their hinge). It asks for an order; only the unit, taken about zero, asks for a sign.
+  (Yan et al. 2003; logistic in place of their hinge). It rewards order alone; only the unit, taken about zero, depends on the sign.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 FORMS = ("raw", "hinge", "bce", "pairwise")
 Form = Annotated[
     Literal["raw", "hinge", "bce", "pairwise"],
-    Field(description="hinge, bce and pairwise are in units of the scores' RMS; raw is the plain difference of means."),
+    Field(description="hinge, bce and pairwise use units of the scores' RMS; raw is the plain difference of means."),
 ]
 """The type of an option that chooses a form."""
 Margin = Annotated[
@@ -36,9 +36,9 @@ _PAIRS = 1 << 20  # differences held at a time by `pairwise`
 
 
 def contrast(scores: Tensor, labels: Tensor, *, form: Form = "hinge", margin: Margin = 0.5) -> Tensor | None:
-    """How badly scores [n] tell rows of label 1 from rows of label 0, as a scalar; None where a class has no row.
+    """How badly scores [n] separate rows of label 1 from rows of label 0, as a scalar; None where a class has no rows.
 
-    labels: [n], 0, 1, or NaN for rows that do not take part. A row above 0.5 counts as class 1.
+    labels: [n], 0, 1, or NaN for rows to leave out. A label above 0.5 counts as class 1.
 
     >>> contrast(torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.0]), form="hinge", margin=0.5)
     tensor(0.)
@@ -68,18 +68,18 @@ def contrasts(scores: Tensor, labels: Tensor, *, form: Form = "hinge", margin: M
 
 
 def root_mean_square(scores: Tensor) -> Tensor:
-    """The root mean square of all scores, about zero; 1 where all are zero, so that a division is safe."""
+    """The root mean square of all scores, about zero; 1 where all are zero, so that dividing by it is safe."""
     square = scores.square().mean()
     return torch.where(square > 0, square, torch.ones_like(square)).sqrt()
 
 
-def has_both(labels: Tensor) -> bool:
-    """Whether some column of labels [n, c] has rows of both classes: otherwise `contrasts` has nothing to say."""
+def has_both_classes(labels: Tensor) -> bool:
+    """Whether some column of labels [n, c] has rows of both classes; otherwise `contrasts` returns None."""
     return bool(((labels > 0.5).any(0) & (labels <= 0.5).any(0)).any())
 
 
 def _pairwise(positive: Tensor, negative: Tensor) -> Tensor:
-    """Mean of softplus(negative - positive) over all pairs, `_PAIRS` at a time, which backward computes anew."""
+    """Mean of softplus(negative - positive) over all pairs, `_PAIRS` at a time; backward recomputes them."""
     total = positive.new_zeros(())
     for rows in positive.split(max(1, _PAIRS // len(negative))):
         total = total + checkpoint(_of_pairs, rows, negative, use_reentrant=False)

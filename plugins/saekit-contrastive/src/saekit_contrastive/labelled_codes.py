@@ -1,4 +1,4 @@
-"""Labelled sequences through an SAE, kept for measures that need all of them at once."""
+"""The codes of labelled sequences, kept for measures that need all of them at once."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _BATCH = 16  # sequences asked for at a time
 _ROWS = 2048  # positions encoded at a time
 _ENTRIES = 4_000_000  # active entries of codes kept
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Tensor, Tensor, Tensor]]] = weakref.WeakKeyDictionary()
-# by source: the variants of a run are measured on the same positions, which are harvested once
+# by source: all variants of a run are measured on the same positions, which are harvested once
 
 
 @dataclass
-class Gathered:
-    """What is kept of n positions, of n_sequences sequences, and of their gated code.
+class LabelledCodes:
+    """n positions of n_sequences sequences, with their gated code.
 
-    x: [n, d_in], as the SAE reads them. sequence: [n]. labels: [n_sequences, n_concepts]. columns: [n] activations of some
-    latents. rebuilt: [n, d_out], what the latents rebuild. pooled_code: [n_sequences, d_sae], mean activations.
-    sums: [3, d_sae] float64, of each latent's activations, their squares, and how often it fires.
-    some: [s] positions whose whole code is kept. rows, latents, values: its active entries, rows counted in `some`.
+    x: [n, d_in], the SAE's input. sequence: [n]. labels: [n_sequences, n_concepts]. columns: [n] activations of some
+    latents. rebuilt: [n, d_out], the reconstruction. pooled_code: [n_sequences, d_sae], mean activations.
+    sums: [3, d_sae] float64: of each latent's activations, of their squares, and how often it fires.
+    some: [s] positions with their whole code. rows, latents, values: its active entries, rows being places in `some`.
     """
 
     x: Tensor
@@ -61,13 +61,13 @@ class Gathered:
 
 
 @torch.no_grad()
-def gather(context: RunContext, split: str, chosen: Iterable[int], *, sequences: int, tokens: int) -> Gathered:
-    """At most so many sequences, and about so many positions, of a split through the SAE.
+def encode_labelled(context: RunContext, split: str, chosen: Iterable[int], *, sequences: int, tokens: int) -> LabelledCodes:
+    """Encode at most `sequences` sequences, and about `tokens` positions, of a split.
 
-    chosen: the latents whose activations are kept at every position. Whole codes are kept at as many positions, evenly
-    spread, as have about 4 million active entries: all of them where the code is sparse.
+    chosen: latents whose activations are kept at every position. Whole codes are kept at evenly spread positions with
+    about 4 million active entries in all: at every position where the code is sparse.
 
-    Of "held_out" they are taken from all over it, since what is held out may be sorted by kind."""
+    From "held_out" they are taken all over the split, which may be sorted by kind."""
     known = _KNOWN.setdefault(context.source, {})
     key = (split, sequences, tokens, context.seed)
     if key not in known:
@@ -95,7 +95,7 @@ def gather(context: RunContext, split: str, chosen: Iterable[int], *, sequences:
     found = torch.cat(picked).unbind(1)
     entries = (torch.cat(part) for part in zip(*kept, strict=True))
     by_latent = dict(zip(columns.tolist(), found, strict=True))
-    return Gathered(x, sequence, labels, by_latent, torch.cat(rebuilt), mean, sums, torch.cat(some), *entries)
+    return LabelledCodes(x, sequence, labels, by_latent, torch.cat(rebuilt), mean, sums, torch.cat(some), *entries)
 
 
 def _lengths(sequence: Tensor, labels: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def _positions(source: Source, split: str, sequences: int, tokens: int, seed: in
 
 
 def _batches(source: Source, seed: int) -> int:
-    """How many batches of held-out sequences there are, found by asking for single ones: at most about 40 are harvested."""
+    """The number of batches of held-out sequences, found by requesting single sequences: at most about 40 are harvested."""
     low, high = 0, 1
     while len(source.sequences("held_out", 1, seed, high * _BATCH)):
         low, high = high, 2 * high

@@ -1,4 +1,4 @@
-"""saekit-graph: graphs over the latents of a sparse autoencoder, and what spreads along them, with torch_geometric."""
+"""saekit-graph: graphs over the latents of a sparse autoencoder, and propagation along them, with torch_geometric."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def saekit_graph_builders() -> Iterator[Component]:
         "Latents that fire on the same activations (Jaccard).",
     )
     yield Component(
-        "pmi", "saekit_graph.activation_graphs:PMI", "Latents that fire together more often than chance has it."
+        "pmi", "saekit_graph.activation_graphs:PMI", "Latents that fire together more often than by chance."
     )
 
 
@@ -36,7 +36,7 @@ def saekit_callbacks() -> Iterator[Component]:
     yield Component(
         "refresh_graph",
         "saekit_graph.refresh:RefreshGraph",
-        "Builds the feature graph anew every few steps of training.",
+        "Rebuilds the feature graph every few steps of training.",
         provides=("graph",),
     )
 
@@ -46,18 +46,18 @@ def saekit_analyzers() -> Iterator[Component]:
     yield Component(
         "communities",
         "saekit_graph.communities:Communities",
-        "Groups of latents that belong together, beside those of a rewired graph.",
+        "Communities of the feature graph, compared with those of rewired graphs.",
         needs=("graph",),
     )
     yield Component(
         "explain_neighbours",
         "saekit_graph.explain:ExplainNeighbours",
-        "Which neighbours drive a latent's propagated activation g: GNNExplainer beside the exact shares.",
+        "Which neighbours drive a latent's propagated activation g: exact shares and GNNExplainer.",
         needs=("graph",),
     )
     yield Component(
         "propagation",
-        "saekit_graph.neighbour_prediction:Foretell",
-        "How much of what latents do their neighbours tell: by mean or learned (GCN, GAT) propagation, beside strangers.",
+        "saekit_graph.neighbour_prediction:NeighbourPrediction",
+        "How well a latent's neighbours predict it, by mean or learned (GCN, GAT) propagation, compared with random neighbours.",
         needs=("graph",),
     )

@@ -1,8 +1,8 @@
-"""The graph builders that count what latents do together: `correlation`, `coactivation` and `pmi`.
+"""The graph builders that compare activations: `correlation`, `coactivation` and `pmi`.
 
-All three are positive only for latents that fire together at least once, so only such pairs are looked at: the products
-of sparse codes, A^T A, made a block of latents at a time. No matrix of [d_sae, d_sae] is ever held, and the work does not
-grow with d_sae but with the pairs that fire: with k latents a token, tokens * k^2.
+All three are positive only for latents that fire together at least once, so only such pairs are visited: the products
+A^T A of sparse codes, a block of latents at a time. No [d_sae, d_sae] matrix is ever held, and the work grows not with
+d_sae but with the pairs that fire: tokens * k^2, with k latents a token.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from pydantic import Field
 from torch import Tensor
 
 from saekit import Code, FeatureGraph, SparseAutoencoder
-from saekit_graph.top_k_graph import Above, Neighbours, rows_in_a_block, strongest
+from saekit_graph.top_k_graph import Above, Neighbours, rows_in_a_block, top_k_graph
 
-BLOCK = 1 << 23  # pairs of latents held at a time: about 300 MB at worst, with what is made of them
-MOST = 1 << 25  # firings that are kept, 1M activations of 32 latents: a build of them peaked at 1.55 GB, all included
+BLOCK = 1 << 23  # pairs of latents held at a time: at most about 300 MB, temporaries included
+MOST = 1 << 25  # firings kept, such as 1M activations of 32 latents: building a graph of these peaked at 1.55 GB
 
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""(joint, first, second) -> measure, all [pairs]: what two latents have together, and their numbers."""
+"""(joint, first, second) -> measure, all [pairs]: the joint sum of two latents, and their numbers."""
 
 
 @dataclass
 class Firings:
-    """The codes of `tokens` activations. by_token: scipy CSR matrix [tokens, d_sae] of the activations that are not zero."""
+    """The codes of `tokens` activations. by_token: scipy CSR matrix [tokens, d_sae] of the non-zero activations."""
 
     by_token: Any
 
     @property
     def tokens(self) -> int:
-        """How many activations they are of."""
+        """The number of activations."""
         return self.by_token.shape[0]
 
     def counts(self) -> np.ndarray:
-        """On how many activations each latent fires: [d_sae] float64."""
+        """The number of activations on which each latent fires: [d_sae] float64."""
         return np.bincount(self.by_token.indices, minlength=self.by_token.shape[1]).astype(np.float64)
 
     @classmethod
     def of(cls, codes: Iterator[Code], d_sae: int, dtype: Any, most: int = MOST) -> Firings:
-        """What fires in `codes`, as 1 for an integer `dtype` and else as it is. After `most` firings no more are taken, and
-        a warning says so: a code that is hardly sparse is counted on fewer activations."""
+        """The firings in `codes`: 1 each for an integer `dtype`, else the activations. After `most` firings it stops with a
+        warning, so that a code that is hardly sparse is counted on fewer activations."""
         from scipy.sparse import csr_matrix
 
         latents, values, lengths, held = [np.empty(0, np.int32)], [np.empty(0, dtype)], [np.zeros(1, np.int64)], 0
@@ -65,13 +65,13 @@ class Firings:
             lengths.append(torch.bincount(rows, minlength=len(code)).numpy())
         offsets = np.cumsum(np.concatenate(lengths))
         joined = np.concatenate(latents)
-        latents.clear()  # both forms at once would be the peak of memory
+        latents.clear()  # holding both forms would be the peak of memory
         return cls(
             csr_matrix((np.concatenate(values), joined, offsets.astype(np.int32)), shape=(len(offsets) - 1, d_sae))
         )
 
     def joint(self, elements: int = BLOCK) -> Iterator[tuple[int, Any]]:
-        """(first latent, scipy CSR matrix [n, d_sae]): sums over the activations of the products of two latents' values."""
+        """(first latent, scipy CSR matrix [n, d_sae]) for each block: sums over activations of the products of two latents."""
         by_latent = self.by_token.T.tocsr()  # [d_sae, tokens]
         d_sae = by_latent.shape[0]
         size = rows_in_a_block(d_sae, elements)
@@ -93,10 +93,10 @@ def _values(activations: Tensor, dtype: Any) -> np.ndarray:
 
 
 class Correlation:
-    """Each latent's `k` neighbours of largest Pearson correlation of activations, over all activations, exactly.
+    """Each latent's `k` neighbours with the largest Pearson correlation of activations, exactly.
 
-    cov(f_i, f_j) / (std(f_i) std(f_j)), zeros included. A latent that never fires has no neighbours. Latents that never
-    fire together correlate negatively and have no edge.
+    cov(f_i, f_j) / (std(f_i) std(f_j)) over all activations, zeros included. A latent that never fires has no neighbours.
+    Latents that never fire together correlate negatively and get no edge.
     """
 
     def __init__(self, *, k: Neighbours = 10, above: Above = 0.0) -> None:
@@ -108,19 +108,19 @@ class Correlation:
         means = np.asarray(firings.by_token.sum(0)).ravel() / n
         squares = np.asarray(firings.by_token.power(2).sum(0)).ravel() / n
         variances = squares - means**2
-        # What is left of a constant by rounding is no variance.
+        # A constant's variance by rounding alone counts as zero.
         inverse = np.where(variances > 1e-12 * squares, 1 / np.sqrt(np.maximum(variances, 1e-300)), 0.0)
 
         def pearson(joint: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
             return (joint / n - means[ours] * means[theirs]) * inverse[ours] * inverse[theirs]
 
-        return strongest(sae, firings.measured(pearson), k=self.k, above=self.above)
+        return top_k_graph(sae, firings.measured(pearson), k=self.k, above=self.above)
 
 
 class Coactivation:
-    """Each latent's `k` neighbours of largest Jaccard index of firing, exactly.
+    """Each latent's `k` neighbours with the largest Jaccard index of firing, exactly.
 
-    The activations on which both fire, as a share of those on which either does: n_ij / (n_i + n_j - n_ij). A latent that
+    The activations on which both fire as a share of those on which either fires: n_ij / (n_i + n_j - n_ij). A latent that
     never fires has no neighbours.
     """
 
@@ -134,14 +134,14 @@ class Coactivation:
         def jaccard(joint: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
             return joint / (counts[ours] + counts[theirs] - joint)
 
-        return strongest(sae, firings.measured(jaccard), k=self.k, above=self.above)
+        return top_k_graph(sae, firings.measured(jaccard), k=self.k, above=self.above)
 
 
 class PMI:
-    """Each latent's `k` neighbours of largest pointwise mutual information of firing, exactly (Church and Hanks, 1990).
+    """Each latent's `k` neighbours with the largest pointwise mutual information of firing, exactly (Church and Hanks, 1990).
 
-    log(p_ij / (p_i p_j)), in nats, with the shares of activations on which latents fire. It is largest for rare latents
-    that met by chance, so a pair must fire together `least` times. A latent that never fires has no neighbours.
+    log(p_ij / (p_i p_j)), in nats, where p is the share of activations with firing. It is largest for rare latents that
+    fired together by chance, so a pair must fire together `least` times. A latent that never fires has no neighbours.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class PMI:
         k: Neighbours = 10,
         above: Above = 0.0,
         least: Annotated[
-            int, Field(gt=0, description="Activations on which a pair must fire together to have an edge.")
+            int, Field(gt=0, description="How often a pair must fire together to get an edge.")
         ] = 5,
     ) -> None:
         self.k, self.above, self.least = k, above, least
@@ -164,4 +164,4 @@ class PMI:
             found = np.log(joint * float(tokens) / (counts[ours] * counts[theirs]))
             return np.where(joint >= self.least, found, 0.0)
 
-        return strongest(sae, firings.measured(information), k=self.k, above=self.above)
+        return top_k_graph(sae, firings.measured(information), k=self.k, above=self.above)

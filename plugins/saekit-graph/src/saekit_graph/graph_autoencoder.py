@@ -1,10 +1,10 @@
-"""A learned alternative to `Propagation`: a graph autoencoder that rebuilds each latent's activation from its neighbours'.
+"""A learned alternative to `Propagation`: a graph autoencoder that reconstructs a latent's activation from its neighbours'.
 
 One graph convolution (GCNConv, Kipf and Welling 2017, or GATConv, Velickovic et al. 2018) from neighbours to centre, then
-a small readout:  g_i = rms_i * ReLU(readout(conv(f / rms)_i)).  One convolution and no loops, because with two a latent's
-own activation would come back to it over its neighbours, and for GAT the centre's own activation is hidden from the
-attention: what is rebuilt is never part of the input. All latents share the weights, so activations enter in units of
-each latent's RMS.
+a small readout:  g_i = rms_i * ReLU(readout(conv(f / rms)_i)).  There is one convolution and no
+self-loop, since with two convolutions a latent's own activation would return to it through its neighbours; for GAT the
+centre's activation is hidden from the attention. So the target is never part of the input. All latents share the weights,
+so activations enter in units of each latent's RMS.
 """
 
 from __future__ import annotations
@@ -16,25 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from saekit import Code, FeatureGraph, Pattern, SparseCode, UsageError
-from saekit_graph.propagation import normalised_weight
+from saekit_graph.propagation import neighbourhood, normalised_weight, require_edges
 
 HIDDEN = 8  # channels of the convolution
 CENTRES, ROWS = 128, 64  # latents and activations of a training step: messages of [128 * 64 * k, HIDDEN] at most
 
 
-class LearnedPropagation(nn.Module):
-    """`g` of a code by a trained graph autoencoder; `train_propagation` makes one.
+class GraphAutoencoder(nn.Module):
+    """`g` of a code by a trained graph autoencoder; `train_graph_autoencoder` trains one.
 
-    kind: "gcn" or "gat". rms: [nodes], each latent's root mean square where it is to be 1; 0 for one that never fires,
-    whose g is 0. UsageError for a graph without edges.
+    kind: "gcn" or "gat". rms: [nodes], each latent's root mean square, its unit; 0 for a latent that never fires, and its
+    g is 0. UsageError for a graph without edges.
     """
 
     def __init__(self, graph: FeatureGraph, kind: Literal["gcn", "gat"], rms: Tensor) -> None:
         from torch_geometric.nn import GATConv, GCNConv
 
         super().__init__()
-        if not graph.edge_index.shape[1]:
-            raise UsageError("the feature graph has no edges, so nothing propagates. Build it with a smaller `above`.")
+        require_edges(graph)
         self.kind, self.nodes = kind, graph.nodes
         self.conv: nn.Module
         if kind == "gcn":  # the shares are the normalisation, as in `Propagation`
@@ -51,15 +50,11 @@ class LearnedPropagation(nn.Module):
     rms: Tensor
 
     def at(self, code: Code, latents: Tensor) -> Tensor:
-        """g of some latents [n], none twice, of a code: [batch, n]. Only their neighbours' columns are read."""
-        mine = torch.isin(self.edge_index[1], latents)
-        sources, centres = self.edge_index[:, mine]
-        needed, edge_sources = sources.unique(return_inverse=True)  # [m]
-        wanted, where = latents.unique(return_inverse=True)
-        f = code.columns(needed) / self.rms[needed].clamp_min(1e-12)  # [batch, m]
-        edges = torch.stack([edge_sources, len(needed) + torch.searchsorted(wanted, centres)])
-        g = self.spread(f, edges, self.weight[mine], len(wanted))
-        return (g * self.rms[wanted])[:, where]
+        """g of some latents [n] of a code: [batch, n]. Only their neighbours' columns are read."""
+        near = neighbourhood(self.edge_index, latents)
+        f = code.columns(near.sources) / self.rms[near.sources].clamp_min(1e-12)  # [batch, m]
+        g = self.spread(f, near.edges, self.weight[near.kept], len(near.centres))
+        return (g * self.rms[near.centres])[:, near.where]
 
     def spread(self, f: Tensor, edges: Tensor, weight: Tensor, centres: int) -> Tensor:
         """g, in units of RMS, of `centres` latents from f [batch, m] of their neighbours, in the same units: [batch, centres].
@@ -67,7 +62,7 @@ class LearnedPropagation(nn.Module):
         edges: [2, E] from a neighbour, 0 to m - 1, to a centre, m to m + centres - 1."""
         batch, m = f.shape
         nodes = m + centres
-        # One graph for each activation, side by side. Centres come with a 0 for their own activation.
+        # One graph for each activation, side by side. The centres' own activations are set to 0.
         x = torch.cat([f, f.new_zeros(batch, centres)], 1).reshape(-1, 1)
         shift = nodes * torch.arange(batch, device=f.device)
         many = (edges[:, None, :] + shift[None, :, None]).reshape(2, -1)
@@ -79,7 +74,7 @@ class LearnedPropagation(nn.Module):
         return self.readout(h).view(batch, nodes)[:, m:].relu()
 
 
-def train_propagation(
+def train_graph_autoencoder(
     graph: FeatureGraph,
     codes: Sequence[Code],
     *,
@@ -87,18 +82,18 @@ def train_propagation(
     steps: int = 300,
     lr: float = 1e-2,
     seed: int = 0,
-) -> LearnedPropagation:
-    """Train one to rebuild the activations of random latents with neighbours, on random rows of `codes`.
+) -> GraphAutoencoder:
+    """Train one to reconstruct the activations of random latents with neighbours, on random rows of `codes`.
 
     The loss is the squared error in units of each latent's RMS. Every draw is from `seed`."""
     square = sum((_square_sums(code) for code in codes), start=torch.zeros(graph.nodes))
     rms = (square / max(1, sum(map(len, codes)))).sqrt()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the initial weights of torch_geometric's layers
-        model = LearnedPropagation(graph, kind, rms)
+        model = GraphAutoencoder(graph, kind, rms)
     able = torch.zeros(graph.nodes, dtype=torch.bool)
     able[graph.edge_index[1]] = True
-    pool = (able & (rms > 0)).nonzero().squeeze(1)  # latents with neighbours, and something to rebuild
+    pool = (able & (rms > 0)).nonzero().squeeze(1)  # latents that fire and have neighbours
     if not len(pool):
         raise UsageError("no latent that fires has a neighbour in the feature graph, so there is nothing to learn.")
     draws = torch.Generator().manual_seed(seed)
@@ -129,7 +124,7 @@ def _square_sums(code: Code) -> Tensor:
 
 
 def _rows(code: Code, chosen: Tensor) -> Code:
-    """Some rows of a code, a row once for each time that it is chosen, without gradient."""
+    """The rows `chosen` of a code, repeated as they are there, without gradient."""
     rows, latents, values = (t.detach().cpu() for t in code.nonzero())
     offsets = torch.zeros(len(code) + 1, dtype=torch.long)
     torch.cumsum(torch.bincount(rows, minlength=len(code)), 0, out=offsets[1:])

@@ -1,4 +1,4 @@
-"""The analyzer `propagation`: how much of what a latent does its neighbours in the feature graph tell."""
+"""The analyzer `propagation`: how well a latent's neighbours in the feature graph predict it."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor
 
 from saekit import Code, FeatureGraph, Result, RunContext
 from saekit_graph.communities import usable
-from saekit_graph.graph_autoencoder import LearnedPropagation, train_propagation
+from saekit_graph.graph_autoencoder import GraphAutoencoder, train_graph_autoencoder
 from saekit_graph.propagation import Propagation
 
 
-class Foretell:
-    """g of the latents' neighbours against the latents' own f, on held-out data: the squared Pearson correlation.
+class NeighbourPrediction:
+    """The squared Pearson correlation, on held-out data, of g, made of a latent's neighbours, with its own f.
 
-    mean: `g = ReLU(f A^T)`, which needs no training. gcn, gat: a graph autoencoder over the feature graph, trained on
-    training data to rebuild each latent from its neighbours, see `saekit_graph.graph_autoencoder`. The control is the same with
-    neighbours dealt out at random: the graph with the latents that edges come from permuted, and trained anew.
+    mean: `g = ReLU(f A^T)`, without training. gcn, gat: a graph autoencoder over the feature graph, trained on training data
+    to reconstruct each latent from its neighbours, see `saekit_graph.graph_autoencoder`. The control is the same with random
+    neighbours: the graph with the sources of its edges permuted, trained again.
     """
 
     def __init__(
         self,
         *,
         propagation: Annotated[
-            Literal["mean", "gcn", "gat"], Field(description="mean: the shares of weight; gcn and gat: learned.")
+            Literal["mean", "gcn", "gat"], Field(description="mean: weighted by the edges; gcn and gat: learned.")
         ] = "mean",
-        latents: Annotated[list[int], Field(description="Latents that are listed in any case.")] = [0],  # noqa: B006
+        latents: Annotated[list[int], Field(description="Latents that are always listed.")] = [0],  # noqa: B006
         sample: Annotated[
             int, Field(gt=0, description="Other latents with neighbours, drawn at random, to average over.")
         ] = 256,
@@ -50,7 +50,7 @@ class Foretell:
         chosen = torch.cat([torch.tensor(self.latents, dtype=torch.long), drawn]).unique()
         order = torch.randperm(graph.nodes, generator=draws)
         edges = torch.stack([order[graph.edge_index[0]], graph.edge_index[1]])
-        edges[0, edges[0] == edges[1]] = order[0]  # a latent is no neighbour of its own
+        edges[0, edges[0] == edges[1]] = order[0]  # a latent is not its own neighbour
         other = FeatureGraph(graph.nodes, edges, graph.weight, graph.dictionary)
         codes = [] if self.propagation == "mean" else list(self._training_codes(context))
         found = self._r2(context, self._model(graph, codes, context.seed), chosen)
@@ -69,10 +69,10 @@ class Foretell:
         }
         return Result(scalars=scalars, tables={"latents": rows}, notes=notes)
 
-    def _model(self, graph: FeatureGraph, codes: list[Code], seed: int) -> Propagation | LearnedPropagation:
+    def _model(self, graph: FeatureGraph, codes: list[Code], seed: int) -> Propagation | GraphAutoencoder:
         if self.propagation == "mean":
             return Propagation(graph)
-        return train_propagation(graph, codes, kind=self.propagation, steps=self.steps, seed=seed)
+        return train_graph_autoencoder(graph, codes, kind=self.propagation, steps=self.steps, seed=seed)
 
     def _training_codes(self, context: RunContext) -> Iterator[Code]:
         for batch in context.training_activations(self.tokens or context.config.evaluation.tokens):
@@ -80,8 +80,8 @@ class Foretell:
                 yield context.step(batch).code
 
     @torch.no_grad()
-    def _r2(self, context: RunContext, model: Propagation | LearnedPropagation, latents: Tensor) -> Tensor:
-        """[n] float64; NaN for a latent that never fires. 0 where its g is the same everywhere."""
+    def _r2(self, context: RunContext, model: Propagation | GraphAutoencoder, latents: Tensor) -> Tensor:
+        """[n] float64; NaN for a latent that never fires, 0 where its g is constant."""
         model = model.to(context.device)
         n, sums = 0, torch.zeros(5, len(latents), dtype=torch.float64)
         for step in context.held_out(self.tokens):

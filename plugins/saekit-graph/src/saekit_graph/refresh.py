@@ -32,9 +32,7 @@ class RefreshGraph:
         ] = Choice(use="cosine"),
         every: Annotated[int, Field(gt=0, description="Steps between refreshes.")] = 500,
         start: Annotated[int, Field(gt=0, description="Steps of training before the first graph.")] = 100,
-        batches: Annotated[
-            int, Field(gt=0, description="Of how many of the last steps the builder is given the codes.")
-        ] = 8,
+        batches: Annotated[int, Field(gt=0, description="Of how many of the last steps the builder is given the codes.")] = 8,
     ) -> None:
         self.builder, self.every, self.start, self.batches = builder, every, start, batches
         self.graph: FeatureGraph | None = None
@@ -87,9 +85,7 @@ class RefreshGraph:
         """What a checkpoint keeps: the graph, when it was built, and the codes that wait for the next."""
         state: dict[str, Any] = {"refreshed": self.refreshed, "rows": [kept[3] for kept in self.codes]}
         for i, kept in enumerate(self.codes):
-            state |= {
-                f"code{i}.{name}": tensor for name, tensor in zip(("rows", "latents", "values"), kept, strict=False)
-            }
+            state |= {f"code{i}.{name}": tensor for name, tensor in zip(("rows", "latents", "values"), kept, strict=False)}
         if self.graph is not None:
             state |= {"edge_index": self.graph.edge_index, "weight": self.graph.weight, "nodes": self.graph.nodes}
             state |= {"dictionary": self.graph.dictionary, "builder": self.graph.builder}

@@ -1,4 +1,4 @@
-"""From a measure of how much two latents have in common to the graph of each latent's strongest neighbours."""
+"""The graph of each latent's top-k neighbours by a measure of similarity between latents."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from saekit import FeatureGraph, SparseAutoencoder
 
-Neighbours = Annotated[int, Field(gt=0, description="Neighbours of each latent, at most.")]
+Neighbours = Annotated[int, Field(gt=0, description="The most neighbours of each latent.")]
 """The type of the option `k` of a builder."""
 Above = Annotated[float, Field(ge=0, description="An edge only where the measure is above this.")]
 """The type of the option `above` of a builder."""
 
 
-def strongest(
+def top_k_graph(
     sae: SparseAutoencoder, blocks: Iterable[tuple[int, Tensor]], *, k: int, above: float = 0.0
 ) -> FeatureGraph:
-    """The graph with an edge to each latent from the `k` latents that have most in common with it.
+    """The graph with an edge to each latent from the `k` latents with the largest measure.
 
-    blocks: (first row, measure [rows, d_sae]) until every latent has had its row once; each block is overwritten, and only
-    one is held at a time. An edge stands only where the measure is above `above`, and never from a latent to itself. Of
-    neighbours with equal measures, which are taken is left open. Each latent's edges stand together, strongest first.
+    blocks: (first row, measure [rows, d_sae]), together one row for every latent; each block is overwritten, and only one
+    is held at a time. There is an edge only where the measure exceeds `above`, and never from a latent to itself. Which of
+    several neighbours with equal measures are taken is unspecified. Each latent's edges are contiguous, strongest first.
     """
     k = min(k, sae.d_sae - 1)
     edges, weights = [], []
@@ -45,5 +45,5 @@ def strongest(
 
 
 def rows_in_a_block(d_sae: int, elements: int) -> int:
-    """How many rows of [d_sae] a block has that holds about `elements` numbers; at least one."""
+    """The number of rows of [d_sae] in a block of about `elements` numbers; at least one."""
     return max(1, min(d_sae, elements // d_sae))

@@ -1,4 +1,4 @@
-"""How latents spread on held-out activations: their largest activation, RMS and standard deviation."""
+"""Statistics of latents on held-out activations: largest activation, RMS and standard deviation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from saekit import RunContext, latent_statistics, own_numerics
 
 
 @dataclass(frozen=True)
-class Spread:
+class ActivationStatistics:
     """largest, rms, std: [d_sae] each; rms over the activations where the latent is not zero, std over all of them.
-    norm: mean norm of the activations. rows: how many were looked at."""
+    norm: mean norm of the activations. rows: the number of activations."""
 
     largest: Tensor
     rms: Tensor
@@ -23,8 +23,8 @@ class Spread:
 
 
 @torch.no_grad()
-def spread(context: RunContext, tokens: int) -> Spread:
-    """The spread over at most `tokens` held-out activations."""
+def activation_statistics(context: RunContext, tokens: int) -> ActivationStatistics:
+    """The statistics over at most `tokens` held-out activations."""
     sae = context.sae
     batches = [batch.x * context.scale for batch in context.held_out_activations(tokens)]
     units = latent_statistics(sae, batches)
@@ -37,4 +37,4 @@ def spread(context: RunContext, tokens: int) -> Spread:
         sums[1].index_add_(0, latents, values.double().square())
         norms, rows = norms + float(x.norm(dim=1).double().sum()), rows + len(x)
     mean, square = sums / rows
-    return Spread(units["max"], units["rms"], (square - mean.square()).clamp_min(0).sqrt(), norms / rows, rows)
+    return ActivationStatistics(units["max"], units["rms"], (square - mean.square()).clamp_min(0).sqrt(), norms / rows, rows)

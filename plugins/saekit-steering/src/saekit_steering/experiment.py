@@ -1,4 +1,4 @@
-"""One analysis from beginning to end: units, cluster, typical tokens, all pushes, texts, files."""
+"""The steering experiment from beginning to end: units, cluster, typical tokens, vectors, texts, files."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saekit import Result, RunContext, write_json, write_text
-from saekit_steering.activation_statistics import Spread, spread
+from saekit import Result, RunContext, TokenBatch, write_json, write_text
+from saekit_steering.activation_statistics import ActivationStatistics, activation_statistics
 from saekit_steering.cluster import Classes, ClassMoments, Cluster
 from saekit_steering.continuations import Continuation, continuations
-from saekit_steering.html_page import page
-from saekit_steering.prompts import Prompt, batch_of, batches, tokenised
-from saekit_steering.scoring import Measure, Measured, held_out_text, logit_lens
-from saekit_steering.steering_log import layer_of, record
-from saekit_steering.steering_vectors import Push, Strength, latent_pushes, other_pushes, random_pushes, strengths
-from saekit_steering.summary import Found, summarised
+from saekit_steering.html_page import html_page
+from saekit_steering.measurements import Measurements
+from saekit_steering.prompts import Prompt, batches, tokenise
+from saekit_steering.scoring import Scored, Scorer, held_out_text, logit_lens
+from saekit_steering.steering_log import layer_of, steering_log
+from saekit_steering.steering_vectors import (
+    SteeringVector,
+    Strength,
+    latent_vectors,
+    other_latent_vectors,
+    random_vectors,
+    strengths,
+)
+from saekit_steering.summary import summarise
 from saekit_steering.typical_tokens import (
     TokenCounts,
     TypicalTokens,
@@ -29,48 +37,48 @@ if TYPE_CHECKING:
     from saekit_steering.steer import Steer
 
 REACH = (2.0, 4.0)
-"""Random directions are also added at so many times the largest strength, to see whether they ever have the effect."""
+"""Random directions are also added at these multiples of the largest strength, to see whether they ever reach the effect."""
 LENS_TOKENS = 10
-"""Logit-lens tokens of a direction, of which the likeliest counts in the output score."""
+"""Logit-lens tokens of a direction; the likeliest of them counts in the output score."""
 
 
-class Session:
-    """context: the finished run. settings: the analyzer with its options."""
+class SteeringExperiment:
+    """One run of the analyzer `settings` on a finished run."""
 
     def __init__(self, context: RunContext, settings: Steer) -> None:
         self.context, self.settings = context, settings
         self.subject = context.source.subject
         self.column = concept_column(context, settings.concept)
-        self.prompts = tokenised(settings.texts, self.subject, settings.max_new_tokens)
+        self.prompts = tokenise(settings.texts, self.subject, settings.max_new_tokens)
         self.cluster = Cluster(context, settings.latent, settings.neighbours)
 
     def run(self) -> Result:
         context, settings = self.context, self.settings
-        units = spread(context, settings.statistics_tokens)
-        size = self._unit(units)
+        statistics = activation_statistics(context, settings.statistics_tokens)
+        size = self._unit(statistics)
         if size is None:
             return Result(
                 notes=[
-                    f"Nothing was steered: latent {settings.latent} never fired on {units.rows} held-out activations, so "
+                    f"Nothing was steered: latent {settings.latent} never fired on {statistics.rows} held-out activations, so "
                     f"strengths in units of its {settings.unit} mean nothing. Use unit = 'norm' or 'absolute'."
                 ]
             )
         typical, by_class = self._estimates()
-        pushes = self._pushes(size, units)
-        measure = Measure(context, self.cluster, typical)
-        measured = measure(pushes, batches(self.prompts, settings.batch_tokens), self._lens(pushes))
-        self._on_held_out(measure, pushes, measured)
-        written = self._written(pushes, typical)
-        result = summarised(
-            Found(
+        vectors = self._vectors(size, statistics)
+        scorer = Scorer(context, self.cluster, typical)
+        scored = scorer(vectors, batches(self.prompts, settings.batch_tokens), self._lens(vectors))
+        self._on_held_out(scorer, vectors, scored)
+        written = self._written(vectors, typical)
+        result = summarise(
+            Measurements(
                 settings=settings,
                 kinds=list(dict.fromkeys(prompt.kind for prompt in self.prompts)),
                 concept=context.source.concepts[self.column],
                 cluster=self.cluster,
                 classes=by_class,
-                spread=units,
-                pushes=pushes,
-                measured=measured,
+                statistics=statistics,
+                vectors=vectors,
+                scored=scored,
                 written=written,
             )
         )
@@ -86,25 +94,25 @@ class Session:
             },
         )
         result.files.append(path.name)
-        for number, push in enumerate(pushes):
-            if push.kind == "latent":
-                self._write(self._record(units, measured, push, number, written), push, result)
+        for number, vector in enumerate(vectors):
+            if vector.kind == "latent":
+                self._write(self._record(statistics, scored, vector, number, written), vector, result)
         return result
 
-    def _unit(self, units: Spread) -> float | None:
+    def _unit(self, statistics: ActivationStatistics) -> float | None:
         """How much of the latent's activation one unit of strength is; None where the latent never fired and the unit is
         of its activation."""
         latent = self.settings.latent
         row_norm = float(self.context.sae.W_dec[latent].detach().norm())
         size = {
             "absolute": 1.0,
-            "max": float(units.largest[latent]),
-            "rms": float(units.rms[latent]),
-            "norm": units.norm / row_norm,
+            "max": float(statistics.largest[latent]),
+            "rms": float(statistics.rms[latent]),
+            "norm": statistics.norm / row_norm,
         }[self.settings.unit]
         return size if math.isfinite(size) and size > 0 else None
 
-    def _pushes(self, size: float, units: Spread) -> list[Push]:
+    def _vectors(self, size: float, statistics: ActivationStatistics) -> list[SteeringVector]:
         settings, sae = self.settings, self.context.sae
         row_norm = float(sae.W_dec[settings.latent].detach().norm())
 
@@ -116,25 +124,25 @@ class Session:
         further = sorted({*asked, *(factor * end for factor in REACH)})
         seed, n = self.context.seed, settings.controls
         return [
-            *latent_pushes(sae, settings.latent, sweep(asked)),
-            *random_pushes(sae, settings.latent, sweep(further), n, seed),
-            *other_pushes(sae, settings.latent, units.std > 0, sweep(asked), n, seed),
+            *latent_vectors(sae, settings.latent, sweep(asked)),
+            *random_vectors(sae, settings.latent, sweep(further), n, seed),
+            *other_latent_vectors(sae, settings.latent, statistics.std > 0, sweep(asked), n, seed),
         ]
 
-    def _lens(self, pushes: list[Push]) -> dict[int, torch.Tensor]:
-        """By the number of each push: the tokens that its direction writes; empty where the model has no unembedding."""
+    def _lens(self, vectors: list[SteeringVector]) -> dict[int, torch.Tensor]:
+        """The logit-lens tokens of each vector, by its number; empty where the model has no unembedding."""
         found = {}
-        for number, push in enumerate(pushes):
-            row = push.sae.W_dec[push.row].detach() * math.copysign(1.0, push.strength.absolute)
+        for number, vector in enumerate(vectors):
+            row = vector.sae.W_dec[vector.row].detach() * math.copysign(1.0, vector.strength.absolute)
             tokens = logit_lens(self.subject, row, LENS_TOKENS)
             if tokens is not None:
                 found[number] = tokens
         return found
 
     def _estimates(self) -> tuple[TypicalTokens, Classes]:
-        """The concept's typical tokens, and what the cluster does with it and without, from one pass."""
+        """The concept's typical tokens, and the cluster's activity with and without the concept, from one pass."""
         settings = self.settings
-        vocabulary = self.subject.logits(batch_of([(0, 0)])).shape[-1]
+        vocabulary = self.subject.logits(TokenBatch.of_rows([(0, 0)], keep_first=False)).shape[-1]
         counts = TokenCounts(self.column, vocabulary)
         moments = ClassMoments(self.context.sae, self.cluster, self.column, self.context.scale)
         for batch in held_out_sequences(self.context, self.column, settings.set_sequences):
@@ -142,17 +150,17 @@ class Session:
             moments.add(batch)
         return typical_tokens(counts.counts, settings.set_size, settings.min_count), moments.found()
 
-    def _on_held_out(self, measure: Measure, pushes: list[Push], measured: Measured) -> None:
-        """Add the steered latent's figures on held-out text; the controls are compared on prompts."""
-        own = [number for number, push in enumerate(pushes) if push.kind == "latent"]
+    def _on_held_out(self, scorer: Scorer, vectors: list[SteeringVector], scored: Scored) -> None:
+        """Add the steered latent's scores on held-out text; controls are compared on prompts alone."""
+        own = [number for number, vector in enumerate(vectors) if vector.kind == "latent"]
         text = held_out_text(self.context, self.settings.held_out_tokens)
-        found = measure([pushes[number] for number in own], text, {})
-        measured.clean |= found.clean
-        for number, scores in zip(own, found.pushed, strict=True):
-            measured.pushed[number] |= scores
+        found = scorer([vectors[number] for number in own], text, {})
+        scored.unsteered |= found.unsteered
+        for number, scores in zip(own, found.steered, strict=True):
+            scored.steered[number] |= scores
 
-    def _written(self, pushes: list[Push], typical: TypicalTokens) -> list[Continuation]:
-        """Continuations of the first prompts of every kind under every push of the steered latent."""
+    def _written(self, vectors: list[SteeringVector], typical: TypicalTokens) -> list[Continuation]:
+        """Continuations of the first prompts of every kind under every vector of the steered latent."""
         settings = self.settings
         chosen: list[Prompt] = []
         for kind in dict.fromkeys(prompt.kind for prompt in self.prompts):
@@ -161,12 +169,12 @@ class Session:
             return []
         return [
             one
-            for number, push in enumerate(pushes)
-            if push.kind == "latent"
+            for number, vector in enumerate(vectors)
+            if vector.kind == "latent"
             for one in continuations(
                 self.subject,
                 chosen,
-                push,
+                vector,
                 number,
                 typical,
                 settings.judge_function,
@@ -177,18 +185,18 @@ class Session:
         ]
 
     def _record(
-        self, units: Spread, measured: Measured, push: Push, number: int, written: list[Continuation]
+        self, statistics: ActivationStatistics, scored: Scored, vector: SteeringVector, number: int, written: list[Continuation]
     ) -> dict[str, Any]:
-        return record(
-            self.context, self.cluster, self.settings.neighbours, units, self.prompts, measured, push, number, written
+        return steering_log(
+            self.context, self.cluster, self.settings.neighbours, statistics, self.prompts, scored, vector, number, written
         )
 
-    def _write(self, document: dict[str, Any], push: Push, result: Result) -> None:
-        name = f"L{layer_of(self.subject)}_S{push.strength.name}"
+    def _write(self, document: dict[str, Any], vector: SteeringVector, result: Result) -> None:
+        name = f"L{layer_of(self.subject)}_S{vector.strength.name}"
         path = self.context.directory / f"{name}.json"
         write_json(path, document)
         result.files.append(path.name)
         if self.settings.pages:
-            path = self.context.directory / f"feature_{push.row}_{name}.html"
-            write_text(path, page(document))
+            path = self.context.directory / f"feature_{vector.row}_{name}.html"
+            write_text(path, html_page(document))
             result.files.append(path.name)

@@ -26,8 +26,8 @@ select { font: inherit; max-width: 100%; } pre { white-space: pre-wrap; backgrou
 """
 
 
-def page(document: dict[str, Any]) -> str:
-    """The page of one strength, from what `record` gives."""
+def html_page(document: dict[str, Any]) -> str:
+    """The page of one strength, from its `steering_log`."""
     # Imported here: it is 4 MB of text.
     from plotly.offline import get_plotlyjs
 
@@ -40,7 +40,7 @@ def page(document: dict[str, Any]) -> str:
         for i, case in enumerate(cases)
     )
     scripts = [get_plotlyjs(), SCRIPT]
-    # A "<" inside the JSON could end its element; text of a model is not to be trusted.
+    # A "<" inside the JSON could end its element, and a model's text cannot be trusted.
     data = json.dumps(to_jsonable(figures), ensure_ascii=True, allow_nan=False).replace("<", "\\u003c")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
@@ -102,7 +102,7 @@ def _layout(title: str, of: str, panels: int) -> dict[str, Any]:
 
 
 def _no_links(text: str) -> str:
-    """Plotly reads some markup in labels, links among it."""
+    """Plotly interprets some markup in labels, links included."""
     return text.replace("<", "&lt;").replace("\n", "⏎")
 
 

@@ -1,4 +1,4 @@
-"""What a push does to the model's predictions and to the cluster, read in one forward at the steered site, after the edit."""
+"""The effect of a steering vector on predictions and on the cluster, both read from one forward pass, after the edit."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import saekit
 from saekit import Attachment, Code, Recording, Replay, RunContext, Subject, own_numerics
 from saekit_steering.cluster import Cluster
 from saekit_steering.prompts import PromptBatch
-from saekit_steering.steering_vectors import Push
+from saekit_steering.steering_vectors import SteeringVector
 from saekit_steering.typical_tokens import TypicalTokens
 
 HELD_OUT = "held-out text"
-"""The kind of the batches that are the source's own held-out text and no prompts."""
+"""The kind of the batches of the source's held-out text, as opposed to prompts."""
 Readings = dict[int, tuple[Tensor, "Tensor | None"]]
-"""By a prompt's number: f and g [T - 1, m] at its positions, the first left out; g is None without a graph."""
+"""By the prompt's number: f and g [T - 1, m] at its positions but the first; g is None without a graph."""
 
 
 @dataclass
 class Score:
-    """Sums over the positions of one kind of prompts; the properties and `mean` divide by their number.
+    """Sums over the positions of one kind of prompt; the properties and `mean` divide by their number.
 
-    log_odds: of the concept's typical tokens next. probability: of any token typical of it. kl: from the predictions without
-    the push to those with it, in nats. f, g: [m]. lens: the output score over `ends` last positions."""
+    log_odds: of a typical token of the concept coming next. probability: of such a token. kl: from the predictions
+    without the vector to those with it, in nats. f, g: [m]. lens: the output score, summed over `ends` last positions."""
 
     positions: int = 0
     log_odds: float = 0.0
@@ -39,7 +39,7 @@ class Score:
     ends: int = 0
 
     def mean(self, name: str) -> float:
-        """`log_odds`, `probability` or `kl` a position."""
+        """`log_odds`, `probability` or `kl` per position."""
         return getattr(self, name) / self.positions
 
     def pooled(self, name: str) -> Tensor | None:
@@ -49,7 +49,7 @@ class Score:
 
     @property
     def output_score(self) -> float | None:
-        """The mean output score; None where it was not asked for."""
+        """The mean output score; None where it was not measured."""
         return self.lens / self.ends if self.ends else None
 
 
@@ -57,30 +57,30 @@ Scores = dict[str, Score]
 
 
 @dataclass
-class Measured:
-    """clean: scores without any push, by kind. pushed: those of each push. readings_before: of every prompt. readings: of
-    every prompt under each push of the steered latent, by the push's number."""
+class Scored:
+    """unsteered: scores by kind without any vector. steered: those under each vector. readings_before: f and g of every
+    prompt without a vector. readings: those under each vector of the steered latent, by the vector's number."""
 
-    clean: Scores = field(default_factory=dict)
-    pushed: list[Scores] = field(default_factory=list)
+    unsteered: Scores = field(default_factory=dict)
+    steered: list[Scores] = field(default_factory=list)
     readings_before: Readings = field(default_factory=dict)
     readings: dict[int, Readings] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """One forward: log-probabilities [n, T, vocabulary], f and g [n, T, m]."""
+class _Forward:
+    """One forward pass: log-probabilities [n, T, vocabulary], f and g [n, T, m]."""
 
     log_p: Tensor
     f: Tensor
     g: Tensor | None
 
 
-class Measure:
-    """context: the finished run. cluster: whose f and g are read. typical: the concept's tokens.
+class Scorer:
+    """Scores steering vectors on prompts. cluster: the latents whose f and g are read. typical: the concept's tokens.
 
-    The steered latent is edited and read in whole forwards, through `saekit.attach` and `saekit.read`. Of the controls, of
-    which there are many, only the layers above the site run again (`saekit.Replay`); the figures are the same."""
+    The steered latent is edited and read in whole forward passes, through `saekit.attach` and `saekit.read`. For the
+    many controls only the layers above the site run again (`saekit.Replay`), with the same result."""
 
     def __init__(self, context: RunContext, cluster: Cluster, typical: TypicalTokens) -> None:
         self.context, self.cluster, self.typical = context, cluster, typical
@@ -88,27 +88,27 @@ class Measure:
         self._replay = Replay(self.subject.model, self.subject.site)
 
     @torch.no_grad()
-    def __call__(self, pushes: Sequence[Push], batches: Iterable[PromptBatch], lens: dict[int, Tensor]) -> Measured:
-        """Every push on every batch. lens: for the numbers of some pushes, the ids of their logit-lens tokens."""
-        found = Measured(pushed=[{} for _ in pushes])
+    def __call__(self, vectors: Sequence[SteeringVector], batches: Iterable[PromptBatch], lens: dict[int, Tensor]) -> Scored:
+        """Score every vector on every batch. lens: the logit-lens tokens of some vectors, by their numbers."""
+        found = Scored(steered=[{} for _ in vectors])
         for batch in batches:
             with self.subject.lock:
-                clean = self._seen(batch, None)
-                self._take(found.clean, batch, clean, clean, None)
-                found.readings_before.update(_readings(batch, clean))
+                unsteered = self._forward(batch, None)
+                self._take(found.unsteered, batch, unsteered, unsteered, None)
+                found.readings_before.update(_readings(batch, unsteered))
                 recording = None
-                for number, push in enumerate(pushes):
-                    if push.kind == "latent":
-                        seen = self._seen(batch, push.edit(self.subject))
-                        found.readings.setdefault(number, {}).update(_readings(batch, seen))
+                for number, vector in enumerate(vectors):
+                    if vector.kind == "latent":
+                        forward = self._forward(batch, vector.edit(self.subject))
+                        found.readings.setdefault(number, {}).update(_readings(batch, forward))
                     else:
                         recording = recording or self._recorded(batch)
-                        seen = self._replayed(recording, push)
-                    self._take(found.pushed[number], batch, clean, seen, lens.get(number))
+                        forward = self._replayed(recording, vector)
+                    self._take(found.steered[number], batch, unsteered, forward, lens.get(number))
         return found
 
-    def _seen(self, batch: PromptBatch, edit: Attachment | None) -> _Seen:
-        """A whole forward, with the edit if there is one."""
+    def _forward(self, batch: PromptBatch, edit: Attachment | None) -> _Forward:
+        """A whole forward pass, with the edit if there is one."""
         reader = saekit.read(self.subject.model, self.context.sae, self.subject.site, after=[edit] if edit else [])
         with saekit.attach_all([edit, reader] if edit else [reader]):
             logits = self.subject.logits(batch.tokens)
@@ -118,52 +118,52 @@ class Measure:
         mask = batch.tokens.mask.to(self.subject.device)
         return self._replay.record(batch.tokens.tokens.to(self.subject.device), None if bool(mask.all()) else mask)
 
-    def _replayed(self, recording: Recording, push: Push) -> _Seen:
-        """What a forward with the push gives, from the site up."""
-        sae, activation = self.context.sae, push.added_to(recording.activation)
+    def _replayed(self, recording: Recording, vector: SteeringVector) -> _Forward:
+        """The forward pass with the vector, from the site up."""
+        sae, activation = self.context.sae, vector.added_to(recording.activation)
         output = self._replay.run(recording, activation)
         with own_numerics(sae, activation.device):
             code = sae.encode(activation.flatten(0, 1).to(sae.W_dec.dtype))
             return self._of(output if isinstance(output, Tensor) else output.logits, code)
 
-    def _of(self, logits: Tensor, code: Code) -> _Seen:
+    def _of(self, logits: Tensor, code: Code) -> _Forward:
         f, g = self.cluster.read(code)
         lead = logits.shape[:2]
-        return _Seen(logits.float().log_softmax(-1), f.view(*lead, -1), None if g is None else g.view(*lead, -1))
+        return _Forward(logits.float().log_softmax(-1), f.view(*lead, -1), None if g is None else g.view(*lead, -1))
 
-    def _take(self, scores: Scores, batch: PromptBatch, clean: _Seen, seen: _Seen, lens: Tensor | None) -> None:
+    def _take(self, scores: Scores, batch: PromptBatch, unsteered: _Forward, forward: _Forward, lens: Tensor | None) -> None:
         kinds = list(dict.fromkeys(batch.kinds))
         for kind in kinds:
             chosen = torch.tensor([k == kind for k in batch.kinds])[:, None] & batch.tokens.keep  # [n, T]
-            chosen = chosen.to(seen.log_p.device)
-            before, after = clean.log_p[chosen], seen.log_p[chosen]  # [p, vocabulary]
+            chosen = chosen.to(forward.log_p.device)
+            before, after = unsteered.log_p[chosen], forward.log_p[chosen]  # [p, vocabulary]
             score = scores.setdefault(kind, Score())
             score.positions += len(after)
             score.log_odds += float(self.typical.log_odds(after).double().sum())
             score.probability += float(after[:, self.typical.positive].exp().double().sum())
             score.kl += float((before.exp() * (before - after)).double().sum())
-            score.f = _plus(score.f, seen.f[chosen])
-            score.g = None if seen.g is None else _plus(score.g, seen.g[chosen])
+            score.f = _plus(score.f, forward.f[chosen])
+            score.g = None if forward.g is None else _plus(score.g, forward.g[chosen])
             if lens is not None and kind != HELD_OUT:
                 rows = chosen.any(1).nonzero()[:, 0]
                 last = batch.tokens.mask.sum(1).to(rows.device)[rows] - 1
-                gain = output_score(seen.log_p[rows, last], lens) - output_score(clean.log_p[rows, last], lens)
+                gain = output_score(forward.log_p[rows, last], lens) - output_score(unsteered.log_p[rows, last], lens)
                 score.lens, score.ends = score.lens + float(gain.double().sum()), score.ends + len(gain)
 
 
 def output_score(log_p: Tensor, tokens: Tensor) -> Tensor:
-    """[n, vocabulary], [k] -> [n]: (1 - rank / vocabulary) * p of the likeliest of the tokens, rank 0 the likeliest of all.
+    """[n, vocabulary], [k] -> [n]: (1 - rank / vocabulary) * p of the likeliest of `tokens`, rank 0 being the likeliest of all.
 
-    Its rise under steering is the output score, after Arad, Mueller and Belinkov (2025), with the latent's logit-lens
-    tokens: it tells latents that write something from those that only respond to something."""
+    Its rise under steering, with the latent's logit-lens tokens, is the output score (after Arad, Mueller and Belinkov,
+    2025). It tells latents that promote some output from those that only respond to an input."""
     best = log_p[:, tokens.to(log_p.device)].max(1).values  # [n]
     rank = (log_p > best[:, None]).sum(1)
     return (1 - rank / log_p.shape[1]) * best.exp()
 
 
 def logit_lens(subject: Subject, row: Tensor, k: int) -> Tensor | None:
-    """The ids [k] of the tokens whose rows of the unembedding have the largest product with a direction [d]; None where
-    the model has no unembedding of that width. The final norm is left out."""
+    """The ids [k] of the tokens whose unembedding rows have the largest product with a direction [d]; None where the model
+    has no unembedding of that width. The final norm is left out."""
     model: Any = getattr(subject.model, "original_model", subject.model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
@@ -182,11 +182,11 @@ def held_out_text(context: RunContext, tokens: int) -> Iterable[PromptBatch]:
         left -= int(batch.keep.sum())
 
 
-def _readings(batch: PromptBatch, seen: _Seen) -> Readings:
+def _readings(batch: PromptBatch, forward: _Forward) -> Readings:
     found: Readings = {}
     for row, number in enumerate(batch.numbers):
         keep = batch.tokens.keep[row]
-        found[number] = seen.f[row].cpu()[keep], None if seen.g is None else seen.g[row].cpu()[keep]
+        found[number] = forward.f[row].cpu()[keep], None if forward.g is None else forward.g[row].cpu()[keep]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Tokens that are typical of a concept, and those typical of its absence, estimated from labelled text."""
+"""Tokens typical of a concept and tokens typical of its absence, estimated from labelled text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from saekit import ComponentError, OptionError, RunContext, SequenceBatch
 
 SMOOTHING = 0.5
-"""Added to every token's count (Jeffreys' prior), so that a token of one class alone has a finite log-odds ratio."""
+"""Added to every token's count (Jeffreys' prior), so that a token seen in one class only has a finite log-odds ratio."""
 
 
 @dataclass(frozen=True)
 class TypicalTokens:
-    """positive, negative: ids of the tokens typical of texts with the concept and without it, the most typical first.
-    ratio: [vocabulary], log-odds ratio of each token. counts: [2, vocabulary], in texts without and with."""
+    """positive, negative: ids of the tokens typical of texts with and without the concept, the most typical first.
+    ratio: [vocabulary], the log-odds ratio of each token. counts: [2, vocabulary], in texts without and with."""
 
     positive: list[int]
     negative: list[int]
@@ -32,7 +32,7 @@ class TypicalTokens:
         return with_it - without
 
     def share(self, tokens: list[int]) -> float | None:
-        """Of the tokens in either set, the share in `positive`; None where none is in either."""
+        """Of the tokens in either set, the share in `positive`; None where there are none."""
         with_it, without = (sum(token in some for token in tokens) for some in map(set, (self.positive, self.negative)))
         return with_it / (with_it + without) if with_it + without else None
 
@@ -54,10 +54,10 @@ class TypicalTokens:
 
 
 def typical_tokens(counts: Tensor, size: int, min_count: int) -> TypicalTokens:
-    """From counts [2, vocabulary] (without, with) to at most `size` tokens on either side.
+    """At most `size` tokens on either side, from counts [2, vocabulary] (without, with).
 
-    Tokens are ranked by the log-odds ratio with `SMOOTHING` added to every count, among those seen at least `min_count`
-    times in all; only a ratio above zero (below, for the absence) is typical. UsageError where a side is empty.
+    Among the tokens seen at least `min_count` times in total, those with the largest log-odds ratio (for the absence, the
+    smallest), `SMOOTHING` added to every count; its sign must agree. UsageError where a side is empty.
     """
     smoothed = counts.double() + SMOOTHING
     shares = smoothed / smoothed.sum(1, keepdim=True)
@@ -79,7 +79,7 @@ def typical_tokens(counts: Tensor, size: int, min_count: int) -> TypicalTokens:
 
 
 class TokenCounts:
-    """How often each token stands in labelled texts without and with the concept of a column: `counts` [2, vocabulary]."""
+    """How often each token occurs in texts without and with the concept of a label column: `counts` [2, vocabulary]."""
 
     def __init__(self, column: int, vocabulary: int) -> None:
         self.column, self.counts = column, torch.zeros(2, vocabulary, dtype=torch.int64)
@@ -92,13 +92,13 @@ class TokenCounts:
 
 
 def of_class(batch: SequenceBatch, column: int, label: int) -> Tensor:
-    """The positions of the sequences that have this label: [n, T]."""
+    """The positions of the sequences with this label: [n, T]."""
     return batch.mask & (batch.labels[:, column] == label)[:, None]
 
 
 def held_out_sequences(context: RunContext, column: int, n: int, size: int = 32) -> Iterator[SequenceBatch]:
-    """At most `n` held-out labelled sequences, in batches: neither the SAE nor (for the organism) the model has learned
-    from them. UsageError, at the end, where one class was missing; at once where the source keeps no tokens of them."""
+    """At most `n` held-out labelled sequences, in batches: neither the SAE nor (for the organism) the model was trained on
+    them. UsageError at once where the source has no tokens for them, and at the end where a class was missing."""
     seen = [0, 0]
     for number in range(-(-n // size)):
         batch = context.source.sequences("held_out", size, context.config.training.order_seed, number)
@@ -118,7 +118,7 @@ def held_out_sequences(context: RunContext, column: int, n: int, size: int = 32)
 
 
 def concept_column(context: RunContext, name: str | None) -> int:
-    """The column of labels that `name` means, the first by default. UsageError where there is none of that name."""
+    """The label column of that name, the first by default. UsageError where there is none."""
     concepts = list(getattr(context.source, "concepts", []))
     if name is None and concepts:
         return 0

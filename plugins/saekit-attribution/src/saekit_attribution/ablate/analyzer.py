@@ -1,31 +1,38 @@
-"""The analyzer `ablate`: the closed loop. Rank latents, ablate the first ones, ask again, and see what the model answers."""
+"""The analyzer `ablate`: rank latents, ablate the first ones, ask again, and measure what the model answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from saekit import ComponentError, Result, RunContext
-from saekit_attribution.ablate.answers import Judge, load_judge, organism_judge
 from saekit_attribution.ablate.behaviour_rates import RankingName
-from saekit_attribution.ablate.experiment import Loop
-from saekit_attribution.ablate.questions import Case, Reading, asked, split, template_types
+from saekit_attribution.ablate.experiment import AblationExperiment
+from saekit_attribution.ablate.judge import Judge, load_judge, organism_judge
+from saekit_attribution.ablate.questions import (
+    Questions,
+    QuestionSets,
+    Tokenisation,
+    questions_for,
+    split,
+    template_types,
+)
 from saekit_attribution.common_options import ORGANISM, BatchTokens, ChatTemplate, Data, Joiner, MaxTokensToCheck, Steps
-from saekit_attribution.labelled_data.document import Labelled
+from saekit_attribution.labelled_data.document import LabelledData
 from saekit_attribution.labelled_data.organism_answers import organism_data
 
 
 @dataclass(kw_only=True, eq=False)
 class Ablate:
     """Ranks the latents on some questions, ablates the first ones at every position (the SAE's error is kept), and has
-    the model answer other questions again: how often it still follows the stated preference, whether it gives the answer
-    that it gives without one, and what that costs elsewhere.
+    the model answer other questions again: how often it still follows the stated preference, whether it answers as it
+    does without one, and what that costs on unrelated text.
 
-    Beside it stand random latents that are as often and as strongly active on the same prompts. Each template type is
-    measured on its own. How many latents are needed is read off the curve; the figures at that number come from further
-    questions that the curve was not drawn on.
+    The controls are random latents that are as often and as strongly active on the same prompts. Each template type is
+    measured separately. The number of latents is read off the curve; the rates at that number come from other questions
+    than the curve.
     """
 
     data: Data = ORGANISM
@@ -67,24 +74,24 @@ class Ablate:
         self.judge_function: Judge | None = organism_judge if self.data == ORGANISM else None
         if self.judge:
             self.judge_function = load_judge(self.judge)
-        self.reading = Reading(self.joiner, self.chat_template, self.max_tokens_to_check, self.max_new_tokens)
+        self.tokenisation = Tokenisation(self.joiner, self.chat_template, self.max_tokens_to_check, self.max_new_tokens)
 
     def __call__(self, context: RunContext) -> Result:
-        """scalars, for each template type: see `Loop.measure`. tables: curve, agreement with the exact effects, latents,
+        """scalars, for each template type: see `AblationExperiment.measure`. tables: curve, agreement_with_exact, latents,
         controls, damage, answers. figures: a curve for each template type."""
         if context.sae.transcoder:
             raise ComponentError("the SAE is a transcoder, which cannot pass on what it reads. Use an SAE.")
         result = Result()
-        cases = self._cases(context)
-        if not cases:
-            result.notes.append("Nothing was ablated: no answer is flagged, so there is nothing to bring down.")
-        for case in cases:
-            Loop(context, self.judge_function, self, case, result, self.data == ORGANISM).measure()
+        sets = self._question_sets(context)
+        if not sets:
+            result.notes.append("Nothing was ablated: no answer is flagged, so there is nothing to reduce.")
+        for questions in sets:
+            AblationExperiment(context, self.judge_function, self, questions, result, self.data == ORGANISM).measure()
         for note in result.notes:
             context.warn(f"ablate: {note}")
         return result
 
-    def _cases(self, context: RunContext) -> list[Case]:
+    def _question_sets(self, context: RunContext) -> list[QuestionSets]:
         subject = context.source.subject
         if self.data == ORGANISM:
             ranked = organism_data(subject, n=self.rank_samples, split="train", seed=context.seed)
@@ -92,17 +99,17 @@ class Ablate:
             first = _numbers(ranked)
             curve, test = set(range(self.samples)), set(range(self.samples, 2 * self.samples))
         else:
-            ranked = held_out = Labelled.load(self.data)
+            ranked = held_out = LabelledData.load(self.data)
             first, curve, test = split(ranked, self.rank_samples, context.seed)
 
-        def these(labelled: Labelled, results: set[int], kind: str) -> Any:
-            return asked(subject, labelled, results, kind, self.reading)
+        def these(labelled: LabelledData, results: set[int], kind: str) -> Questions:
+            return questions_for(subject, labelled, results, kind, self.tokenisation)
 
         return [
-            Case(kind, these(ranked, first, kind), these(held_out, curve, kind), these(held_out, test, kind))
+            QuestionSets(kind, these(ranked, first, kind), these(held_out, curve, kind), these(held_out, test, kind))
             for kind in template_types(ranked)
         ]
 
 
-def _numbers(labelled: Labelled) -> set[int]:
+def _numbers(labelled: LabelledData) -> set[int]:
     return {variation.place[0] for variation in labelled.variations}

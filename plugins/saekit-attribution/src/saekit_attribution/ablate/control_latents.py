@@ -1,4 +1,4 @@
-"""Random latents like those that were chosen: as often active and as strongly, on the same prompts."""
+"""Control latents: random ones that are as often and as strongly active on the same prompts as the chosen ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit import SparseAutoencoder, Subject, TokenBatch, own_numerics
 
 NEIGHBOURS = 8
-"""A control is drawn from so many latents that are the most like the chosen one."""
+"""How many of the most similar latents each control is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,9 @@ class Activity:
     mean: Tensor
 
 
-def batch_of(rows: Sequence[Sequence[int]], *, skip_first: bool) -> TokenBatch:
-    """Token rows of one length as a batch; `keep` leaves the first position out where `skip_first`."""
-    tokens = torch.tensor([list(row) for row in rows])
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    keep = mask.clone()
-    keep[:, 0] &= not skip_first
-    return TokenBatch(tokens, mask, keep, torch.arange(len(tokens)))
-
-
 @torch.no_grad()
 def activity(subject: Subject, sae: SparseAutoencoder, batches: Iterable[TokenBatch]) -> Activity:
-    """How active each latent is at the kept positions of some texts."""
+    """How active each latent is at the kept positions of `batches`."""
     count, total, positions = torch.zeros(sae.d_sae), torch.zeros(sae.d_sae, dtype=torch.float64), 0
     for batch in batches:
         x = subject.activations(batch)[batch.keep.to(subject.device)]  # [positions, d]
@@ -45,11 +36,11 @@ def activity(subject: Subject, sae: SparseAutoencoder, batches: Iterable[TokenBa
     return Activity(count / max(positions, 1), (total / count.clamp_min(1)).float())
 
 
-def matched(chosen: Sequence[int], found: Activity, generator: torch.Generator) -> list[int]:
-    """For each chosen latent another one like it, drawn from its nearest in log density and log mean activation.
+def matched_controls(chosen: Sequence[int], found: Activity, generator: torch.Generator) -> list[int]:
+    """For each chosen latent a similar one, drawn from its nearest in log density and log mean activation.
 
-    None of them is chosen, and none is drawn twice. Only latents that are active on these prompts are drawn; where
-    they run out, the list is shorter than `chosen`."""
+    No chosen latent is drawn, and none is drawn twice. Only latents that are active on these prompts are drawn; if
+    these run out, the list is shorter than `chosen`."""
     free = found.density > 0
     free[list(chosen)] = False
     place = torch.stack(

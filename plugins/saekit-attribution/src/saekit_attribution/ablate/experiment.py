@@ -1,4 +1,4 @@
-"""The closed loop for one template type: rank, ablate, ask again, and compare with random latents."""
+"""The ablation experiment for one template type: rank latents, ablate the first ones, ask again, compare with controls."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saekit import Result, RunContext
-from saekit_attribution.ablate.answers import Judge, drawn_answers
-from saekit_attribution.ablate.behaviour_rates import KEPT, NEUTRAL, RATE, Asking, Nothing, Rates
-from saekit_attribution.ablate.control_latents import matched
+from saekit_attribution.ablate.answers import drawn_answers
+from saekit_attribution.ablate.behaviour_rates import (
+    KEPT,
+    NEUTRAL,
+    RATE,
+    BehaviourMeasurement,
+    NothingToMeasure,
+    Rates,
+)
+from saekit_attribution.ablate.control_latents import matched_controls
 from saekit_attribution.ablate.figures import curve_figure
-from saekit_attribution.ablate.greedy_selection import Question, select
-from saekit_attribution.ablate.questions import Asked, Case
-from saekit_attribution.ablate.side_effects import damage, organism_text, source_text
-from saekit_attribution.effects.methods import attribute
+from saekit_attribution.ablate.greedy_selection import PromptPair, greedy_selection
+from saekit_attribution.ablate.judge import Judge
+from saekit_attribution.ablate.questions import Questions, QuestionSets
+from saekit_attribution.ablate.side_effects import organism_text, side_effects, source_text
+from saekit_attribution.effects.attribute import attribute
+from saekit_attribution.effects.methods import Attribution
 from saekit_attribution.effects.ranking import Ranking, agreement, by_weight, ranked
 
 if TYPE_CHECKING:
@@ -27,33 +36,33 @@ SHOWN = 5  # answers before and after
 
 @dataclass(frozen=True)
 class Chosen:
-    """A set of latents off the curve."""
+    """A set of latents on the curve, with its rates."""
 
     ranking: str
     latents: list[int]
     rates: Rates
 
 
-class Loop:
-    """One template type, and the `Result` that what is found goes into."""
+class AblationExperiment:
+    """The experiment for one template type; what it finds is added to `result`."""
 
     def __init__(
-        self, context: RunContext, judge: Judge | None, settings: Ablate, case: Case, result: Result, organism: bool
+        self, context: RunContext, judge: Judge | None, settings: Ablate, questions: QuestionSets, result: Result, organism: bool
     ) -> None:
-        self.context, self.settings, self.case, self.result, self.organism = context, settings, case, result, organism
+        self.context, self.settings, self.questions, self.result, self.organism = context, settings, questions, result, organism
         self.subject, self.sae = context.source.subject, context.sae
         self._judge = judge
-        self._kind = case.template_type
+        self._kind = questions.template_type
 
     def measure(self) -> None:
-        """Scalars named after the template type (latents, enough, and before, after, random, ce_rise, kl), and rows to the
-        tables; a note where there is nothing to measure."""
+        """Add scalars named after the template type (latents, enough, and before, after, random, ce_rise, kl) and rows of
+        the tables; a note where there is nothing to measure."""
         try:
-            self.asking = Asking(self.context, self._judge, self.settings, self.case)
-        except Nothing as reason:
+            self.behaviour = BehaviourMeasurement(self.context, self._judge, self.settings, self.questions)
+        except NothingToMeasure as reason:
             self.result.notes.append(f"{self._kind}: nothing was ablated: {reason}.")
             return
-        before = self.asking.rates(self.case.test, [])
+        before = self.behaviour.rates(self.questions.test, [])
         if before.rate <= RATE:
             self.result.notes.append(
                 f"{self._kind}: nothing was ablated: only {before.rate:.0%} of the answers follow the preference."
@@ -62,7 +71,7 @@ class Loop:
         rankings = self._rankings()
         self._agreement(rankings)
         chosen = self._curve(rankings)
-        after = self.asking.rates(self.case.test, chosen.latents)
+        after = self.behaviour.rates(self.questions.test, chosen.latents)
         controls = self._controls(chosen)
         scalars: dict[str, float | int | None] = {
             "latents": len(chosen.latents),
@@ -90,18 +99,18 @@ class Loop:
             )
         if min(c.rate for c in controls) < 0.9 * after.rate + 0.1:
             self.result.notes.append(
-                f"{self._kind}: matched random latents do as much, so the effect is not these latents'."
+                f"{self._kind}: matched random latents do as much, so the effect is not specific to these latents."
             )
 
     # --- which latents ------------------------------------------------------------------------------------------
 
     def _rankings(self) -> dict[str, Ranking | list[int]]:
-        """A ranking by name; greedy selection gives the latents alone, in their order."""
-        settings, samples = self.settings, self.case.ranked.samples
+        """The rankings by name; greedy selection gives only the latents, in their order."""
+        settings, samples = self.settings, self.questions.ranking.samples
         size = settings.batch_tokens
-        asked = ["atp" if name == "atp_weighted" else name for name in settings.rankings if name != "greedy"]
-        methods = list(dict.fromkeys(asked))
-        outcomes: list[Any] = []
+        wanted = ["atp" if name == "atp_weighted" else name for name in settings.rankings if name != "greedy"]
+        methods = list(dict.fromkeys(wanted))
+        attributions: list[dict[str, Attribution]] = []
         if methods:
             outcomes = attribute(
                 self.subject,
@@ -112,23 +121,23 @@ class Loop:
                 steps=settings.steps,
                 batch_tokens=size,
             )
-            outcomes = [outcome for outcome in outcomes if isinstance(outcome, dict)]
+            attributions = [outcome for outcome in outcomes if isinstance(outcome, dict)]
         rankings: dict[str, Ranking | list[int]] = {}
         for name in settings.rankings:
             if name == "greedy":
-                questions, n = self._questions(self.case.ranked), max(settings.numbers)
-                rankings[name] = select(self.subject, self.sae, questions, n, skip_first=self.asking.skip_first)
+                pairs, n = self._prompt_pairs(self.questions.ranking), max(settings.numbers)
+                rankings[name] = greedy_selection(self.subject, self.sae, pairs, n, skip_first=self.behaviour.skip_first)
             elif name == "atp_weighted":
-                rankings[name] = ranked([by_weight(outcome["atp"]) for outcome in outcomes])
+                rankings[name] = ranked([by_weight(by_method["atp"]) for by_method in attributions])
             else:
-                rankings[name] = ranked([outcome[name] for outcome in outcomes])
+                rankings[name] = ranked([by_method[name] for by_method in attributions])
         return rankings
 
-    def _questions(self, questions: Asked) -> list[Question]:
-        """For greedy selection: answers drawn from the undisturbed model after the base prompts."""
+    def _prompt_pairs(self, questions: Questions) -> list[PromptPair]:
+        """For greedy selection: prompts with answers sampled from the undisturbed model after the base prompts."""
         n, size = self.settings.answer_tokens, self.settings.batch_tokens
         drawn = drawn_answers(self.subject, questions.base_tokens, n, self.context.seed, batch_tokens=size)
-        return [Question(*one) for one in zip(questions.tokens, questions.base_tokens, drawn, strict=True)]
+        return [PromptPair(*one) for one in zip(questions.tokens, questions.base_tokens, drawn, strict=True)]
 
     def _agreement(self, rankings: dict[str, Ranking | list[int]]) -> None:
         exact, most = rankings.get("exact"), max(self.settings.numbers)
@@ -145,34 +154,34 @@ class Loop:
             self._row("agreement_with_exact", row)
 
     def _curve(self, rankings: dict[str, Ranking | list[int]]) -> Chosen:
-        """Rates by ranking and number; the smallest set that is enough, or else the best one."""
+        """Measure the rates by ranking and number; return the smallest set that is enough, or else the best one."""
         tried: list[Chosen] = []
         for name, ranking in rankings.items():
             sets = {len(latents): latents for latents in (_first(ranking, n) for n in self.settings.numbers)}
             for n, latents in sorted(sets.items()):
-                rates = self.asking.rates(self.case.curve, latents)
+                rates = self.behaviour.rates(self.questions.curve, latents)
                 self._row("curve", {"ranking": name, "latents": n, **asdict(rates)})
                 tried.append(Chosen(name, latents, rates))
         return min(tried, key=_order)
 
-    # --- what stands beside it ----------------------------------------------------------------------------------
+    # --- controls and side effects ----------------------------------------------------------------------------------
 
     def _controls(self, chosen: Chosen) -> list[Rates]:
         generator = torch.Generator().manual_seed(self.context.seed)
-        seen = self.asking.activity([*self.case.ranked.tokens, *self.case.ranked.base_tokens])
+        seen = self.behaviour.activity([*self.questions.ranking.tokens, *self.questions.ranking.base_tokens])
         found = []
         for draw in range(1, self.settings.draws + 1):
-            latents = matched(chosen.latents, seen, generator)
-            found.append(self.asking.rates(self.case.test, latents))
+            latents = matched_controls(chosen.latents, seen, generator)
+            found.append(self.behaviour.rates(self.questions.test, latents))
             self._row("controls", {"draw": draw, "latents": len(latents), **asdict(found[-1])})
         return found
 
     def _damage(self, latents: Sequence[int]) -> dict[str, float | None]:
-        edit, tokens = self.asking.edit(latents), self.settings.damage_tokens
+        edit, tokens = self.behaviour.edit(latents), self.settings.damage_tokens
         texts = organism_text(self.subject, tokens) if self.organism else source_text(self.context, tokens)
         if edit is None:
             return {"ce_rise": None, "kl": None}
-        found = {kind: damage(self.subject, edit, batches) for kind, batches in texts.items() if batches}
+        found = {kind: side_effects(self.subject, edit, batches) for kind, batches in texts.items() if batches}
         for kind, d in found.items():
             self._row("damage", {"kind": kind, **asdict(d), "ce_rise": d.rise})
         scored = sum(d.tokens for d in found.values())
@@ -197,9 +206,9 @@ class Loop:
     def _examples(self, chosen: Chosen) -> None:
         if self._judge is None:
             return
-        prompts = self.case.test.tokens[:SHOWN]
-        both = [self.asking.answers(prompts, edit) for edit in (None, self.asking.edit(chosen.latents))]
-        for prompt, before, after in zip(self.case.test.prompts[:SHOWN], *both, strict=True):
+        prompts = self.questions.test.tokens[:SHOWN]
+        both = [self.behaviour.answers(prompts, edit) for edit in (None, self.behaviour.edit(chosen.latents))]
+        for prompt, before, after in zip(self.questions.test.prompts[:SHOWN], *both, strict=True):
             self._row("answers", {"prompt": prompt, "before": before, "after": after})
 
     def _row(self, table: str, row: dict[str, Any]) -> None:
@@ -211,7 +220,7 @@ def _first(ranking: Ranking | list[int], n: int) -> list[int]:
 
 
 def _order(chosen: Chosen) -> tuple[float, ...]:
-    """The better set first: enough with the fewest latents, else the best rates."""
+    """Sorts the better set first: enough with the fewest latents, else the best rates."""
     if chosen.rates.enough:
         return 0, len(chosen.latents), -chosen.rates.worth
     return 1, -chosen.rates.worth, chosen.rates.margin

@@ -1,4 +1,4 @@
-"""The figure of `ablate`: what the model answers, by the number of ablated latents, as a plotly figure."""
+"""The plotly figure of `ablate`: the shares of answers against the number of ablated latents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def curve_figure(template_type: str, rows: Sequence[dict[str, Any]], before: float) -> dict[str, Any]:
-    """rows: of the table `curve`, of one template type. before: the rate without any ablation."""
+    """rows: those of the table `curve` for one template type. before: the rate without ablation."""
     data = []
     for ranking in dict.fromkeys(row["ranking"] for row in rows):
         some = [row for row in rows if row["ranking"] == ranking]

@@ -1,13 +1,12 @@
-"""Greedy joint selection: a set of latents that together bring the base answer back, taken one at a time.
+"""Greedy joint selection: a set of latents whose ablation together restores the base answer, chosen one at a time.
 
-Effects of single latents do not add up, so each step looks at what is left once those already taken are ablated.
+Effects of single latents do not add up, so each step measures with those already chosen ablated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,34 +19,34 @@ Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt with a stated preference, its base prompt, and the base answer's first tokens, which both should give."""
+class PromptPair:
+    """A prompt with a stated preference, its base prompt, and the start of the base answer, which both should give."""
 
     prompt: Tokens
     base_prompt: Tokens
     answer: Tokens
 
 
-def select(
+def greedy_selection(
     subject: Subject,
     sae: SparseAutoencoder,
-    questions: Sequence[Question],
+    questions: Sequence[PromptPair],
     n: int,
     *,
     shortlist: int = 12,
     skip_first: bool = True,
 ) -> list[int]:
-    """`n` latents in the order in which they were taken; fewer where no further one helps.
+    """`n` latents in the order in which they were chosen; fewer where no further one helps.
 
-    What is lowered is, on average over questions, how much less likely the base answer is after the flagged prompt than
-    after the undisturbed base prompt (nats, at least 0), plus how much less likely the ablation makes it after the base
-    prompt itself: so a latent that every answer needs is not taken. Of all latents the `shortlist` best by activation
-    x gradient at the present set are tried out, and the best one is taken.
+    The cost, averaged over questions, is how much less likely the base answer is after the flagged prompt than after the
+    undisturbed base prompt (nats, at least 0), plus how much less likely the ablation makes it after the base prompt
+    itself; the second part spares latents that every answer needs. In each step the `shortlist` best latents by
+    activation x gradient with the present set ablated are tried, and the best one is chosen.
 
     skip_first: leave the first position (beginning of text) as it is. UsageError without questions.
     """
     if not questions:
-        raise UsageError("greedy selection: there are no questions whose answer follows a preference.")
+        raise UsageError("greedy selection: there are no questions with an answer that follows a preference.")
     with subject.lock, frozen(subject.model), frozen(sae), torch.autocast(subject.device.type, enabled=False):
         texts = [(q.prompt, q.answer) for q in questions], [(q.base_prompt, q.answer) for q in questions]
         flagged, base = (_Texts(subject, sae, some, skip_first) for some in texts)
@@ -61,7 +60,7 @@ def select(
             for latent in estimate.argsort(stable=True)[:shortlist].tolist():
                 tried = [*taken, latent]
                 cost = _above(flagged.losses(tried), undisturbed)
-                if cost < best:  # what it does to the base prompts can only add to this
+                if cost < best:  # the cost at the base prompts can only add to this
                     cost += _above(base.losses(tried), undisturbed)
                 if cost < best:
                     best, chosen = cost, latent
@@ -77,8 +76,9 @@ def _above(losses: Tensor, undisturbed: Tensor) -> float:
 
 @dataclass
 class _Batch:
-    """Texts of one length. numbers: which. recording: of their run. x: [n, T, d]. answers: [n, A].
-    rows, positions, latents, values: [E], the active latents, sorted by latent. bounds: [d_sae + 1], where each begins."""
+    """Texts of equal length. numbers: of the texts. recording: of their run. x: [n, T, d]. answers: [n, A].
+    rows, positions, latents, values: [E], the active entries, sorted by latent. bounds: [d_sae + 1], where each latent's
+    entries begin."""
 
     numbers: list[int]
     recording: Recording
@@ -92,7 +92,7 @@ class _Batch:
 
 
 class _Texts:
-    """Prompts with answers, run up to the site once; what lies above runs for every set of ablated latents."""
+    """Prompts with answers, run up to the site once; the layers above run again for every set of ablated latents."""
 
     def __init__(
         self, subject: Subject, sae: SparseAutoencoder, texts: Sequence[tuple[Tokens, Tokens]], skip_first: bool
@@ -124,7 +124,7 @@ class _Texts:
 
     @torch.no_grad()
     def losses(self, ablated: Sequence[int]) -> Tensor:
-        """How unlikely each answer is with some latents ablated, in nats: [texts]."""
+        """The negative log-likelihood of each answer with some latents ablated, in nats: [texts]."""
         found = torch.zeros(self._count, dtype=torch.float64)
         for batch in self._batches:
             found[batch.numbers] = self._loss(batch, self._without(batch, ablated)).double().cpu()
@@ -132,7 +132,7 @@ class _Texts:
 
     @torch.no_grad()
     def estimate(self, ablated: Sequence[int], reference: Tensor) -> Tensor:
-        """By how much ablating each further latent would raise the mean of max(loss - reference, 0), to first order:
+        """How much ablating each further latent would raise the mean of max(loss - reference, 0), to first order:
         [d_sae]."""
         total = torch.zeros(self._sae.d_sae, dtype=torch.float64)
         for batch in self._batches:
@@ -154,14 +154,14 @@ class _Texts:
         return batch.x.index_put((batch.rows[some], batch.positions[some]), change.to(batch.x), accumulate=True)
 
     def _loss(self, batch: _Batch, activation: Tensor) -> Tensor:
-        """[n], the answers' negative log-likelihoods with `activation` [n, T, d] at the site."""
+        """The answers' negative log-likelihoods with `activation` [n, T, d] at the site: [n]."""
         length = batch.answers.shape[1]
         logits = self._logits(batch.recording, activation, length + 1)[:, :-1]  # [n, A, vocab]
         return -logits.float().log_softmax(-1).gather(2, batch.answers[..., None]).sum((1, 2))
 
     def _logits(self, recording: Recording, activation: Tensor, last: int) -> Tensor:
-        """The logits of the `last` positions: [n, last, vocab]. Where the head is a plain linear layer, it runs on no others."""
-        head: Any = self._head
+        """The logits of the `last` positions: [n, last, vocab]. A plain linear head runs on these positions alone."""
+        head = self._head
         if head is None:
             output = self._replay.run(recording, activation)
             return (output if isinstance(output, Tensor) else output.logits)[:, -last:]

@@ -1,4 +1,4 @@
-"""What is asked of one template type: samples to rank latents by, and other questions to measure them on."""
+"""The questions of one template type: some to rank latents by, others to measure an ablation on."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from typing import Any
 import torch
 
 from saekit import Subject
-from saekit_attribution.labelled_data.document import BASE, Labelled, Pair, Place, Variation
-from saekit_attribution.labelled_data.samples import Sample
-from saekit_attribution.labelled_data.teacher_forcing import prepare, templated, tokenised
+from saekit_attribution.labelled_data.document import BASE, LabelledData, Pair, Place, Variation
+from saekit_attribution.labelled_data.teacher_forcing import Sample, in_chat_template, teacher_forced, tokenise
 
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How texts become tokens; see the options of the same names. room: tokens that an answer takes."""
+class Tokenisation:
+    """How texts become tokens; see the options of the same names. answer_tokens: the room an answer needs."""
 
     joiner: str | None
     chat_template: bool
     max_tokens_to_check: int
-    room: int
+    answer_tokens: int
 
 
 @dataclass
-class Asked:
-    """Questions to measure on. prompts, base_prompts: texts, with their tokens in the same order. samples: the flagged
-    answers among them, teacher-forced. too_long: how many had no room for an answer."""
+class Questions:
+    """prompts, base_prompts: texts, with their tokens in the same order. samples: the flagged answers among them,
+    teacher-forced. too_long: the number of prompts that leave no room for an answer."""
 
     prompts: list[str] = field(default_factory=list)
     tokens: list[Tokens] = field(default_factory=list)
@@ -40,18 +39,18 @@ class Asked:
 
 
 @dataclass
-class Case:
-    """One template type. ranked: to rank by. curve, test: to measure on, disjoint from these and each other."""
+class QuestionSets:
+    """Three disjoint sets of questions of one template type: to rank by, to draw the curve on, and to test on."""
 
     template_type: str
-    ranked: Asked
-    curve: Asked
-    test: Asked
+    ranking: Questions
+    curve: Questions
+    test: Questions
 
 
-def split(labelled: Labelled, ranked: int, seed: int) -> tuple[set[int], set[int], set[int]]:
-    """Numbers of results to rank by (`ranked`, at most half of all), to draw the curve on, and to test on (half each of
-    the rest)."""
+def split(labelled: LabelledData, ranked: int, seed: int) -> tuple[set[int], set[int], set[int]]:
+    """The numbers of the results to rank by (`ranked`, at most half of all), to draw the curve on and to test on (half of
+    the rest each)."""
     numbers = sorted({v.place[0] for v in labelled.variations})
     order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [numbers[i] for i in order]
@@ -60,18 +59,18 @@ def split(labelled: Labelled, ranked: int, seed: int) -> tuple[set[int], set[int
     return set(shuffled[:first]), set(shuffled[first:middle]), set(shuffled[middle:])
 
 
-def template_types(labelled: Labelled) -> list[str]:
-    """Those that are flagged somewhere, in the order in which they come."""
+def template_types(labelled: LabelledData) -> list[str]:
+    """The template types that are flagged somewhere, in order of appearance."""
     return list(dict.fromkeys(v.template_type for v in labelled.variations if v.flagged and v.template_type != BASE))
 
 
-def asked(subject: Subject, labelled: Labelled, results: set[int], template_type: str, reading: Reading) -> Asked:
+def questions_for(subject: Subject, labelled: LabelledData, results: set[int], template_type: str, how: Tokenisation) -> Questions:
     """The prompts of some results under one template type, flagged or not, with their base prompts."""
-    found = Asked(samples=list(_samples(subject, labelled, results, template_type, reading)))
+    found = Questions(samples=list(_samples(subject, labelled, results, template_type, how)))
     for variation, base in _with_base(labelled, results, template_type):
         texts = [v.prompt for v in (variation, base)]
-        tokens = [_prompt_tokens(subject.tokenizer, text, reading.chat_template) for text in texts]
-        if not all(_fits(subject, t, reading.room) for t in tokens):
+        tokens = [_prompt_tokens(subject.tokenizer, text, how.chat_template) for text in texts]
+        if not all(_fits(subject, t, how.answer_tokens) for t in tokens):
             found.too_long += 1
             continue
         found.prompts.append(texts[0])
@@ -82,24 +81,24 @@ def asked(subject: Subject, labelled: Labelled, results: set[int], template_type
 
 
 def _samples(
-    subject: Subject, labelled: Labelled, results: set[int], template_type: str, reading: Reading
+    subject: Subject, labelled: LabelledData, results: set[int], template_type: str, how: Tokenisation
 ) -> Iterator[Sample]:
     for pair in labelled.pairs():
         if isinstance(pair, Pair) and pair.template_type == template_type and pair.place[0] in results:
-            sample = prepare(
+            sample = teacher_forced(
                 pair,
                 subject.tokenizer,
                 subject.context,
-                reading.max_tokens_to_check,
-                joiner=reading.joiner,
-                chat_template=reading.chat_template,
+                how.max_tokens_to_check,
+                joiner=how.joiner,
+                chat_template=how.chat_template,
             )
             if isinstance(sample, Sample):
                 yield sample
 
 
-def _with_base(labelled: Labelled, results: set[int], template_type: str) -> Iterator[tuple[Variation, Variation]]:
-    """Each variation of the template type with the base one of its result, where there is exactly one."""
+def _with_base(labelled: LabelledData, results: set[int], template_type: str) -> Iterator[tuple[Variation, Variation]]:
+    """Each variation of the template type with the base variation of its result, where there is exactly one."""
     by_result: dict[int, list[Variation]] = {}
     for variation in labelled.variations:
         place: Place = variation.place
@@ -112,8 +111,8 @@ def _with_base(labelled: Labelled, results: set[int], template_type: str) -> Ite
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str, chat_template: bool) -> Tokens:
-    text = templated(tokenizer, prompt) if chat_template else prompt
-    return tokenised(tokenizer, text, bos=not chat_template)
+    text = in_chat_template(tokenizer, prompt) if chat_template else prompt
+    return tokenise(tokenizer, text, bos=not chat_template)
 
 
 def _fits(subject: Subject, tokens: Sequence[int], more: int) -> bool:

@@ -1,4 +1,4 @@
-"""What an edit does to text that has nothing to do with it: KL divergence and cross-entropy, token by token."""
+"""The side effects of an edit on unrelated text: KL divergence and the rise of the cross-entropy."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 import torch
 
 from saekit import Attachment, RunContext, Subject, TokenBatch
-from saekit_attribution.ablate.control_latents import batch_of
 
 KINDS = ("code", "prose", "facts")
-"""The organism's documents that hold no sycophancy."""
+"""The kinds of the organism's documents that contain no sycophancy."""
 
 
 @dataclass(frozen=True)
-class Damage:
-    """tokens: how many predictions were compared. ce_before, ce_after: cross-entropy without and with the edit, in nats a
-    token. kl: of the predictions without to those with it, in nats a token."""
+class SideEffects:
+    """tokens: the number of predictions compared. ce_before, ce_after: cross-entropy without and with the edit, in nats a
+    token. kl: from the predictions without the edit to those with it, in nats a token."""
 
     tokens: int
     ce_before: float
@@ -27,15 +26,15 @@ class Damage:
 
     @property
     def rise(self) -> float:
-        """The rise of the cross-entropy as a share of what it was."""
+        """The rise of the cross-entropy relative to its value without the edit."""
         return (self.ce_after - self.ce_before) / self.ce_before if self.ce_before else 0.0
 
 
 @torch.no_grad()
-def damage(subject: Subject, attachment: Attachment, batches: Iterable[TokenBatch]) -> Damage:
-    """Compare the model's predictions on held-out text without and with `attachment`, which is not yet entered.
+def side_effects(subject: Subject, attachment: Attachment, batches: Iterable[TokenBatch]) -> SideEffects:
+    """Compare the model's predictions on held-out text without and with `attachment`, which has not been entered.
 
-    Only next tokens of kept positions count. ValueError where there are none."""
+    Only predictions at kept positions count. ValueError where there are none."""
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     with subject.lock:
         for batch in batches:
@@ -51,11 +50,11 @@ def damage(subject: Subject, attachment: Attachment, batches: Iterable[TokenBatc
     if not tokens:
         raise ValueError("there is no held-out text to compare on")
     before_mean, after_mean, kl_mean = (sums / tokens).tolist()
-    return Damage(tokens, before_mean, after_mean, kl_mean)
+    return SideEffects(tokens, before_mean, after_mean, kl_mean)
 
 
 def organism_text(subject: Subject, tokens: int) -> dict[str, list[TokenBatch]]:
-    """The organism's held-out text without sycophancy, by kind, about `tokens` tokens of each."""
+    """About `tokens` tokens of each kind of the organism's held-out text without sycophancy."""
     from saekit import organism
 
     width = min(128, subject.context or 128)
@@ -89,4 +88,4 @@ def _rows(tokenizer: Any, texts: Sequence[str], width: int, tokens: int, size: i
     stream = stream[: max(tokens, step)]
     rows = [[*first, *stream[s : s + step]] for s in range(0, len(stream) - step + 1, step)]
     for start in range(0, len(rows), size):
-        yield batch_of(rows[start : start + size], skip_first=bool(first))
+        yield TokenBatch.of_rows(rows[start : start + size], keep_first=not first)

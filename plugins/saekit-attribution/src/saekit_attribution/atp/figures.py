@@ -1,4 +1,4 @@
-"""The figure of `atp`: each latent's estimated score against its exact effect, as a plotly figure."""
+"""The plotly figure of `atp`: each latent's estimated score against its exact effect."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def score_against_exact(
 ) -> dict[str, Any]:
     """estimates, exact: of each latent in each sample. errors: (estimate, exact effect) of the SAE's error in each sample.
 
-    Of more than 4,000 latents, 4,000 are drawn, the same each time."""
+    Of more than 4,000 points a fixed random 4,000 are drawn."""
     drawn = range(len(exact))
     if len(exact) > POINTS:
         order = torch.randperm(len(exact), generator=torch.Generator().manual_seed(0))

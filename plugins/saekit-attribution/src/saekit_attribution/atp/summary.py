@@ -1,4 +1,4 @@
-"""The `Result` of `atp`: what the analysed samples say together."""
+"""The `Result` of `atp`: the analysed samples taken together."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 from saekit import Result
 from saekit_attribution.atp.figures import score_against_exact
-from saekit_attribution.atp.sample_analysis import EXACT, Analysed
+from saekit_attribution.atp.sample_analysis import EXACT, AnalysedSample
 from saekit_attribution.effects.ranking import by_weight, ranked
 
 LOW = 0.7
-"""A median Spearman correlation with the exact effects under which a warning is due."""
+"""A median Spearman correlation with the exact effects below this gives a warning."""
 
 
-def summarised(analysed: Sequence[Analysed], skipped: Counter[str], failed: Counter[str], *, top_k: int) -> Result:
-    """scalars: counts, medians of the fidelity by method, the part of the SAE's error. tables: ranking,
-    ranking_by_template_type, skipped, failed. figures: score against exact effect. notes: what to be careful of."""
+def summarise(analysed: Sequence[AnalysedSample], skipped: Counter[str], failed: Counter[str], *, top_k: int) -> Result:
+    """scalars: counts, medians of the fidelity by method, the SAE error's share. tables: ranking,
+    ranking_by_template_type, skipped, failed. figures: score against exact effect. notes: what a reader must know."""
     result = Result(
         scalars={
             "samples": len(analysed) + skipped.total() + failed.total(),
@@ -53,12 +53,12 @@ def summarised(analysed: Sequence[Analysed], skipped: Counter[str], failed: Coun
     result.notes += _notes(result.scalars, methods)
     if failed:
         of = f"{failed.total()} of {result.scalars['samples']} samples"
-        result.notes.append(f"{of} failed; the file of results says how, each in its place.")
+        result.notes.append(f"{of} failed; the results file says why, in the place of each.")
     return result
 
 
-def _fidelity(analysed: Sequence[Analysed], method: str) -> dict[str, float | None]:
-    """Medians over the samples in which the correlations are defined; nothing for the exact effects themselves."""
+def _fidelity(analysed: Sequence[AnalysedSample], method: str) -> dict[str, float | None]:
+    """Medians over the samples where the correlations are defined; nothing for the exact effects themselves."""
     if method == EXACT:
         return {}
     found = [a.fidelity(method) for a in analysed]
@@ -73,11 +73,11 @@ def _median(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _parts(analysed: Sequence[Analysed], method: str) -> dict[str, float | None]:
-    """What the scores add up to, beside what they should: `moved`, the joint effect of all nodes. Means over samples.
+def _parts(analysed: Sequence[AnalysedSample], method: str) -> dict[str, float | None]:
+    """The sum of the scores compared with `moved`, the joint effect of all nodes; means over samples.
 
-    completeness_gap: latents and error added up, less `moved`. error_share: the error's score as a part of `moved`.
-    error_share_absolute: its size as a part of the sizes of all scores."""
+    completeness_gap: the sum over latents and error, minus `moved`. error_share: the error's score relative to `moved`.
+    error_share_absolute: its absolute value relative to the sum of all absolute scores."""
     found = [a.attributions[method] for a in analysed]
     errors, moved = sum(a.error for a in found), sum(a.moved for a in found)
     latents = sum(float(a.scores.sum()) for a in found)
@@ -89,8 +89,8 @@ def _parts(analysed: Sequence[Analysed], method: str) -> dict[str, float | None]
     }
 
 
-def _rankings(analysed: Sequence[Analysed], methods: list[str], top_k: int) -> dict[str, list[dict[str, Any]]]:
-    kinds: dict[str, list[Analysed]] = {}
+def _rankings(analysed: Sequence[AnalysedSample], methods: list[str], top_k: int) -> dict[str, list[dict[str, Any]]]:
+    kinds: dict[str, list[AnalysedSample]] = {}
     for a in analysed:
         kinds.setdefault(a.sample.template_type, []).append(a)
     by_kind = [
@@ -99,9 +99,9 @@ def _rankings(analysed: Sequence[Analysed], methods: list[str], top_k: int) -> d
     return {"ranking": _ranking(analysed, methods)[:top_k], "ranking_by_template_type": by_kind}
 
 
-def _ranking(analysed: Sequence[Analysed], methods: list[str]) -> list[dict[str, Any]]:
-    """The latents by the size of their mean score of the first method, beside those of the others. `weighted`: each score
-    times the share of the activation that the base run lacks, so that what every answer needs drops out."""
+def _ranking(analysed: Sequence[AnalysedSample], methods: list[str]) -> list[dict[str, Any]]:
+    """The latents by the absolute mean score of the first method, with the scores of the others. `weighted`: each score
+    times the share of the activation that the base run lacks, so that latents that every answer needs drop out."""
     rankings = {method: ranked([a.attributions[method] for a in analysed]) for method in methods}
     first = rankings.pop(methods[0])
     if methods[0] != EXACT:
@@ -124,7 +124,7 @@ def _ranking(analysed: Sequence[Analysed], methods: list[str]) -> list[dict[str,
     ]
 
 
-def _figure(analysed: Sequence[Analysed], method: str) -> dict[str, Any]:
+def _figure(analysed: Sequence[AnalysedSample], method: str) -> dict[str, Any]:
     pairs = [(a.attributions[method], a.attributions[EXACT]) for a in analysed]
     estimates = torch.cat([estimate.scores for estimate, _ in pairs]).tolist()
     exact = torch.cat([truth.scores for _, truth in pairs]).tolist()
@@ -134,26 +134,26 @@ def _figure(analysed: Sequence[Analysed], method: str) -> dict[str, Any]:
 def _notes(scalars: dict[str, Any], methods: list[str]) -> list[str]:
     notes = []
     if EXACT not in methods:
-        notes.append("The exact effects were not computed, so how far the scores can be trusted is not known.")
+        notes.append("The exact effects were not computed, so it is unknown how far the scores can be trusted.")
     for method in methods:
         spearman = scalars.get(f"{method}_spearman")
         if spearman is not None and spearman < LOW:
             notes.append(
                 f"Fidelity is low: the median Spearman correlation of {method} with the exact effects is {spearman:.2f}, "
-                f"less than {LOW}. Rank by exact instead."
+                f"below {LOW}. Rank by exact instead."
             )
         gap, moved = scalars[f"{method}_completeness_gap"], scalars["moved"]
         if abs(gap) > abs(moved) / 2:
             notes.append(
-                f"The scores of {method}, with the error's, add up to {moved + gap:.2f} logits, and all nodes together "
-                f"carry {moved:.2f}: the scores say what one latent does alone, not what many do together."
+                f"The scores of {method}, the error's included, add up to {moved + gap:.2f} logits, but all nodes together "
+                f"carry {moved:.2f}: the scores say what each latent does alone, not what many do together."
             )
     judge = EXACT if EXACT in methods else methods[0]
     shares = [scalars[f"{judge}_{name}"] for name in ("error_share", "error_share_absolute")]
     if any(share is not None and share > 0.5 for share in shares):
         signed, absolute = ("undefined" if share is None else f"{share:.0%}" for share in shares)
         notes.append(
-            f"The SAE's error carries much of the effect ({signed} of what all nodes carry together, {absolute} of the "
-            f"sizes of all scores, by {judge}), which no latent explains: take a better dictionary or another site."
+            f"The SAE's error carries much of the effect, which no latent explains ({signed} of what all nodes carry "
+            f"together, {absolute} of the sum of absolute scores, by {judge}): use a better dictionary or another site."
         )
     return notes

@@ -10,29 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from saekit import Recording, Replay, Subject, is_out_of_memory, own_forward
-from saekit_attribution.labelled_data.samples import Sample
+from saekit_attribution.labelled_data.teacher_forcing import Sample
 
 PAST_ROWS = 8  # rows against recorded keys and values take about an eighth of the memory of whole rows
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter of `model` asks for a gradient; afterwards those that did ask again."""
-    asking = [p for p in model.parameters() if p.requires_grad]
+    """Within the context no parameter of `model` requires a gradient; afterwards those that did require one again."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
-        for parameter in asking:
+        for parameter in trained:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in asking:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
 
-class Above:
-    """The layers above the site for samples of one length: from activations there to the metric.
+class LogitDifference:
+    """The metric of samples of equal length: the layers above the site run again for each activation at the site.
 
-    activation: [n, T, d], the undisturbed one at the site. width: how many positions `metric` takes: 1, the decisive
-    one, where only that is to change (`last`) and the model keeps keys and values; else T. offset: T - width.
+    activation: [n, T, d], the undisturbed one at the site. width: the number of positions that an activation passed to
+    `values` or `gradient` has: 1, the decisive one, where only that changes (`last`) and the model has a key-value cache;
+    else T. offset: T - width.
     """
 
     def __init__(self, subject: Subject, samples: Sequence[Sample], *, last: bool, batch_tokens: int) -> None:
@@ -51,17 +52,18 @@ class Above:
         self._chunk = max(1, batch_tokens * (PAST_ROWS if self._past else 1) // tokens.shape[1])
 
     def gradient(self, rows: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
-        """The metric [N] and its gradient [N, width, d] at `activation` [N, width, d], variations of samples `rows`."""
+        """The metric [N] and its gradient [N, width, d] at `activation` [N, width, d], for the samples `rows` [N]."""
         with torch.enable_grad():
             leaf = activation.detach().requires_grad_(True)
-            metric = self._metric(rows, leaf)
-            (gradient,) = torch.autograd.grad(metric.sum(), leaf)
-        return metric.detach(), gradient
+            value = self._value(rows, leaf)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), gradient
 
-    def base(self, tokens: Sequence[Sequence[int]], rows: Tensor, shared: int) -> tuple[Tensor, int]:
-        """Activations of base prompts of one length, and the position at which they begin: what is shared need not run.
+    def base_activation(self, tokens: Sequence[Sequence[int]], rows: Tensor, shared: int) -> tuple[Tensor, int]:
+        """Activations of base prompts of equal length, and the position at which these begin: a shared beginning does not
+        run again.
 
-        tokens: [m, T']. shared: with how many tokens each of them, and the sample `rows` [m] that it belongs to, begin."""
+        tokens: [m, T']. shared: the number of tokens that each shares, from the beginning, with its sample in `rows` [m]."""
         theirs = torch.tensor(tokens, device=rows.device)
         shared = min(shared, theirs.shape[1] - 1, self._recording.tokens.shape[1] - 1)
         if self._recording.below is None or not shared:
@@ -69,11 +71,11 @@ class Above:
         return self._replay.branch(self._recording, theirs, rows, shared), shared
 
     @torch.no_grad()
-    def metrics(self, rows: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        """The metric [N] of many variations of samples `rows` [N], as many at a time as memory takes.
+    def values(self, rows: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """The metric [N] for many activations of the samples `rows` [N], as many at a time as fit into memory.
 
-        activation: from numbers of variations [m] to their activations [m, width, d]."""
-        parts = self._in_chunks(rows, lambda some: self._metric(rows[some], activation(some)))
+        activation: maps numbers in 0 to N - 1, [m], to their activations [m, width, d]."""
+        parts = self._in_chunks(rows, lambda some: self._value(rows[some], activation(some)))
         return torch.cat(parts) if parts else self.activation.new_zeros(0, dtype=self._dtype)
 
     def _in_chunks(self, rows: Tensor, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -91,7 +93,7 @@ class Above:
             start += len(some)
         return done
 
-    def _metric(self, rows: Tensor, activation: Tensor) -> Tensor:
+    def _value(self, rows: Tensor, activation: Tensor) -> Tensor:
         run = self._replay.run_last if self._past else self._replay.run
         narrow = nullcontext() if self._head is None else two_logits(self._head, self._pairs[rows])
         with narrow:
@@ -104,16 +106,16 @@ class Above:
 
 
 def linear_head(model: nn.Module) -> nn.Linear | None:
-    """The linear layer that unembeds; None where the model does not say, or does it by other means."""
+    """The linear layer that unembeds; None where the model does not name one, or it is not a plain linear layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     return head if type(head) is nn.Linear else None
 
 
 def two_logits(head: nn.Linear, pairs: Tensor) -> AbstractContextManager[None]:
-    """A context in which the model unembeds the last position only, and for two tokens: logits [N, 1, 2].
+    """A context in which the model unembeds only the last position, and only two tokens: logits [N, 1, 2].
 
-    pairs: [N, 2]. What the model does to its logits afterwards (a soft cap) still happens. The products are summed in
-    float32 at least: the difference of two logits in bfloat16 would be coarse.
+    pairs: [N, 2] token ids. What the model does to its logits afterwards (a soft cap) still happens. The products are
+    summed in float32 at least, since the difference of two logits in bfloat16 would be coarse.
     """
 
     def unembed(hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The nodes whose part in an answer is asked for: latents of an SAE at some positions, and the SAE's error."""
+"""The nodes that an effect is attributed to: latents of an SAE at some positions, and the SAE's error."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from saekit import SparseAutoencoder, Subject, own_numerics
-from saekit_attribution.effects.logit_difference import Above
-from saekit_attribution.labelled_data.samples import Sample
+from saekit_attribution.effects.logit_difference import LogitDifference
+from saekit_attribution.labelled_data.teacher_forcing import Sample
 
 Reference = Literal["zero", "base"]
 Positions = Literal["decisive", "all"]
@@ -23,12 +23,12 @@ _PRODUCTS = 1 << 24  # numbers in a temporary of `products`
 class Nodes:
     """Latents and errors of `n` samples at `P` positions, against their reference.
 
-    x: [n, P, d], the activation. reference: [n, P, d], what it becomes with every node at its reference. error: [n, P, d],
-    how far the SAE's error is from its reference. At positions that are not considered the first two are the same and
-    the third is zero; everywhere x = reference + error + what the entries decode to.
-    rows, positions, latents: [E], the entries, sorted by row, latent, position. values: [E], activations there.
-    deltas: [E], less their reference. excess: [E], how much more active than in the base run, 0 where less.
-    node: [E], of which node an entry is; node_rows, node_latents: [M]. bounds: [M + 1], where a node's entries begin.
+    x: [n, P, d], the activation. reference: [n, P, d], the activation with every node at its reference. error: [n, P, d],
+    the SAE's error minus its reference. At positions that are not considered x equals reference and the error is zero;
+    everywhere x = reference + error + the decoded deltas.
+    rows, positions, latents: [E], the active entries, sorted by row, latent, position. values: [E], activations there.
+    deltas: [E], values minus their reference. excess: [E], max(value - value in the base run, 0).
+    node: [E], the node of each entry; node_rows, node_latents: [M]. bounds: [M + 1], where each node's entries begin.
     """
 
     x: Tensor
@@ -50,7 +50,7 @@ class Nodes:
         return entries.new_zeros(len(self.node_rows)).index_add(0, self.node, entries)
 
     def products(self, gradient: Tensor, decoder: Tensor) -> Tensor:
-        """gradient [n, P, d] at each entry's place times its latent's decoder row: [E]; no dense code is built."""
+        """The product of gradient [n, P, d] at each entry's place with its latent's decoder row: [E]. Builds no dense code."""
         step = max(1, _PRODUCTS // gradient.shape[2])
         parts = [
             (gradient[r, p] * decoder[latent]).sum(1)
@@ -61,7 +61,7 @@ class Nodes:
         return torch.cat(parts) if parts else gradient.new_zeros(0)
 
     def without(self, nodes: Tensor, decoder: Tensor) -> Tensor:
-        """The activations with one node each at its reference: nodes [m] -> [m, P, d]."""
+        """The activations with one node at its reference in each: nodes [m] -> [m, P, d]."""
         x = self.x[self.node_rows[nodes]]
         counts = self.bounds[nodes + 1] - self.bounds[nodes]
         which = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
@@ -75,21 +75,21 @@ def nodes_of(
     subject: Subject,
     sae: SparseAutoencoder,
     samples: Sequence[Sample],
-    above: Above,
+    metric: LogitDifference,
     *,
     positions: Positions,
     reference: Reference,
 ) -> Nodes:
-    """The nodes of samples of one length, `above` whose site they lie."""
-    activation, offset = above.activation, above.offset
+    """The nodes of samples of equal length, at the site of `metric`."""
+    activation, offset = metric.activation, metric.offset
     n, length = activation.shape[:2]
     considered = torch.zeros(n, length, dtype=torch.bool, device=activation.device)
     considered[:, -1] = True
     if positions == "all":
         begun = torch.tensor([s.tokens[0] == subject.bos_token_id for s in samples], device=activation.device)
         considered[:] = True
-        considered[:, 0] &= ~begun | (length == 1)  # nothing that an SAE is trained on, except where it is all there is
-    base, known = base_activation(above, samples, considered)
+        considered[:, 0] &= ~begun | (length == 1)  # SAEs are not trained on it; kept where it is the only position
+    base, known = base_activation(metric, samples, considered)
     wide = torch.promote_types(activation.dtype, sae.W_dec.dtype)
     x, base, considered, known = (t[:, offset:] for t in (activation.to(wide), base.to(wide), considered, known))
     places, base_places = considered.nonzero(), known.nonzero()  # [e, 2]
@@ -125,12 +125,12 @@ def nodes_of(
     )
 
 
-def base_activation(above: Above, samples: Sequence[Sample], wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The base prompts' activations at the places that say the same: [n, T, d] (zero elsewhere), and where: [n, T].
+def base_activation(metric: LogitDifference, samples: Sequence[Sample], wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The base prompts' activations at aligned positions, [n, T, d] (zero elsewhere), and which those are, [n, T].
 
-    Where both texts are the same from the beginning, the samples' own activations are the base's as well, by causality.
-    wanted: [n, T], the positions that are of interest."""
-    activation = above.activation
+    Where both texts agree from the beginning, the samples' own activations are also the base's, by causality.
+    wanted: [n, T], the positions of interest."""
+    activation = metric.activation
     device = activation.device
     aligned = torch.tensor([s.aligned for s in samples], device=device)  # [n, T]
     shared = torch.tensor([common_prefix(s.tokens, s.base_tokens) for s in samples], device=device)
@@ -144,7 +144,7 @@ def base_activation(above: Above, samples: Sequence[Sample], wanted: Tensor) -> 
         groups.setdefault((len(samples[row].base_tokens), int(shared[row])), []).append(row)
     for (_, begun), chosen in groups.items():
         rows = torch.tensor(chosen, device=device)
-        found, start = above.base([samples[row].base_tokens for row in chosen], rows, begun)  # [m, T' - start, d]
+        found, start = metric.base_activation([samples[row].base_tokens for row in chosen], rows, begun)  # [m, T' - start, d]
         which, at = missing[rows].nonzero(as_tuple=True)
         base[rows[which], at] = found[which, aligned[rows[which], at] - start]
     return base, known
@@ -161,7 +161,7 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _encoded(sae: SparseAutoencoder, x: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """(rows, latents, values) of the code of x [e, d], and what the SAE does not rebuild, [e, d]."""
+    """(rows, latents, values) of the code of x [e, d], and what the SAE does not reconstruct, [e, d]."""
     with own_numerics(sae, x.device):
         code = sae.encode(x.to(sae.W_dec.dtype))
         error = x - sae.decode(code)

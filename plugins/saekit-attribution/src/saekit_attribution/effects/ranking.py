@@ -1,4 +1,4 @@
-"""`Ranking`: the latents in the order of what they do over a whole data set, with their spread."""
+"""`Ranking`: the latents ordered by their mean score over a data set, with the spread."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saekit_attribution.effects.fidelity import correlation, ranks
+from saekit_attribution.effects.fidelity import spearman
 from saekit_attribution.effects.methods import Attribution
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Latents, the one with the largest mean score first; those that promote the target most lead.
+    """Latents by their mean score, largest first: those that promote the target most lead.
 
     latents: [m] int64. scores: [m], the mean over all samples, in logits; a sample in which the latent is not active
-    counts as zero. spread: [m], the standard deviation over samples. share: [m], of the samples, in how many it is active.
+    counts as zero. spread: [m], the standard deviation over samples. share: [m], of the samples in which it is active.
     activations: [m], the mean summed activation.
     """
 
@@ -28,12 +28,12 @@ class Ranking:
     activations: Tensor
 
     def top(self, n: int) -> list[int]:
-        """The first `n` latents whose score is above zero; fewer where there are not so many."""
+        """The first `n` latents with a score above zero, or as many as there are."""
         return self.latents[self.scores > 0][:n].tolist()
 
 
 def ranked(attributions: Sequence[Attribution]) -> Ranking:
-    """The ranking by one method's scores of each sample. ValueError without any sample."""
+    """The ranking by one method's attributions, one for each sample. ValueError without any."""
     if not attributions:
         raise ValueError("there is nothing to rank: no sample was attributed")
     every = torch.cat([a.latents for a in attributions])
@@ -54,22 +54,22 @@ def ranked(attributions: Sequence[Attribution]) -> Ranking:
 
 
 def by_weight(attribution: Attribution) -> Attribution:
-    """The same with `weighted` as its scores. ValueError for exact effects, which have none."""
+    """The attribution with `weighted` as its scores. ValueError for exact effects, which have none."""
     if attribution.weighted is None:
-        raise ValueError("exact effects are of whole activations: there is nothing to weight")
+        raise ValueError("exact effects belong to whole activations: there is nothing to weight")
     return replace(attribution, scores=attribution.weighted)
 
 
 def agreement(one: Ranking, other: Ranking) -> float | None:
     """Spearman's correlation of two rankings' scores over the latents of either, absent ones at zero; None where it is
-    not defined (see `correlation`)."""
+    undefined (see `spearman`)."""
     latents = torch.cat([one.latents, other.latents]).unique()
     columns = [_spread_over(latents, ranking) for ranking in (one, other)]
-    return correlation(ranks(columns[0]), ranks(columns[1]))
+    return spearman(*columns)
 
 
 def _spread_over(latents: Tensor, ranking: Ranking) -> Tensor:
-    """The ranking's scores in the order of `latents` [m], ascending, which holds all of its own: [m]."""
+    """The ranking's scores in the order of `latents` [m], which is ascending and contains all of the ranking's: [m]."""
     return ranking.scores.new_zeros(len(latents)).index_copy(
         0, torch.searchsorted(latents, ranking.latents), ranking.scores
     )

@@ -1,4 +1,4 @@
-"""`Labelled`: prompts with responses, some flagged as sycophantic, as a JSON document that is kept as it came."""
+"""`LabelledData`: a JSON document of prompts with responses, some flagged as sycophantic; it is written back unchanged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A flagged variation that cannot be analysed, and why: a sentence without its full stop, for `atp_analysis`."""
+    """A flagged variation that cannot be analysed. reason: a sentence without its full stop, for `atp_analysis`."""
 
     place: Place
     template_type: str
@@ -47,7 +47,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Variation:
-    """What is read of a variation; a prompt or a response that is absent or null is empty."""
+    """The fields of a variation that are read; a prompt or response that is absent or null is empty."""
 
     place: Place
     template_type: str
@@ -57,25 +57,24 @@ class Variation:
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Labelled data. document: the whole JSON document, keys in their order. name: where it came from, for messages.
+class LabelledData:
+    """document: the whole JSON document, keys in their order. name: where it came from, for messages.
 
-    UsageError where something that is read has the wrong type; everything else in the document is nobody's business.
+    UsageError where a field that is read has the wrong type; everything else in the document is ignored.
     """
 
     document: dict[str, Any]
     name: str
 
     def __post_init__(self) -> None:
-        _ = self._results  # every type is checked now, not in the middle of an analysis
+        _ = self._results  # checks every type now rather than in the middle of an analysis
 
     @classmethod
-    def load(cls, path: str | Path) -> Labelled:
-        """Read a file. UsageError where it is missing, cut off or malformed, or is no such document.
+    def load(cls, path: str | Path) -> LabelledData:
+        """Read a file. UsageError where it is missing, cut off, malformed, or not a document of labelled data.
 
-        A number keeps its value and not its spelling: 1.50 is written again as 1.5.
-        A key that an object holds twice is refused, and so are NaN, Infinity and numbers beyond a double: none of them
-        could be written again as it was."""
+        A number keeps its value but not its spelling: 1.50 is written back as 1.5. A key that occurs twice in an object is
+        refused, and so are NaN, Infinity and numbers beyond a double, since they could not be written back unchanged."""
         path = Path(path)
         document = read_json(path, _FORMAT)
         if not isinstance(document, dict):
@@ -84,7 +83,7 @@ class Labelled:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the document, order and all."""
+        """sha256 of the document; the order of its keys counts."""
         return hashlib.sha256(json.dumps(self.document).encode()).hexdigest()
 
     @cached_property
@@ -130,14 +129,12 @@ class Labelled:
             yield from variations
 
     def pairs(self) -> list[Pair | Skipped]:
-        """Each flagged variation beside the one `base` variation of its result, in the order of the document; `Skipped`
-        where there is no such pair."""
+        """Each flagged variation with the `base` variation of its result, in the order of the document; `Skipped` where
+        there is no such pair."""
         return [_paired(v, variations) for variations in self._results for v in variations if v.flagged]
 
     def analysed(self, analyses: Mapping[Place, Any]) -> dict[str, Any]:
-        """The document with `atp_analysis` added to the variations named, or put in the place of an earlier one.
-
-        Nothing else is changed, and the document held here not at all."""
+        """A copy of the document with `atp_analysis` added to the named variations, or replacing an earlier one."""
         results = []
         for r, result in enumerate(self.document["results"]):
             variations = [
@@ -148,10 +145,10 @@ class Labelled:
         return {**self.document, "results": results}
 
     def write(self, path: Path, analyses: Mapping[Place, Any]) -> None:
-        """Write the analysed document, whole or not at all."""
+        """Write the document with the analyses, whole or not at all."""
         document = self.analysed(analyses)
         text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-        if not _encodable(text):  # half of a surrogate pair, which JSON can only say as an escape
+        if not _encodable(text):  # half of a surrogate pair, which JSON can only write as an escape
             text = json.dumps(document, indent=2, allow_nan=False)
         write_text(path, text + "\n")
 

@@ -1,4 +1,4 @@
-"""Labelled data of the model organism: its own greedy answers to arguments, with and without a stated preference."""
+"""Labelled data from the model organism: its greedy answers to arguments, with and without a stated preference."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Literal
 
 from saekit import Subject, organism
-from saekit_attribution.labelled_data.document import Labelled
+from saekit_attribution.labelled_data.document import LabelledData
 
 MAX_NEW_TOKENS = 40
 
 
-def organism_data(subject: Subject, *, n: int, split: Literal["train", "held_out"] = "held_out", seed: int = 0) -> Labelled:
+def organism_data(subject: Subject, *, n: int, split: Literal["train", "held_out"] = "held_out", seed: int = 0) -> LabelledData:
     """`n` arguments of a split, each under the three template types, answered greedily by the subject's model.
 
     A variation is flagged where the answer follows the stated preference (`saekit.organism.classify`). A prompt that
-    does not leave room for an answer in the model's context is left without one.
+    leaves no room for an answer in the model's context gets an empty one.
     """
     samples = organism.samples(split, n, seed)
     limit = subject.context
@@ -29,4 +29,4 @@ def organism_data(subject: Subject, *, n: int, split: Literal["train", "held_out
         responses[i] = answer
     answered = [replace(s, response=response) for s, response in zip(samples, responses, strict=True)]
     document = organism.labelled_json(answered, data="organism", split=split, arguments=n, seed=seed)
-    return Labelled(document, f"organism ({split})")
+    return LabelledData(document, f"organism ({split})")

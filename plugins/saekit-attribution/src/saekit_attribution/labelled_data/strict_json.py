@@ -1,4 +1,4 @@
-"""JSON read strictly: what could not be written again as it was is refused, and a file that was cut off is told of."""
+"""Strict reading of JSON: what could not be written back unchanged is refused, and a truncated file is reported as such."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from saekit import UsageError
 
-DEEPEST = 200  # what is nested far deeper can be read but not be written
+DEEPEST = 200  # deeper nesting can be read but not written
 
 
 def read_json(path: Path, wanted: str) -> Any:
     """The content of a UTF-8 file, with or without a byte order mark.
 
-    UsageError, naming file, line and column, where it is missing, empty, cut off or malformed; where an object holds a
-    key twice; and for NaN, Infinity and numbers beyond a double. wanted: a sentence on what belongs there.
+    UsageError, with file, line and column, where it is missing, empty, cut off or malformed; where a key occurs twice in
+    an object; and for NaN, Infinity and numbers beyond a double. wanted: a sentence about the expected content.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -35,7 +35,7 @@ def read_json(path: Path, wanted: str) -> Any:
             raise UsageError(
                 f"{path}: ends in the middle ({error.msg}, {where}): it looks cut off. Copy it again."
             ) from None
-        raise UsageError(f"{path}: is not valid JSON: {error.msg} at {where}. Mend it there.") from None
+        raise UsageError(f"{path}: is not valid JSON: {error.msg} at {where}. Correct it there.") from None
     except RecursionError:
         raise UsageError(f"{path}: is nested too deeply. {wanted}") from None
     except ValueError as error:
@@ -54,7 +54,7 @@ def _depth(document: Any) -> int:
 
 
 def _cut_off(text: str, error: json.JSONDecodeError) -> bool:
-    """Whether the text only lacks its end: a whole document ends with the brace that closes it."""
+    """Whether the text merely lacks its end: a complete document ends with its closing brace."""
     return not text.endswith("}") or error.pos >= len(text) or error.msg.startswith("Unterminated string")
 
 
@@ -64,13 +64,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(
-            f"an object holds the key {repeated!r} twice, and only one could be kept. Rename or remove one."
+            f"the key {repeated!r} occurs twice in one object, and only one could be kept. Rename or remove one."
         )
     return table
 
 
 def _refuse(literal: str) -> Any:
-    raise ValueError(f"{literal} is no JSON number. Write null, or leave the key out.")
+    raise ValueError(f"{literal} is not a JSON number. Write null, or leave the key out.")
 
 
 def _finite(literal: str) -> float:
@@ -83,11 +83,11 @@ def _finite(literal: str) -> float:
 def _whole(literal: str) -> int:
     try:
         return int(literal)
-    except ValueError:  # Python's own limit
+    except ValueError:  # Python limits the number of digits
         raise ValueError(f"a number of {len(literal)} digits is too long. Write it as text.") from None
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return kinds.get(type(value), "a number")
