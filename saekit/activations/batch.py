@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -99,3 +100,15 @@ class TokenBatch:
     mask: Tensor
     keep: Tensor
     sequence: Tensor
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Sequence[int]], *, keep_first: bool) -> TokenBatch:
+        """Rows of token ids, padded on the right with 0. keep_first: whether the first position of each row is kept."""
+        import torch
+
+        width = max(map(len, rows))
+        tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+        mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]  # [n, T]
+        keep = mask.clone()
+        keep[:, 0] &= keep_first
+        return cls(tokens, mask, keep, torch.arange(len(tokens)))

@@ -117,3 +117,12 @@ def test_any_other_hook_is_found_on_a_bridge(tiny_gpt2):
         load_subject(str(tiny_gpt2), "blocks.1.attn.hook_pattern").width()
     with pytest.raises(UsageError, match="Did you mean 'blocks.1.mlp.hook_out'"):
         load_subject(str(tiny_gpt2), "blocks.1.mpl.hook_out")
+
+
+@pytest.mark.parametrize("keep_first", [True, False])
+def test_rows_of_tokens_are_padded_on_the_right_and_only_tokens_are_kept(keep_first: bool) -> None:
+    batch = TokenBatch.of_rows([(5, 6, 7), (8, 9)], keep_first=keep_first)
+    assert batch.tokens.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.mask.tolist() == [[True, True, True], [True, True, False]]
+    assert batch.keep.tolist() == [[keep_first, True, True], [keep_first, True, False]]
+    assert batch.sequence.tolist() == [0, 1]

@@ -1,4 +1,4 @@
-"""Tiny language models as subjects, in float64, with an SAE in their middle and samples of several lengths."""
+"""Tiny language models as subjects, in float64, with an SAE at the middle layer and samples of several lengths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from saekit_attribution.samples import Sample
+from saekit_attribution.labelled_data.teacher_forcing import Sample
 from torch import Tensor, nn
 
 from saekit import SparseAutoencoder
@@ -35,7 +35,7 @@ class Mixing(nn.Module):
 
 
 class Plain(nn.Module):
-    """A model of nobody's kind: no list of blocks, no cache, a head that nobody knows of."""
+    """A model of no known kind: no list of blocks, no cache, and a head that the model does not name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def make_samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
 
 
 def make_sae(subject: Subject, kind: str = "topk") -> SparseAutoencoder:
-    """An untrained SAE as coarse as a trained one is fine, with rows of any norm, in the model's dtype."""
+    """An untrained SAE, with rows of different norms, in the model's dtype."""
     tokens = torch.randint(2, VOCABULARY, (8, 12), generator=torch.Generator().manual_seed(5))
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
     sample = subject.activations(TokenBatch(tokens, everywhere, everywhere, torch.arange(8))).reshape(-1, D)

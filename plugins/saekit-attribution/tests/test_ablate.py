@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_attribution.ablate import Ablate
-from saekit_attribution.behaviour import answers, commonest, drawn_answers, judged, load_judge, preferences, share_of
-from saekit_attribution.cases import split, template_types
-from saekit_attribution.greedy import Question, _Texts, select
-from saekit_attribution.labelled import Labelled
+from saekit_attribution.ablate.analyzer import Ablate
+from saekit_attribution.ablate.answers import answers, drawn_answers, preferences
+from saekit_attribution.ablate.greedy_selection import PromptPair, _Texts, greedy_selection
+from saekit_attribution.ablate.judge import commonest, judged, load_judge, share_of
+from saekit_attribution.ablate.questions import split, template_types
+from saekit_attribution.labelled_data.document import LabelledData
 
 import saekit
 from saekit import Result, RunContext, UsageError
@@ -32,12 +33,12 @@ GEMMA = ROOT / "docs" / "examples" / "attribution" / "gemma-2-9b-it.toml"
 # --- joint selection -----------------------------------------------------------------------------------------------
 
 
-def questions(tiny, lengths: list[int]) -> list[Question]:
+def questions(tiny, lengths: list[int]) -> list[PromptPair]:
     samples = tiny.samples(lengths)
-    return [Question(s.tokens, s.base_tokens, (s.base, s.target, 7)) for s in samples]
+    return [PromptPair(s.tokens, s.base_tokens, (s.base, s.target, 7)) for s in samples]
 
 
-def texts(subject: Subject, sae: saekit.SparseAutoencoder, asked: list[Question]) -> _Texts:
+def texts(subject: Subject, sae: saekit.SparseAutoencoder, asked: list[PromptPair]) -> _Texts:
     return _Texts(subject, sae, [(q.prompt, q.answer) for q in asked], True)
 
 
@@ -75,7 +76,7 @@ def test_the_estimate_is_the_slope_of_the_loss(tiny, gpt2: Subject) -> None:
 
 def test_each_latent_taken_lowers_what_is_left(tiny, gpt2: Subject) -> None:
     sae, asked = tiny.sae(gpt2), questions(tiny, [9, 12, 9])
-    taken = select(gpt2, sae, asked, 6)
+    taken = greedy_selection(gpt2, sae, asked, 6)
     assert len(set(taken)) == len(taken) >= 2
     flagged = texts(gpt2, sae, asked)
     base = _Texts(gpt2, sae, [(q.base_prompt, q.answer) for q in asked], True)
@@ -85,13 +86,13 @@ def test_each_latent_taken_lowers_what_is_left(tiny, gpt2: Subject) -> None:
         for n in range(len(taken) + 1)
     ]
     assert costs == sorted(costs, reverse=True)
-    assert select(gpt2, sae, asked, 6) == taken
+    assert greedy_selection(gpt2, sae, asked, 6) == taken
 
 
 def test_two_latents_that_stand_in_for_each_other_are_found_together(tiny, gpt2: Subject) -> None:
-    """With the first ablated the second one matters, whatever it did alone."""
+    """With the first one ablated the second one matters, whatever its effect alone."""
     sae, asked = tiny.sae(gpt2), questions(tiny, [9, 12])
-    first, second = select(gpt2, sae, asked, 2, shortlist=sae.d_sae)
+    first, second = greedy_selection(gpt2, sae, asked, 2, shortlist=sae.d_sae)
     flagged, base = texts(gpt2, sae, asked), _Texts(gpt2, sae, [(q.base_prompt, q.answer) for q in asked], True)
     undisturbed = base.losses([])
 
@@ -105,7 +106,7 @@ def test_two_latents_that_stand_in_for_each_other_are_found_together(tiny, gpt2:
 
 def test_selection_needs_questions(tiny, gpt2: Subject) -> None:
     with pytest.raises(UsageError, match="no questions"):
-        select(gpt2, tiny.sae(gpt2), [], 3)
+        greedy_selection(gpt2, tiny.sae(gpt2), [], 3)
 
 
 # --- answers and judges --------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_a_file_without_a_judge_is_measured_by_the_two_tokens(context: RunContex
 
 
 def test_no_two_parts_share_a_question(context: RunContext) -> None:
-    document = Labelled(labelled(context.source.subject), "test")
+    document = LabelledData(labelled(context.source.subject), "test")
     parts = split(document, 4, seed=0)
     assert [len(part) for part in parts] == [4, 4, 4]
     assert set.union(*parts) == set(range(12))
@@ -239,7 +240,7 @@ def test_a_judge_that_sees_no_difference_is_told(
     module.classify = lambda *_: "fine"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "blind_judge", module)
     result = Ablate(data=data, judge="blind_judge:classify", **SMALL)(context)
-    assert result.scalars == {} and "every answer is 'fine'" in result.notes[0]
+    assert result.scalars == {} and "calls every answer 'fine'" in result.notes[0]
 
 
 def test_nothing_flagged_is_a_null_result(context: RunContext, tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_conformance(data: str) -> None:
     assert all(outcome.status == "passed" for outcome in report.outcomes), report
 
 
-# --- the seed's setting ------------------------------------------------------------------------------------------
+# --- a large model's setting ------------------------------------------------------------------------------------------
 
 
 def small_jumprelu(place: Path) -> Path:

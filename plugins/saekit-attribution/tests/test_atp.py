@@ -1,4 +1,4 @@
-"""The analyzer `atp` on a tiny random language model and labelled data with everything that can be wrong with it."""
+"""The analyzer `atp` on a tiny random language model, with labelled data that have every possible fault."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_attribution import methods as methods_module
-from saekit_attribution.atp import AttributionPatching
-from saekit_attribution.entries import Analysed
-from saekit_attribution.methods import Attribution, attribute
-from saekit_attribution.prepare import prepare
-from saekit_attribution.samples import Sample
-from saekit_attribution.summary import summarised
+from saekit_attribution.atp.analyzer import AttributionPatching
+from saekit_attribution.atp.sample_analysis import AnalysedSample
+from saekit_attribution.atp.summary import summarise
+from saekit_attribution.effects import attribute as attribute_module
+from saekit_attribution.effects.attribute import attribute
+from saekit_attribution.effects.methods import Attribution
+from saekit_attribution.labelled_data.teacher_forcing import Sample, teacher_forced
 
 from saekit import Result, RunContext, UsageError
 from saekit.plugins import Registry
@@ -84,11 +84,11 @@ def entries(document: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def samples_of(context: RunContext, data: str) -> dict[tuple[int, int], Sample]:
-    from saekit_attribution.labelled import Labelled, Pair
+    from saekit_attribution.labelled_data.document import LabelledData, Pair
 
-    pairs = [p for p in Labelled.load(data).pairs() if isinstance(p, Pair)]
+    pairs = [p for p in LabelledData.load(data).pairs() if isinstance(p, Pair)]
     subject = context.source.subject
-    found = [prepare(p, subject.tokenizer, subject.context) for p in pairs]
+    found = [teacher_forced(p, subject.tokenizer, subject.context) for p in pairs]
     return {s.place: s for s in found if isinstance(s, Sample)}
 
 
@@ -169,14 +169,14 @@ def test_against_the_base_run_equal_prompts_are_skipped(context: RunContext, dat
 
 def test_one_bad_sample_does_not_stop_the_rest(context: RunContext, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     good = entries(written(context, AttributionPatching(data=data)(context)))
-    batch = methods_module._batch
+    batch = attribute_module.batch_attributions
 
     def fails(subject: Any, sae: Any, samples: list[Sample], *args: Any) -> Any:
         if any(sample.place == (2, 1) for sample in samples):
             raise ArithmeticError("the lamp went out")
         return batch(subject, sae, samples, *args)
 
-    monkeypatch.setattr(methods_module, "_batch", fails)
+    monkeypatch.setattr(attribute_module, "batch_attributions", fails)
     context = dataclasses.replace(context, directory=context.directory / "again")
     context.directory.mkdir()
     result = AttributionPatching(data=data)(context)
@@ -230,7 +230,7 @@ def test_the_top_latents_come_with_examples_that_hold_their_token(context: RunCo
 
 
 def _after(row: dict[str, Any]) -> int:
-    """How many tokens make up the text behind the token in the middle."""
+    """The number of tokens in the text after the middle token."""
     count, text = 0, ""
     while text != row["after"]:
         count += 1
@@ -255,7 +255,7 @@ def test_a_missing_file_is_told_of_before_anything_runs() -> None:
 # --- what the summary warns of ----------------------------------------------------------------------------------
 
 
-def analysed(scores: list[float], exact: list[float], error: float = 0.0, moved: float | None = None) -> Analysed:
+def analysed(scores: list[float], exact: list[float], error: float = 0.0, moved: float | None = None) -> AnalysedSample:
     def one(values: list[float]) -> Attribution:
         tensor = torch.tensor(values, dtype=torch.float64)
         total = sum(exact) + error if moved is None else moved
@@ -263,11 +263,11 @@ def analysed(scores: list[float], exact: list[float], error: float = 0.0, moved:
         return Attribution(torch.arange(len(values)), tensor, ones, tensor, ones, error, 1.0, total)
 
     sample = Sample((1, 2), 3, 4, (1, 2), (0, 1), template_type="like")
-    return Analysed(sample, {"atp": one(scores), "exact": one(exact)})
+    return AnalysedSample(sample, {"atp": one(scores), "exact": one(exact)})
 
 
-def notes(*found: Analysed) -> list[str]:
-    return summarised(found, Counter(), Counter(), top_k=5).notes
+def notes(*found: AnalysedSample) -> list[str]:
+    return summarise(found, Counter(), Counter(), top_k=5).notes
 
 
 def test_a_faithful_estimate_gives_no_warning() -> None:
@@ -283,15 +283,15 @@ def test_low_fidelity_is_warned_of() -> None:
 def test_scores_that_do_not_add_up_are_warned_of() -> None:
     found = notes(analysed([0.1, 0.2, 0.3], [0.1, 0.2, 0.3], moved=9.0))
     assert len(found) == 2  # the estimate's, and the exact single effects too
-    assert all("add up to 0.60 logits, and all nodes together carry 9.00" in note for note in found)
+    assert all("add up to 0.60 logits, but all nodes together carry 9.00" in note for note in found)
 
 
 def test_an_error_that_carries_the_effect_is_warned_of() -> None:
     (note,) = notes(analysed([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], error=14.0))
-    assert "70% of what all nodes carry together, 70% of the sizes" in note
+    assert "70% of what all nodes carry together, 70% of the sum" in note
 
 
 def test_without_exact_effects_the_fidelity_is_said_to_be_unknown() -> None:
     found = analysed([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
-    (note,) = notes(Analysed(found.sample, {"atp": found.attributions["atp"]}))
-    assert "not known" in note
+    (note,) = notes(AnalysedSample(found.sample, {"atp": found.attributions["atp"]}))
+    assert "unknown how far" in note

@@ -1,11 +1,11 @@
-"""What the benchmark compares gives the same answer."""
+"""The methods compared by the benchmark give the same answer."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from saekit_attribution.benchmark import KINDS, main, measure, random_samples, seed_loop
-from saekit_attribution.methods import attribute
+from saekit_attribution.benchmark import KINDS, main, measure, plain_loop, random_samples
+from saekit_attribution.effects.attribute import attribute
 
 from saekit import organism
 from saekit.activations.huggingface import load_subject
@@ -18,7 +18,7 @@ def test_the_loop_and_atp_find_the_same_latents(tiny, kind: str) -> None:
     sae = tiny.sae(subject).float()
     samples = random_samples(subject, 12, 16, based=False)
     for (difference, top), found in zip(
-        seed_loop(subject, sae, samples, top_k=5), attribute(subject, sae, samples), strict=True
+        plain_loop(subject, sae, samples, top_k=5), attribute(subject, sae, samples), strict=True
     ):
         atp = found["atp"]
         order = atp.scores.abs().argsort(descending=True)[:5]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from saekit_attribution.fidelity import correlation, fidelity, ranks
-from saekit_attribution.methods import Attribution
+from saekit_attribution.effects.fidelity import fidelity, pearson, spearman
+from saekit_attribution.effects.methods import Attribution
 from torch import Tensor
 
 
@@ -29,7 +29,9 @@ def test_correlations_are_those_of_scipy(ties: bool) -> None:
 
 
 def test_ties_share_the_mean_of_their_places() -> None:
-    assert ranks(torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0])).tolist() == [3.0, 0.0, 3.0, 1.0, 3.0]
+    tied, places = torch.tensor([30.0, 10.0, 30.0, 20.0, 30.0]), torch.tensor([3.0, 0.0, 3.0, 1.0, 3.0])
+    other = torch.tensor([2.0, 0.0, 1.0, 4.0, 3.0])
+    assert spearman(tied, other) == pytest.approx(pearson(places, other), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,8 @@ def test_what_is_not_defined_is_none(scores: list[float]) -> None:
 
 def test_three_latents_are_enough_however_small_the_scores() -> None:
     small = torch.tensor([1e-9, 3e-9, 2e-9])
-    assert correlation(small.double(), -small.double()) == pytest.approx(-1)
+    assert pearson(small.double(), -small.double()) == pytest.approx(-1)
+    assert spearman(small, -small) == pytest.approx(-1)
 
 
 def test_the_completeness_gap_is_what_is_missing() -> None:

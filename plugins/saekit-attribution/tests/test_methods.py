@@ -1,4 +1,4 @@
-"""The methods against what they stand for: the seed's loop, one rerun of the model for each latent, completeness."""
+"""The methods against their definitions: a plain loop, one rerun of the model for each latent, completeness."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from saekit_attribution import forward, methods
-from saekit_attribution.fidelity import fidelity
-from saekit_attribution.forward import Above
-from saekit_attribution.methods import Failed, Refused, attribute
-from saekit_attribution.nodes import nodes_of
+from saekit_attribution.effects import logit_difference, methods
+from saekit_attribution.effects.attribute import Failed, Refused, attribute
+from saekit_attribution.effects.fidelity import fidelity
+from saekit_attribution.effects.logit_difference import LogitDifference
+from saekit_attribution.effects.nodes import nodes_of
 from torch import Tensor, nn
 
 import saekit
@@ -145,15 +145,15 @@ def test_latents_and_error_together_are_the_activation(tiny, subject, sae, posit
     subject.model.float()
     sae.float()
     samples = tiny.samples([20, 20])
-    above = Above(subject, samples, last=positions == "decisive", batch_tokens=4096)
+    metric = LogitDifference(subject, samples, last=positions == "decisive", batch_tokens=4096)
     with torch.no_grad():
-        nodes = nodes_of(subject, sae, samples, above, positions=positions, reference=reference)
+        nodes = nodes_of(subject, sae, samples, metric, positions=positions, reference=reference)
         spliced = (nodes.reference + nodes.error).index_put(
             (nodes.rows, nodes.positions), nodes.deltas[:, None] * sae.W_dec[nodes.latents], accumulate=True
         )
     torch.testing.assert_close(spliced, nodes.x, rtol=0, atol=1e-5)
     assert not torch.allclose(nodes.reference, nodes.x, atol=0.1)
-    whole = torch.cat([above.activation[:, : above.offset], spliced], 1)
+    whole = torch.cat([metric.activation[:, : metric.offset], spliced], 1)
     logits = [tiny.last_logits(subject, sample) for sample in samples]
     for row, sample in enumerate(samples):
         with subject.site.replaced(lambda x, row=row: whole[row : row + 1]):
@@ -180,7 +180,7 @@ def test_with_a_linear_readout_all_methods_agree_and_are_complete(tiny, position
 
 
 class _LinearAbove(nn.Module):
-    """Mixing below the site and, above it, a mean over what came before and a head: all linear."""
+    """Mixing below the site; above it a mean over earlier positions and a head, all linear."""
 
     def __init__(self, d: int) -> None:
         super().__init__()
@@ -296,7 +296,7 @@ def test_batches_are_halved_where_memory_is_short(tiny, gpt2, monkeypatch, fault
     options = {"methods": EVERY, "positions": positions}
     expected = attribute(gpt2, sae, samples, **options)
     sizes: list[int] = []
-    own = Above._metric
+    own = LogitDifference._value
 
     def short(self, rows: Tensor, activation: Tensor) -> Tensor:
         sizes.append(len(rows))
@@ -304,7 +304,7 @@ def test_batches_are_halved_where_memory_is_short(tiny, gpt2, monkeypatch, fault
             raise fault
         return own(self, rows, activation)
 
-    monkeypatch.setattr(Above, "_metric", short)
+    monkeypatch.setattr(LogitDifference, "_value", short)
     found = attribute(gpt2, sae, samples, **options)
     assert max(sizes) > 2
     for one, other in zip(found, expected, strict=True):
@@ -314,14 +314,14 @@ def test_batches_are_halved_where_memory_is_short(tiny, gpt2, monkeypatch, fault
 
 def test_a_sample_too_large_for_memory_is_said_to_be_so(tiny, gpt2, monkeypatch) -> None:
     sae, samples = tiny.sae(gpt2), tiny.samples([9, 12, 9])
-    own = forward.Replay.record
+    own = logit_difference.Replay.record
 
     def short(self, tokens: Tensor, *args, **kwargs):
         if tokens.shape[1] == 12:
             raise OUT_OF_MEMORY[0]
         return own(self, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(forward.Replay, "record", short)
+    monkeypatch.setattr(logit_difference.Replay, "record", short)
     found = attribute(gpt2, sae, samples, on_error="keep")
     assert [isinstance(f, Failed) for f in found] == [False, True, False]
     assert found[1].error == "OOM"

@@ -1,4 +1,4 @@
-"""Known causes: latents that a model's answer is made of, in the open, behind a saturated readout, and one of two enough."""
+"""Known causes: latents that make up an answer directly, behind a saturated readout, or where one of two is enough."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from saekit_attribution.fidelity import fidelity
-from saekit_attribution.methods import METHODS, Attribution, attribute
-from saekit_attribution.samples import Sample
+from saekit_attribution.effects.attribute import attribute
+from saekit_attribution.effects.fidelity import fidelity
+from saekit_attribution.effects.methods import METHODS, Attribution
+from saekit_attribution.labelled_data.teacher_forcing import Sample
 from torch import Tensor, nn
 
 from saekit import SparseAutoencoder
@@ -73,7 +74,7 @@ def score(attribution: Attribution, latent: int) -> float:
 
 
 def causes(amounts: Tensor) -> Tensor:
-    """Latents 2 and 5 promote, 7 suppresses, all gently curved; 18 is in no latent. Earlier positions count as well."""
+    """Latents 2 and 5 promote and 7 suppresses, slightly nonlinearly; 18 is in no latent. Earlier positions count too."""
     seen = amounts + 0.5 * amounts.cumsum(1)
     gentle = 10 * torch.tanh(0.1 * seen)
     return 8 * gentle[..., 2] + 4 * gentle[..., 5] - 2 * gentle[..., 7] + gentle[..., 18]
@@ -97,7 +98,7 @@ def test_planted_causes_are_ranked_right_by_all_methods(tiny, positions: str) ->
 
 
 def saturated(amounts: Tensor) -> Tensor:
-    """Latent 2 decides, through a readout that is full long before its amount; latent 5 helps a little, linearly."""
+    """Latent 2 decides, through a readout that saturates well below its activation; latent 5 helps a little, linearly."""
     return 6 * torch.tanh(12 * amounts[..., 2]) + 0.5 * amounts[..., 5]
 
 
@@ -119,7 +120,7 @@ def test_where_the_readout_is_saturated_atp_is_wrong_and_exact_is_right(tiny) ->
 
 
 def either(amounts: Tensor) -> Tensor:
-    """Latents 2 and 5 do the same, and one of them is enough."""
+    """Latents 2 and 5 have the same effect, and one of them is enough."""
     return 6 * torch.tanh(8 * (amounts[..., 2] + amounts[..., 5]))
 
 

@@ -1,4 +1,4 @@
-"""Rankings over a data set, and the weights that leave out what the base prompt has as well."""
+"""Rankings over a data set, and the weights that leave out what the base prompt has too."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from saekit_attribution.methods import Attribution, attribute
-from saekit_attribution.ranking import agreement, by_weight, ranked
+from saekit_attribution.effects.attribute import attribute
+from saekit_attribution.effects.methods import Attribution
+from saekit_attribution.effects.ranking import agreement, by_weight, ranked
 
 from saekit.activations.subject import Subject
 

@@ -1,4 +1,4 @@
-"""An analysis that is killed and run again: nothing is lost, nothing done twice, and the result is the undisturbed one."""
+"""An analysis that is killed and run again: nothing is lost or repeated, and the result is that of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from saekit_attribution import atp
-from saekit_attribution.atp import AttributionPatching
-from saekit_attribution.progress import BEGUN, CHUNKS, Progress
+from saekit_attribution.atp import analyzer
+from saekit_attribution.atp.analyzer import AttributionPatching
+from saekit_attribution.atp.progress import BEGUN, CHUNKS, Progress
 
 from saekit import Result, RunContext
 from saekit.plugins import Registry
@@ -31,7 +31,7 @@ from saekit.config import parse_config, read_toml
 from saekit.plugins import Registry
 from saekit.runner.plan import plan_run
 from saekit.testing.tiny import TinyRun
-from saekit_attribution import atp, progress
+from saekit_attribution.atp import analyzer, progress
 import saekit.files
 
 torch.set_num_threads(1)
@@ -40,9 +40,9 @@ plan = plan_run(parse_config(read_toml(Path(run) / "run.toml"), "run.toml"), reg
 context = TinyRun(Path(run), {}, plan, registry).context
 context = dataclasses.replace(context, directory=Path(directory))
 owner, name = {
-    "attribute": (atp, "attribute"),
+    "attribute": (analyzer, "attribute"),
     "rename": (saekit.files.os, "replace"),
-    "results": (atp.Labelled, "write"),
+    "results": (analyzer.LabelledData, "write"),
     "finish": (progress.Progress, "finish"),
 }[moment]
 real, calls = getattr(owner, name), 0
@@ -55,7 +55,7 @@ def counted(*args, **kwargs):
     return real(*args, **kwargs)
 
 setattr(owner, name, counted)
-atp.AttributionPatching(**options)(context)
+analyzer.AttributionPatching(**options)(context)
 """
 
 
@@ -95,13 +95,13 @@ def _one_thread() -> Any:
 def attributed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The places of the samples that are computed from now on."""
     places: list[tuple[int, int]] = []
-    real = atp.attribute
+    real = analyzer.attribute
 
     def recorded(subject: Any, sae: Any, samples: Any, **options: Any) -> Any:
         places.extend(sample.place for sample in samples)
         return real(subject, sae, samples, **options)
 
-    monkeypatch.setattr(atp, "attribute", recorded)
+    monkeypatch.setattr(analyzer, "attribute", recorded)
     return places
 
 
@@ -161,7 +161,7 @@ def test_killed_and_resumed_the_result_equals_the_undisturbed_one(
 
 def interrupted(context: RunContext, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Run the analysis until `after` chunks are computed."""
-    real, calls = atp.attribute, 0
+    real, calls = analyzer.attribute, 0
 
     def stops(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -171,7 +171,7 @@ def interrupted(context: RunContext, options: dict[str, Any], monkeypatch: pytes
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(atp, "attribute", stops)
+        patch.setattr(analyzer, "attribute", stops)
         with pytest.raises(KeyboardInterrupt):
             AttributionPatching(**options)(context)
 
@@ -212,7 +212,7 @@ def test_what_would_change_the_numbers_begins_anew(
 def test_the_same_data_elsewhere_goes_on(
     context: RunContext, data: str, attributed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What counts is the content, and not the path or the layout of the file."""
+    """The content of the file counts, not its path or layout."""
     interrupted(context, {"data": data, **OPTIONS}, monkeypatch, after=3)
     (tmp_path / "copy.json").write_text(json.dumps(json.loads(Path(data).read_text()), indent=4))
     attributed.clear()

@@ -1,4 +1,4 @@
-"""What the tests of the losses share: a source with two concepts, and steps of an SAE."""
+"""Shared by the tests of the losses: a source with two concepts, and steps of an SAE."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def step_of(sae: SparseAutoencoder | None = None, **changes: Any) -> Step:
 
 
 def scaled(sae: SparseAutoencoder, factor: float) -> SparseAutoencoder:
-    """A copy whose activations are `factor` times as large, and which rebuilds the same."""
+    """A copy whose activations are `factor` times as large, with the same reconstruction."""
     other = copy.deepcopy(sae)
     with torch.no_grad():
         other.W_enc.mul_(factor)

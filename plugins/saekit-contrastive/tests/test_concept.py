@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from saekit_contrastive.class_contrast import FORMS, contrast
 from saekit_contrastive.concept import Concept, ConceptRows, bar, resolve_latents
-from saekit_contrastive.forms import FORMS, contrast
 
 from saekit import UsageError
 
@@ -20,7 +20,7 @@ def killed(sae, latent: int = 0):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("architecture", ["topk", "standard", "batchtopk", "jumprelu", "gated"])
 def test_a_dead_latent_is_moved(kit, form, architecture: str) -> None:
-    """The seed's `-(mu_pos - mu_neg)` through the ReLU has no gradient where the latent is silent, its very start."""
+    """`-(mu_pos - mu_neg)` through the ReLU has no gradient where the latent is silent, as it is at the start."""
     sae = killed(kit.step_of(architecture=architecture, options={}).sae)
     step = kit.step_of(sae)
     code, labels = step.sequences.code, step.sequences.labels[step.sequences.mask.nonzero()[:, 0], 0]
@@ -80,7 +80,7 @@ def test_the_bar_is_the_smallest_active_value_of_each_row(kit, sparse: bool) -> 
 
 
 def test_above_the_bar_a_latent_passes_the_gate(kit) -> None:
-    """So that a positive score means that the latent fires, of topk as of a plain ReLU."""
+    """So a positive score means that the latent fires, for topk as for a plain ReLU."""
     for architecture in ("topk", "standard"):
         code = kit.step_of(architecture=architecture, options={}).code
         scores = code.pre(torch.arange(64)) - bar(code)[:, None]

@@ -4,10 +4,10 @@ import types
 
 import pytest
 import torch
-from saekit_contrastive import gathered
+from saekit_contrastive import labelled_codes
+from saekit_contrastive.auroc import auroc
 from saekit_contrastive.concept_auroc import ConceptAUROC, _others
-from saekit_contrastive.gathered import Gathered, gather
-from saekit_contrastive.ranks import auroc
+from saekit_contrastive.labelled_codes import LabelledCodes, encode_labelled
 from sklearn.metrics import roc_auc_score
 
 from saekit import SequenceBatch
@@ -82,11 +82,11 @@ def test_a_latent_is_measured_on_the_gated_code_of_held_out_sequences(architectu
 
 
 def test_held_out_sequences_are_taken_from_all_over() -> None:
-    found = gather(context_of(sae_of()), "held_out", [0], sequences=32, tokens=10_000)
+    found = encode_labelled(context_of(sae_of()), "held_out", [0], sequences=32, tokens=10_000)
     assert found.labels.shape == (32, 2)
     assert 0 < float(found.labels[:, 0].mean()) < 1  # the first 32 alone are all of one class
-    assert len(gather(context_of(sae_of()), "held_out", [0], sequences=999, tokens=10_000).labels) == N_HELD_OUT
-    assert len(gather(context_of(sae_of()), "train", [0], sequences=999, tokens=200).x) <= 200
+    assert len(encode_labelled(context_of(sae_of()), "held_out", [0], sequences=999, tokens=10_000).labels) == N_HELD_OUT
+    assert len(encode_labelled(context_of(sae_of()), "train", [0], sequences=999, tokens=200).x) <= 200
 
 
 def test_scaling_the_encoder_and_the_decoder_changes_no_score(kit) -> None:
@@ -123,7 +123,7 @@ def test_several_concepts_have_names_of_their_own_and_unknown_labels_take_no_par
     values = measured(context_of(sae))
     alone = measured(context_of(sae), latents={"sub ject": 1})
     assert {name.removesuffix("_sub_ject"): v for name, v in values.items() if name.endswith("_sub_ject")} == alone
-    data = gather(context_of(sae), "held_out", [1], sequences=256, tokens=10_000)
+    data = encode_labelled(context_of(sae), "held_out", [1], sequences=256, tokens=10_000)
     labels = data.of_tokens(1)
     known = ~labels.isnan()
     assert 0 < known.sum() < len(known)
@@ -131,15 +131,15 @@ def test_several_concepts_have_names_of_their_own_and_unknown_labels_take_no_par
 
 
 def test_the_best_other_latent_is_chosen_on_training_data() -> None:
-    """Latent 1 tells best in training, latent 2 on held-out data: the value is that of latent 1 there."""
+    """Latent 1 is best on training data, latent 2 on held-out data: the value is that of latent 1 on held-out data."""
 
-    def data(codes: list[list[float]]) -> Gathered:
+    def data(codes: list[list[float]]) -> LabelledCodes:
         dense = torch.tensor(codes)
         rows, latents = dense.nonzero(as_tuple=True)
         labels = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
         sums = torch.stack([dense.sum(0), dense.square().sum(0), (dense > 0).sum(0)])
         x, four = torch.zeros(4, 2), torch.arange(4)
-        return Gathered(x, four, labels, {}, x, dense, sums, four, rows, latents, dense[rows, latents])
+        return LabelledCodes(x, four, labels, {}, x, dense, sums, four, rows, latents, dense[rows, latents])
 
     train = data([[1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
     held_out = data([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]])
@@ -149,10 +149,10 @@ def test_the_best_other_latent_is_chosen_on_training_data() -> None:
 
 def test_of_a_dense_code_some_positions_are_kept_whole(monkeypatch) -> None:
     sae = sae_of("standard")
-    whole = gather(context_of(sae), "held_out", [0], sequences=256, tokens=10_000)
-    monkeypatch.setattr(gathered, "_ENTRIES", len(whole.values) // 3)
-    monkeypatch.setattr(gathered, "_ROWS", 64)
-    part = gather(context_of(sae), "held_out", [0], sequences=256, tokens=10_000)
+    whole = encode_labelled(context_of(sae), "held_out", [0], sequences=256, tokens=10_000)
+    monkeypatch.setattr(labelled_codes, "_ENTRIES", len(whole.values) // 3)
+    monkeypatch.setattr(labelled_codes, "_ROWS", 64)
+    part = encode_labelled(context_of(sae), "held_out", [0], sequences=256, tokens=10_000)
     assert len(whole.some) == len(whole.x) and len(part.some) < 0.4 * len(whole.x)
     dense = sae.encode(part.x[part.some]).dense().detach()
     found = torch.zeros_like(dense)

@@ -74,7 +74,7 @@ def test_two_rows_a_group_are_nt_xent() -> None:
 
 
 def test_rows_without_a_positive_are_left_out_of_the_mean() -> None:
-    """The public code of another seed divides by all rows: those without a positive make the loss small for no reason."""
+    """Dividing by all rows would let rows without a positive make the loss small for no reason."""
     z = torch.nn.functional.normalize(torch.randn(7, 4, dtype=torch.float64), dim=1).requires_grad_()
     groups = torch.tensor([0, 0, 0, 1, 2, LEFT_OUT, LEFT_OUT])[:, None]
     value = contrastive_loss(z, groups, temperature=0.5)
@@ -104,7 +104,7 @@ def test_nothing_to_compare_is_zero_with_a_gradient_of_zero(groups) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation gives."""
+    """Records the size of the largest tensor that any operation returns."""
 
     elements = 0
 

@@ -57,7 +57,7 @@ def test_a_planted_direction_is_found_for_each_concept_at_once(method: str) -> N
 
 
 def test_the_probe_looks_past_a_loud_coordinate_that_the_means_keep() -> None:
-    """In 32 sequences the means of the loud coordinate differ by chance, by more than a probe makes of it."""
+    """In 32 sequences the means of the loud coordinate differ by chance, more than a probe relies on it."""
     means, probe = (
         vectors_of(Sequences(), method, [0], sequences=32, seed=0)[0, 0].abs()
         for method in ("difference_of_means", "logistic_probe")
@@ -106,7 +106,7 @@ def test_files_of_both_formats_hold_the_same_vectors(tmp_path: Path) -> None:
     ("array", "message"),
     [
         (np.ones((2, D + 1), dtype=np.float32), r"width 9, but decoder rows have width 8"),
-        (np.array([[1.0] * D, [np.nan] * D]), r"vector 1 holds NaN"),
+        (np.array([[1.0] * D, [np.nan] * D]), r"vector 1 contains NaN"),
         (np.zeros((1, D)), r"vector 0 is zero"),
         (np.ones((1, 2, D)), r"shape \(n, 8\)"),
         (np.ones((2, D), dtype=np.int64), r"shape \(n, 8\)"),

@@ -1,4 +1,4 @@
-"""What building a graph holds in memory, in a process of its own, at a reduced size; the whole size is in docs/graphs.md."""
+"""The memory for building a graph, in a separate process, at a reduced size; docs/graphs.md has the full size."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from saekit_graph import joint
+from saekit_graph import activation_graphs
+from saekit_graph.activation_graphs import PMI, Coactivation, Correlation, Firings
 from saekit_graph.cosine import Cosine, cosine_blocks
-from saekit_graph.joint import PMI, Coactivation, Correlation, Firings
-from saekit_graph.strongest import strongest
+from saekit_graph.top_k_graph import top_k_graph
 from torch import Tensor
 
 from saekit import Code, DenseCode, FeatureGraph, Pattern, Registry, SparseAutoencoder, SparseCode, UsageError
@@ -65,7 +65,7 @@ def information(least: int) -> Callable[[Tensor], Tensor]:
 
 
 def assert_strongest(graph: FeatureGraph, measure: Tensor, k: int, above: float = 0.0) -> None:
-    """Every latent has the k others of largest measure, whichever of equal ones, strongest first."""
+    """Every latent has the k others with the largest measure, strongest first; among equal ones any will do."""
     measure = measure.clone().fill_diagonal_(-torch.inf)
     for latent in range(graph.nodes):
         found, weights = graph.neighbours(latent)
@@ -88,7 +88,7 @@ def test_cosine_is_exact_in_blocks_of_any_size(k: int, elements: int) -> None:
     rows = sae.W_dec.detach()
     unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-300)
     inverse = torch.where(rows.norm(dim=1) > 0, 1 / rows.norm(dim=1), 0.0)
-    graph = strongest(sae, cosine_blocks(rows, inverse, elements), k=k)
+    graph = top_k_graph(sae, cosine_blocks(rows, inverse, elements), k=k)
     assert_strongest(graph, unit @ unit.t(), k)
     assert len(graph.neighbours(11)[0]) == 0
     graph.require(sae)
@@ -171,7 +171,7 @@ def test_the_measure_is_never_held_whole() -> None:
     codes, _ = some_codes()
     sizes = [len(block) for _, block in Firings.of(iter(codes), D_SAE, np.int32).measured(lambda n, i, j: n, 4 * D_SAE)]
     assert sizes == [4] * 9 + [1]
-    assert joint.BLOCK * 8 <= 1 << 26
+    assert activation_graphs.BLOCK * 8 <= 1 << 26
 
 
 @pytest.mark.parametrize("name", ["cosine", "correlation", "coactivation", "pmi"])

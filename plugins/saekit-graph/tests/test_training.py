@@ -66,15 +66,15 @@ def test_the_other_forms_are_of_the_mean_in_units_of_its_rms() -> None:
 @pytest.mark.parametrize("form", ["raw", "hinge", "bce", "pairwise"])
 @pytest.mark.parametrize("zero", ["middle", "bar"])
 def test_dead_latents_move(form: str, zero: str) -> None:
-    """The seed's loss on activations behind the gate has no gradient for latents that do not fire; this one has."""
+    """The same loss on gated activations has no gradient for latents that do not fire; this one does."""
     step = a_step()
     cluster = torch.tensor([LATENT, *OTHERS])
     with torch.no_grad():
         step.sae.b_enc[cluster] = -100.0
     step = a_step(sae=step.sae)
     assert not bool(step.sequences.code.columns(cluster).any())
-    seed = step.sequences.code.columns(cluster).mean()  # the seed's: behind the gate
-    assert not seed.requires_grad or not bool(torch.autograd.grad(seed, step.sae.W_enc, allow_unused=True)[0].any())
+    gated = step.sequences.code.columns(cluster).mean()
+    assert not gated.requires_grad or not bool(torch.autograd.grad(gated, step.sae.W_enc, allow_unused=True)[0].any())
     value = a_cluster(step, form=form, zero=zero)(step)
     (gradient,) = torch.autograd.grad(value, step.sae.W_enc)
     assert bool((gradient[:, cluster].norm(dim=0) > 1e-9).all())
@@ -135,7 +135,7 @@ def test_a_run_without_the_callback_is_refused(tmp_path: Path) -> None:
 
 
 class Watch:
-    """A view that keeps after which steps the trainer's graph changed."""
+    """A view that records after which steps the trainer's graph changed."""
 
     def __init__(self) -> None:
         self.graphs: list[tuple[int, FeatureGraph]] = []
@@ -151,7 +151,12 @@ def a_run(place: Path, builder: dict[str, Any], **changes: Any) -> tuple[Watch, 
 
     watch = Watch()
     callback = {"use": "refresh_graph", "builder": builder, "start": 3, "every": 4, "batches": 2}
-    table = {**tiny_table(), "loss": [{"use": "mse"}, {"use": "cluster", "weight": 0.1}], "callback": [callback], **changes}
+    table = {
+        **tiny_table(),
+        "loss": [{"use": "mse"}, {"use": "cluster", "weight": 0.1}],
+        "callback": [callback],
+        **changes,
+    }
     return watch, carried_out(table, place, Registry(), watch).summary
 
 

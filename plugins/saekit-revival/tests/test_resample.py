@@ -36,9 +36,7 @@ def trainer_with(callback: Resample, sae: SparseAutoencoder | None = None) -> Tr
     listeners.add(Listener("resample", callback, "callback 'resample'", vital=True))
     config = TrainingConfig(tokens=BATCH * 100, batch_size=BATCH, lr=1e-3)
     term = Term("mse", mse, 1.0, SimpleNamespace(origin="loss 'mse'"))
-    return Trainer(
-        sae, [term], config, total_steps=100, scale=1.0, device=torch.device("cpu"), listeners=listeners
-    )
+    return Trainer(sae, [term], config, total_steps=100, scale=1.0, device=torch.device("cpu"), listeners=listeners)
 
 
 def batches(n: int, seed: int = 1):

@@ -1,4 +1,4 @@
-"""A finished tiny run whose latent 0 writes a known direction, with prompts that fit its context of 32 bytes."""
+"""A finished tiny run, with a known direction in decoder row 0 and prompts that fit its context of 32 bytes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
-    """Standard gating, so that a latent answers to what is added in proportion."""
+    """Standard gating, so that a latent responds in proportion to what is added."""
     run = tiny_language_run(
         tmp_path_factory.mktemp("runs") / "run",
         architecture={"use": "standard", "d_sae": 24},
@@ -67,7 +67,7 @@ def context(finished: RunContext, tmp_path: Path) -> RunContext:
 
 @pytest.fixture
 def steer(prompts: str) -> Callable[..., Any]:
-    """`Steer` with few of everything; the arguments say what is different."""
+    """A small `Steer`; the arguments change its options."""
     from saekit_steering.steer import Steer
 
     return lambda **options: Steer(**{**FEW, "prompts": prompts, **options})

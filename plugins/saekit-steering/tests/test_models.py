@@ -1,4 +1,4 @@
-"""The measurement on models of other kinds: what is added must be the same, whatever their forward looks like."""
+"""The scores on other kinds of models: steering must be the same whatever their forward pass looks like."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from saekit_steering.cluster import Cluster
-from saekit_steering.measure import Measure, logit_lens
+from saekit_steering.continuations import continuations
 from saekit_steering.prompts import Prompt, batches
-from saekit_steering.push import latent_pushes, strengths
-from saekit_steering.texts import continuations
-from saekit_steering.typical import typical_tokens
+from saekit_steering.scoring import Scorer, logit_lens
+from saekit_steering.steering_vectors import latent_vectors, strengths
+from saekit_steering.typical_tokens import typical_tokens
 
 from saekit import Subject
 from saekit.activations.sites import resolve
@@ -49,9 +49,9 @@ def context(request: pytest.FixtureRequest) -> Any:
 def test_pushes_at_a_padded_batch_equal_a_hook_of_ones_own(context: Any) -> None:
     subject, sae = context.source.subject, context.sae
     typical = typical_tokens(torch.arange(1, 2 * VOCABULARY + 1).view(2, -1).flip(1) * 10, 10, 1)
-    push = latent_pushes(sae, 0, strengths([20.0], "absolute", 1.0, 1.0))[0]
+    vector = latent_vectors(sae, 0, strengths([20.0], "absolute", 1.0, 1.0))[0]
     prompts = [Prompt("neutral", "", row) for row in ROWS]
-    found = Measure(context, Cluster(context, 0, 10), typical)([push], batches(prompts, 512), {})
+    found = Scorer(context, Cluster(context, 0, 10), typical)([vector], batches(prompts, 512), {})
 
     def steered(module: Any, arguments: Any, output: Any) -> Any:
         hidden = (output[0] if isinstance(output, tuple) else output).clone()
@@ -68,7 +68,7 @@ def test_pushes_at_a_padded_batch_equal_a_hook_of_ones_own(context: Any) -> None
             handle.remove()
         kl += float((before.exp() * (before - after)).sum())
         log_odds += float(typical.log_odds(after).sum())
-    score = found.pushed[0]["neutral"]
+    score = found.steered[0]["neutral"]
     assert kl > 0.01
     assert score.kl == pytest.approx(kl, rel=1e-3)
     assert score.log_odds == pytest.approx(log_odds, rel=1e-4, abs=1e-3)
@@ -79,11 +79,11 @@ def test_pushes_at_a_padded_batch_equal_a_hook_of_ones_own(context: Any) -> None
 
 def test_controls_from_the_site_up_equal_whole_forwards(context: Any) -> None:
     typical = typical_tokens(torch.arange(1, 2 * VOCABULARY + 1).view(2, -1).flip(1) * 10, 10, 1)
-    push = latent_pushes(context.sae, 0, strengths([20.0], "absolute", 1.0, 1.0))[0]
-    control = dataclasses.replace(push, kind="other latent")
+    vector = latent_vectors(context.sae, 0, strengths([20.0], "absolute", 1.0, 1.0))[0]
+    control = dataclasses.replace(vector, kind="other latent")
     prompts = [Prompt("neutral", "", row) for row in ROWS]
-    found = Measure(context, Cluster(context, 0, 10), typical)([push, control], batches(prompts, 512), {})
-    whole, above = (scores["neutral"] for scores in found.pushed)
+    found = Scorer(context, Cluster(context, 0, 10), typical)([vector, control], batches(prompts, 512), {})
+    whole, above = (scores["neutral"] for scores in found.steered)
     for name in ("positions", "log_odds", "probability", "kl"):
         assert getattr(above, name) == pytest.approx(getattr(whole, name), rel=1e-4), name
     torch.testing.assert_close(above.f, whole.f, rtol=1e-5, atol=1e-5)
@@ -92,12 +92,12 @@ def test_controls_from_the_site_up_equal_whole_forwards(context: Any) -> None:
 def test_texts_are_written_with_the_push_and_come_from_the_seed(context: Any) -> None:
     subject, sae = context.source.subject, context.sae
     typical = typical_tokens(torch.arange(1, 2 * VOCABULARY + 1).view(2, -1).flip(1) * 10, 10, 1)
-    push = latent_pushes(sae, 0, strengths([30.0], "absolute", 1.0, 1.0))[0]
+    vector = latent_vectors(sae, 0, strengths([30.0], "absolute", 1.0, 1.0))[0]
     prompts = [Prompt("neutral", "", row) for row in ROWS]
 
     def write(seed: int) -> list[tuple[str, str, str]]:
         how = {"max_new_tokens": 12, "temperature": 1.0, "seed": seed}
-        found = continuations(subject, prompts, push, 0, typical, None, **how)
+        found = continuations(subject, prompts, vector, 0, typical, None, **how)
         return [(one.sampling, one.pair.before, one.pair.after) for one in found]
 
     first, again, other = write(0), write(0), write(1)

@@ -1,4 +1,4 @@
-"""The analyzer as a whole, on a tiny run: its files, its figures, its errors."""
+"""The whole analyzer on a tiny run: its files, its figures, its errors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from saekit_steering.continuations import distinct, judged, load_judge, log_perplexity
 from saekit_steering.prompts import DEFAULT, load_prompts
 from saekit_steering.steer import Steer
-from saekit_steering.texts import distinct, judged, load_judge, log_perplexity
 
 from saekit import RunContext, UsageError
 
@@ -28,7 +28,7 @@ SEED = {
     "feature_stats": {"indices": list, "f_before": list, "f_after": list, "g_before": list, "g_after": list},
     "feature_std_summary": {"mean_std": float, "max_std": float},
 }
-"""The fields of the seed's `L12_S15.0.json`."""
+"""The fields of a feature-steering log, `L12_S15.0.json`."""
 
 
 def fields(document: dict, shape: dict) -> None:
@@ -78,7 +78,7 @@ def test_a_latent_that_never_fires_is_a_null_result_with_its_reason(steer, conte
         assert "never fired" in result.notes[0]
         result = steer(unit="norm")(context)
         own = result.tables["cluster"][0]
-        assert own["latent"] == own["delta_f at 1"] == 0  # what the seed saw; the model is steered all the same
+        assert own["latent"] == own["delta_f at 1"] == 0  # the encoder does not respond, yet the model is steered
         assert result.scalars["gain"] is not None
     finally:
         with torch.no_grad():
@@ -189,7 +189,7 @@ def test_the_plugins_own_prompts() -> None:
     kinds = load_prompts(None)
     assert set(kinds) == {"code", "prose", "questions", "neutral", "unrelated"}
     assert all(len(texts) >= 8 for texts in kinds.values())
-    assert next(iter(kinds.values()))[0] == "How to sort a list?"  # the seed's
+    assert next(iter(kinds.values()))[0] == "How to sort a list?"
     assert DEFAULT.is_file()
 
 

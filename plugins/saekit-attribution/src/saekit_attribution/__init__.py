@@ -9,14 +9,14 @@ from saekit import Component, hookimpl
 def saekit_analyzers() -> Iterator[Component]:
     yield Component(
         "atp",
-        "saekit_attribution.atp:AttributionPatching",
-        "Which latents cause flagged answers, with exact effects beside the estimate.",
+        "saekit_attribution.atp.analyzer:AttributionPatching",
+        "Which latents cause flagged answers, by estimate and by exact effect.",
         needs=("subject_model", "tokens"),
     )
     yield Component(
         "ablate",
-        "saekit_attribution.ablate:Ablate",
-        "Ablates the latents that cause flagged answers, asks again, and measures what is left.",
+        "saekit_attribution.ablate.analyzer:Ablate",
+        "Ablates the latents that cause flagged answers, asks again, and measures the behaviour.",
         needs=("subject_model", "tokens"),
     )
 
@@ -26,5 +26,5 @@ def saekit_recipes() -> Iterator[Component]:
     yield Component(
         "sycophancy",
         "saekit_attribution:recipes/sycophancy.toml",
-        "Which latents make the model organism sycophantic, and what it answers without them, in six minutes.",
+        "Which latents make the model organism sycophantic, and how it answers without them, in six minutes.",
     )

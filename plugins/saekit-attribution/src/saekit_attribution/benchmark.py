@@ -1,8 +1,7 @@
-"""Attribution against the loop that it replaces: ``python -m saekit_attribution.benchmark [--out card.json]``.
+"""Attribution against the plain loop that it replaces: ``python -m saekit_attribution.benchmark [--out card.json]``.
 
-The loop is the one of the notebook this plugin began with: one sample at a time, the parameters not frozen, a forward of
-the whole model that unembeds every position, a dense code whose gradient is kept. Candidates take turns; what counts is
-the ratio of their medians.
+The loop is the usual notebook code: one sample at a time, parameters not frozen, a forward pass of the whole model that
+unembeds every position, and a dense code with a gradient. Candidates take turns; the result is the ratio of their medians.
 """
 
 from __future__ import annotations
@@ -30,15 +29,17 @@ from saekit import (
     organism,
     write_json,
 )
-from saekit_attribution.methods import attribute
-from saekit_attribution.samples import Sample
+from saekit_attribution.effects.attribute import attribute
+from saekit_attribution.labelled_data.teacher_forcing import Sample
 
 HOOK_POINT = "blocks.2.hook_out"
-INSERTED = 6  # tokens of a stated preference, which the base prompt lacks
+Found = tuple[float, list[tuple[int, float]]]
+"""(logit difference, [(latent, score), ...]) of a sample."""
+INSERTED = 6  # tokens of a stated preference, which is missing from the base prompt
 
 
-def seed_loop(subject: Subject, sae: SparseAutoencoder, samples: Sequence[Sample], top_k: int = 50) -> list[Any]:
-    """The ids and scores of each sample's strongest latents, as the notebook computes them."""
+def plain_loop(subject: Subject, sae: SparseAutoencoder, samples: Sequence[Sample], top_k: int = 50) -> list[Found]:
+    """(logit difference, ids and scores of the strongest latents) of each sample, as a notebook computes them."""
     found = []
     for sample in samples:
         kept: dict[str, Tensor] = {}
@@ -70,7 +71,7 @@ def seed_loop(subject: Subject, sae: SparseAutoencoder, samples: Sequence[Sample
 
 
 def random_samples(subject: Subject, n: int, length: int, *, based: bool) -> list[Sample]:
-    """`n` texts of `length` random tokens, of which no two begin alike."""
+    """`n` texts of `length` random tokens, no two with the same beginning."""
     generator = torch.Generator().manual_seed(0)
     size = length - INSERTED - 3
     middles = torch.randint(2, subject.config.vocab_size, (n, size), generator=generator).tolist()
@@ -79,7 +80,7 @@ def random_samples(subject: Subject, n: int, length: int, *, based: bool) -> lis
 
 
 def prompt_samples(subject: Subject, n: int, length: int, *, based: bool) -> list[Sample]:
-    """The organism's prompts that state a preference, their arguments cut or joined so that all have `length` tokens."""
+    """The organism's prompts with a stated preference, their arguments cut or joined so that each has `length` tokens."""
 
     def ids(text: str) -> list[int]:
         return subject.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -98,7 +99,7 @@ def prompt_samples(subject: Subject, n: int, length: int, *, based: bool) -> lis
 
 
 def _sample(head: list[int], middle: list[int], inserted: list[int], last: list[int], based: bool) -> Sample:
-    """based: with a base prompt that lacks `inserted`; without one the positions compare with zero."""
+    """based: with a base prompt, which lacks `inserted`; without one, positions are compared with zero."""
     start = len(head) + len(middle)
     tokens = (*head, *middle, *inserted, *last)
     if not based:
@@ -108,7 +109,7 @@ def _sample(head: list[int], middle: list[int], inserted: list[int], last: list[
 
 
 def random_sae(subject: Subject, d_sae: int = 2048, k: int = 32) -> SparseAutoencoder:
-    """An untrained topk SAE for the site: what it costs does not depend on what it knows."""
+    """An untrained topk SAE for the site: the cost does not depend on what it has learned."""
     tokens = torch.randint(2, subject.config.vocab_size, (32, 32), generator=torch.Generator().manual_seed(1))
     everywhere = torch.ones_like(tokens, dtype=torch.bool)
     sample = subject.activations(TokenBatch(tokens, everywhere, everywhere, torch.arange(32))).flatten(0, 1)
@@ -118,7 +119,7 @@ def random_sae(subject: Subject, d_sae: int = 2048, k: int = 32) -> SparseAutoen
 
 
 def measure(subject: Subject, sae: SparseAutoencoder, kind: str, n: int, length: int, rounds: int) -> dict[str, Any]:
-    """Seconds (medians) and ratios at one length. The parameters ask for gradients in the loop and only there."""
+    """Seconds (medians) and ratios at one length. Parameters require gradients in the loop only."""
     samples = KINDS[kind](subject, n, length, based=False)
     based = KINDS[kind](subject, n, length, based=True)
 
@@ -126,7 +127,7 @@ def measure(subject: Subject, sae: SparseAutoencoder, kind: str, n: int, length:
         for module in (subject.model, sae):
             module.requires_grad_(True)
         try:
-            seed_loop(subject, sae, samples)
+            plain_loop(subject, sae, samples)
         finally:
             for module in (subject.model, sae):
                 module.requires_grad_(False)
@@ -167,7 +168,7 @@ KINDS = {"prompts": prompt_samples, "random": random_samples}
 def alternated(
     candidates: dict[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, after one round that does not count."""
+    """Seconds of each candidate in each round, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
         for name, candidate in candidates.items():

@@ -1,4 +1,4 @@
-"""saekit-contrastive: gives a latent a meaning while an SAE trains: fixed concept vectors, contrastive losses, measures."""
+"""saekit-contrastive: gives latents a meaning during training, by fixed concept vectors and contrastive losses."""
 
 from collections.abc import Iterator
 
@@ -23,25 +23,25 @@ def saekit_losses() -> Iterator[Component]:
     yield Component(
         "concept_rows",
         "saekit_contrastive.concept:ConceptRows",
-        "The same on the labelled rows of the batch, where every row has a label.",
+        "The loss `concept` on the labelled rows of the batch itself.",
         needs=("labels",),
     )
     yield Component(
         "infonce",
         "saekit_contrastive.infonce:InfoNCE",
-        "Sequences of one kind have pooled codes that are alike, those of other kinds have not.",
+        "Sequences of one kind get similar pooled codes, sequences of different kinds do not.",
         needs=("sequences",),
     )
     yield Component(
         "infonce_cluster",
         "saekit_contrastive.infonce:InfoNCECluster",
-        "The same, where chosen latents and their neighbours in the feature graph weigh more.",
+        "The loss `infonce`, where chosen latents and their neighbours in the feature graph weigh more.",
         needs=("sequences", "graph"),
     )
     yield Component(
         "leakage",
         "saekit_contrastive.leakage:Leakage",
-        "Penalises other latents whose activations tell the concepts too.",
+        "Penalises other latents that also predict the concepts.",
         needs=("sequences",),
     )
 
@@ -51,7 +51,7 @@ def saekit_metrics() -> Iterator[Component]:
     yield Component(
         "concept_auroc",
         "saekit_contrastive.concept_auroc:ConceptAUROC",
-        "How well latents tell their concepts on held-out sequences, beside probes and other latents.",
+        "How well latents predict their concepts on held-out sequences, compared with probes and other latents.",
         needs=("sequences",),
     )
 
@@ -61,5 +61,5 @@ def saekit_recipes() -> Iterator[Component]:
     yield Component(
         "concept",
         "saekit_contrastive:recipes/concept.toml",
-        "Makes latent 0 mean Python code on the model organism, and compares seven ways to try, in ten minutes.",
+        "Makes latent 0 mean Python code on the model organism, and compares seven ways, in ten minutes.",
     )

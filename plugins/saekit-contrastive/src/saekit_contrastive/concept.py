@@ -1,20 +1,23 @@
-"""Losses `concept` and `concept_rows`: chosen latents are to fire where their concepts are, and nowhere else.
+"""The losses `concept` and `concept_rows`: chosen latents should fire where their concepts occur, and nowhere else.
 
-They act on pre-activations, so that a latent that never fires moves too: through the ReLU its gradient would be zero.
-What a latent must exceed to fire differs between gates and rows (the k-th largest pre-activation, a threshold, zero), so a
-score is the pre-activation less the row's *bar*, its smallest activation that passed the gate (held fixed).
+Both act on pre-activations, so that a latent that never fires moves too: through the ReLU its gradient would be zero.
+What a latent must exceed to fire differs between gates and between rows (the k-th largest pre-activation, a threshold,
+zero), so a latent's score is its pre-activation minus the row's *bar*: the smallest activation that passed the gate.
+
+`ConceptLatents` and `labelled_scores` are public: other losses on labelled sequences can be built from them.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit import Code, ComponentError, OptionError, Step
-from saekit_contrastive.forms import Form, Margin, contrasts, has_both
+from saekit import Code, ComponentError, OptionError, SequenceBatch, Step
+from saekit_contrastive.class_contrast import Form, Margin, contrasts, has_both_classes
 
 if TYPE_CHECKING:
     from saekit import RunContext
@@ -22,22 +25,23 @@ if TYPE_CHECKING:
 Latents = Annotated[
     dict[str, int] | None,
     Field(
-        description="The latent of each concept: {code = 0}, a name or a number of the source's; the first ones by default."
+        description="The latent of each concept, as in {code = 0}: the name or number of a concept; by default the first latents."
     ),
 ]
 """The type of the option that gives each concept its latent."""
 On = Annotated[
     Literal["tokens", "sequences"],
-    Field(description="tokens: every position is to be told apart; sequences: only the mean over positions."),
+    Field(description="tokens: the loss separates positions; sequences: it separates means over positions."),
 ]
 """The type of the option `on`."""
 _LOOK, _LOOKS = 32, 16  # how far `prepare` looks for both classes: sequences a batch, and batches
 
 
 def resolve_latents(latents: dict[str, int] | None, concepts: list[str], d_sae: int) -> dict[int, int]:
-    """{column of labels: latent}. By default column i belongs to latent i.
+    """{column of labels: latent}. By default column i gets latent i.
 
-    concepts: the names of the columns. OptionError for an unknown concept, an unknown latent, and a latent given twice."""
+    concepts: the names of the columns. OptionError for a concept or a latent that does not exist, and for one
+    that is given twice."""
     if not concepts:
         raise ComponentError("the source has no concepts. Give it labels.")
     if latents is None:
@@ -58,7 +62,7 @@ def resolve_latents(latents: dict[str, int] | None, concepts: list[str], d_sae: 
 
 
 def bar(code: Code) -> Tensor:
-    """What a latent must exceed to be among the active of each row: its smallest activation there, without gradient: [batch].
+    """What a latent must exceed to fire in each row: the smallest activation there, without gradient: [batch].
 
     Zero where nothing is active. For topk it is the k-th largest pre-activation, for a plain ReLU nearly zero."""
     rows, _, values = code.nonzero()
@@ -66,51 +70,80 @@ def bar(code: Code) -> Tensor:
     return found.scatter_reduce_(0, rows, values.detach(), "amin", include_self=False)
 
 
-class _Concept:
-    """What the two losses share: which latents, which form."""
+class ConceptLatents:
+    """Which latent stands for which concept of the source, resolved by `prepare`.
 
-    def __init__(self, latents: dict[str, int] | None, form: Form, margin: float) -> None:
-        self._latents, self._form, self._margin = latents, form, margin
-        self._chosen: dict[int, int] = {}
+    wanted: the option `latents`.
+    """
 
-    def prepare(self, context: RunContext) -> None:
-        """Find the concepts among the source's, and that both classes of each occur. UsageError where they do not."""
+    def __init__(self, wanted: dict[str, int] | None) -> None:
+        self._wanted = wanted
+        self._latents: dict[int, int] = {}
+
+    @property
+    def latents(self) -> list[int]:
+        """The latent of each concept: c of them."""
+        return list(self._latents.values())
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """The columns of these concepts, in the order of `latents`: [n, n_concepts] -> [n, c]."""
+        return labels[:, list(self._latents)]
+
+    def prepare(self, context: RunContext, first_labels: Iterable[Tensor]) -> None:
+        """Find the concepts in the source. UsageError where one is missing, or where a class of it never occurs.
+
+        first_labels: [n, n_concepts] each, labels from the beginning of the training data; read until both classes of
+        every concept have occurred."""
         concepts = list(context.source.concepts)
-        self._chosen = resolve_latents(self._latents, concepts, context.sae.d_sae)
-        columns, seen = list(self._chosen), None
-        for labels in self._first_labels(context):  # [n, n_concepts]
-            chosen = labels[:, columns]
+        self._latents = resolve_latents(self._wanted, concepts, context.sae.d_sae)
+        seen = None
+        for labels in first_labels:
+            chosen = self.labels(labels)
             now = torch.stack([(chosen > 0.5).any(0), (chosen <= 0.5).any(0)])  # [2, c]
             seen = now if seen is None else seen | now
             if bool(seen.all()):
                 return
-        for place, column in enumerate(columns):
+        for place, column in enumerate(self._latents):
             if seen is None or not bool(seen[:, place].all()):
                 raise ComponentError(
-                    f"concept {concepts[column]!r} does not occur as both 0 and 1 in the first training data: one "
-                    "class alone has nothing to be told from. Give the source data of both."
+                    f"the first training data do not have concept {concepts[column]!r} as both 0 and 1, "
+                    "so there is nothing to tell apart. Give the source data of both classes."
                 )
 
-    def _first_labels(self, context: RunContext) -> Any:
-        raise NotImplementedError
 
-    def _scores(self, code: Code, like: Tensor) -> Tensor:
-        """Each chosen latent's pre-activation less the row's bar: [rows, c]."""
-        latents = torch.tensor(list(self._chosen.values()), device=like.device)
-        return code.pre(latents) - bar(code)[:, None]
-
-    def _columns(self, labels: Tensor) -> Tensor:
-        return labels[:, list(self._chosen)]  # [n, c]
-
-    def _value(self, scores: Tensor, labels: Tensor) -> Tensor:
-        value = contrasts(scores, labels, form=self._form, margin=self._margin)
-        return scores.sum() * 0.0 if value is None else value  # not reached where `active` is asked first
+def first_sequence_labels(context: RunContext) -> Iterator[Tensor]:
+    """The labels [n, n_concepts] of the first labelled training sequences, batch by batch."""
+    for number in range(_LOOKS):
+        yield context.source.sequences("train", _LOOK, context.seed, number).labels
 
 
-class Concept(_Concept):
+def labelled_scores(scores: Tensor, labels: Tensor, batch: SequenceBatch, on: On) -> tuple[Tensor, Tensor]:
+    """Scores with their labels, by position (`on` = "tokens") or averaged over each sequence: [r, c] each.
+
+    scores: [m, c], one row for each position of `batch.mask.nonzero()`. labels: [n, c], of the sequences."""
+    sequence = batch.mask.nonzero()[:, 0]  # [m], of each row of scores
+    if on == "tokens":
+        return scores, labels[sequence]
+    sums = scores.new_zeros(len(batch), scores.shape[1]).index_add(0, sequence, scores)
+    counts = batch.mask.sum(1, keepdim=True)  # [n, 1]
+    return sums / counts.clamp_min(1), labels.masked_fill(counts == 0, torch.nan)  # a sequence without positions is out
+
+
+def mean_contrast(scores: Tensor, labels: Tensor, form: Form, margin: float) -> Tensor:
+    """The mean of `class_contrast.contrast` over the concepts, for scores and labels [r, c]; 0 where none has both classes."""
+    value = contrasts(scores, labels, form=form, margin=margin)
+    return scores.sum() * 0.0 if value is None else value
+
+
+def _firing_scores(code: Code, latents: list[int], like: Tensor) -> Tensor:
+    """Each latent's pre-activation minus the row's bar: [rows, c]."""
+    return code.pre(torch.tensor(latents, device=like.device)) - bar(code)[:, None]
+
+
+class Concept:
     """On labelled sequences: each position takes its sequence's label, or positions are averaged first.
 
-    The value is the mean over the concepts of `forms.contrast`."""
+    The value is the mean over the concepts of `class_contrast.contrast`."""
 
     def __init__(
         self,
@@ -120,45 +153,48 @@ class Concept(_Concept):
         margin: Margin = 0.5,
         on: On = "tokens",
     ) -> None:
-        super().__init__(latents, form, margin)
-        self._on = on
+        self._concepts = ConceptLatents(latents)
+        self._form, self._margin, self._on = form, margin, on
 
-    def _first_labels(self, context: RunContext) -> Any:
-        for number in range(_LOOKS):
-            yield context.source.sequences("train", _LOOK, context.seed, number).labels
+    def prepare(self, context: RunContext) -> None:
+        """Find the concepts in the source, and check that both classes of each occur. UsageError where they do not."""
+        self._concepts.prepare(context, first_sequence_labels(context))
 
     def active(self, step: Step) -> bool:
         """Only where some concept has sequences of both classes."""
-        return step.sequences is not None and has_both(self._columns(step.sequences.labels))
+        return step.sequences is not None and has_both_classes(self._concepts.labels(step.sequences.labels))
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one step's sequences."""
-        batch: Any = step.sequences
-        sequence = batch.mask.nonzero()[:, 0]  # [m], of each row of the code
-        scores, labels = self._scores(batch.code, batch.x), self._columns(batch.labels)  # [m, c], [n, c]
-        if self._on == "tokens":
-            return self._value(scores, labels[sequence])
-        sums = scores.new_zeros(len(batch), scores.shape[1]).index_add(0, sequence, scores)
-        counts = batch.mask.sum(1, keepdim=True)  # [n, 1]
-        labels = labels.masked_fill(counts == 0, torch.nan)  # a sequence without a position says nothing
-        return self._value(sums / counts.clamp_min(1), labels)
+        batch = step.sequences
+        assert batch is not None and batch.code is not None  # promised by the need `sequences`
+        scores = _firing_scores(batch.code, self._concepts.latents, batch.x)  # [m, c]
+        labelled = labelled_scores(scores, self._concepts.labels(batch.labels), batch, self._on)
+        return mean_contrast(*labelled, self._form, self._margin)
 
 
-class ConceptRows(_Concept):
-    """On the labelled rows of the training batch itself: no activations are encoded besides."""
+class ConceptRows:
+    """On the labelled rows of the training batch itself: no further activations are encoded."""
 
     def __init__(self, *, latents: Latents = None, form: Form = "hinge", margin: Margin = 0.5) -> None:
-        super().__init__(latents, form, margin)
+        self._concepts = ConceptLatents(latents)
+        self._form, self._margin = form, margin
 
-    def _first_labels(self, context: RunContext) -> Any:
+    def prepare(self, context: RunContext) -> None:
+        """Find the concepts in the source, and check that both classes of each occur. UsageError where they do not."""
+        self._concepts.prepare(context, self._first_labels(context))
+
+    def _first_labels(self, context: RunContext) -> Iterator[Tensor]:
         for batch in context.training_activations(_LOOKS * context.config.training.batch_size):
+            assert batch.labels is not None  # promised by the need `labels`
             yield batch.labels
 
     def active(self, step: Step) -> bool:
         """Only where some concept has rows of both classes."""
-        return step.labels is not None and has_both(self._columns(step.labels))
+        return step.labels is not None and has_both_classes(self._concepts.labels(step.labels))
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""
         assert step.labels is not None  # promised by the need `labels`
-        return self._value(self._scores(step.code, step.x), self._columns(step.labels))
+        scores = _firing_scores(step.code, self._concepts.latents, step.x)  # [batch, c]
+        return mean_contrast(scores, self._concepts.labels(step.labels), self._form, self._margin)

@@ -1,4 +1,4 @@
-"""Metric `concept_auroc`: whether latents mean their concepts, on held-out sequences, beside what else could tell them."""
+"""The metric `concept_auroc`: how well latents predict their concepts on held-out sequences, compared with yardsticks."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from saekit_contrastive.auroc import auroc, auroc_of_latents
 from saekit_contrastive.concept import Latents, resolve_latents
-from saekit_contrastive.gathered import Gathered, gather
+from saekit_contrastive.labelled_codes import LabelledCodes, encode_labelled
 from saekit_contrastive.probes import difference_of_means, logistic
-from saekit_contrastive.ranks import auroc, auroc_of_latents
 
 if TYPE_CHECKING:
     from saekit import RunContext, SparseAutoencoder
 
 LEAKS = 0.9
-"""Another latent whose AUROC over sequences is above this tells the concept too."""
+"""Another latent with an AUROC over sequences above this predicts the concept too."""
 _MEANINGS = {
-    "auroc_tokens": "how often the latent is higher at a position of the concept than at another; 0.5 is chance",
+    "auroc_tokens": "how often the latent is higher at a position of the concept than at another position; 0.5 is chance",
     "auroc_sequences": "the same for the latent's mean over a sequence",
     "e_pos": "the latent's mean activation at positions of the concept",
     "e_neg": "the latent's mean activation at the others",
-    "delta": "the first of these means less the second",
-    "ratio": "the first of these means over the second; undefined where the latent never fires for the others",
+    "delta": "the first of these means minus the second",
+    "ratio": "the first of these means divided by the second; undefined where the latent never fires at the others",
     "firing_pos": "share of the concept's positions where the latent fires",
     "firing_neg": "share of the other positions where the latent fires",
     "std": "standard deviation of the latent's activation",
     "mean_std": "standard deviation of a latent's activation, on average over all latents",
-    "max_std": "the greatest standard deviation of any latent",
-    "leakage": f"share of the other living latents that tell the concept with AUROC above {LEAKS} over sequences",
-    "rest_auroc_tokens": "AUROC over positions of a logistic probe of what all other latents rebuild",
+    "max_std": "the largest standard deviation of any latent",
+    "leakage": f"share of the other living latents with an AUROC above {LEAKS} over sequences",
+    "rest_auroc_tokens": "AUROC over positions of a logistic probe of what all other latents reconstruct",
     "other_auroc_tokens": "AUROC over positions of the best other latent, chosen on training data",
     "other_auroc_sequences": "AUROC over sequences of the best other latent, chosen on training data",
     "means_auroc_tokens": "AUROC over positions of the difference of means of training activations",
@@ -45,9 +45,9 @@ Values = dict[str, float | None]
 class ConceptAUROC:
     """AUROC, means and firing rates of concepts' latents, on the gated code of held-out labelled sequences.
 
-    AUROCs are exact, by ranks with ties averaged. Positions have their sequence's label. Over sequences, scores are means
-    over positions. What is fitted or chosen (probes, the best other latent) is so on training sequences. Names begin with
-    `concept_`; where the source has several concepts, `_` and the concept's name are added at the end.
+    AUROCs are exact, by ranks with ties averaged. Positions take their sequence's label. Over sequences, scores are means
+    over positions. Probes are fitted, and the best other latent is chosen, on training sequences. Names begin with
+    `concept_`; where the source has several concepts, they end in `_` and the concept's name.
     """
 
     headline: ClassVar[tuple[str, ...]] = (
@@ -59,11 +59,11 @@ class ConceptAUROC:
         *,
         latents: Latents = None,
         sequences: Annotated[
-            int, Field(ge=16, description="Sequences of each split that are looked at, at most.")
+            int, Field(ge=16, description="The most sequences of each split to use.")
         ] = 256,
         tokens: Annotated[
             int,
-            Field(gt=0, description="Positions of each split, about, at most: their activations are held in memory."),
+            Field(gt=0, description="About the most positions of each split to use: their activations are held in memory."),
         ] = 33_000,
     ) -> None:
         self._latents, self._sequences, self._tokens = latents, sequences, tokens
@@ -72,7 +72,7 @@ class ConceptAUROC:
         self.meanings: dict[str, str] = {}
 
     def prepare(self, context: RunContext) -> None:
-        """Find the concepts and name the values. UsageError for a concept or a latent that is not there."""
+        """Find the concepts and name the values. UsageError for a concept or a latent that does not exist."""
         concepts = list(context.source.concepts)
         self._chosen = resolve_latents(self._latents, concepts, context.sae.d_sae)
         several = len(self._chosen) > 1
@@ -89,7 +89,7 @@ class ConceptAUROC:
     def measure(self, context: RunContext) -> Values:
         """All values for every concept; None where a class does not occur, with a warning."""
         train, held_out = (
-            gather(context, split, self._chosen.values(), sequences=self._sequences, tokens=self._tokens)
+            encode_labelled(context, split, self._chosen.values(), sequences=self._sequences, tokens=self._tokens)
             for split in ("train", "held_out")
         )
         values: Values = {}
@@ -103,10 +103,10 @@ class ConceptAUROC:
                 own |= _rest(train, held_out, column, latent, context.sae)
                 if own["firing_pos"] == own["firing_neg"] == 0.0:
                     context.warn(
-                        f"Latent {latent}, of concept {name!r}, never fires on held-out sequences: its AUROC is a tie."
+                        f"Latent {latent}, of concept {name!r}, never fires on held-out sequences, so its AUROC is 0.5."
                     )
             else:
-                context.warn(f"Concept {name!r} does not occur as both 0 and 1 in each split: no AUROC is defined.")
+                context.warn(f"Concept {name!r} does not occur as both 0 and 1 in each split, so no AUROC is defined.")
             values |= {f"concept_{key}{self._endings[column]}": value for key, value in own.items()}
         return values
 
@@ -115,8 +115,8 @@ def _both(labels: Tensor) -> bool:
     return bool((labels > 0.5).any() and (labels <= 0.5).any())
 
 
-def _of_latent(data: Gathered, column: int, latent: int) -> Values:
-    """What the latent itself does on held-out data."""
+def _of_latent(data: LabelledCodes, column: int, latent: int) -> Values:
+    """The values of the latent itself on held-out data."""
     labels, f = data.of_tokens(column), data.columns[latent]  # [n] each
     positive, negative = f[labels > 0.5].double(), f[labels <= 0.5].double()
     e_pos, e_neg = float(positive.mean()), float(negative.mean())
@@ -136,8 +136,8 @@ def _of_latent(data: Gathered, column: int, latent: int) -> Values:
     }
 
 
-def _others(train: Gathered, held_out: Gathered, column: int, latent: int) -> Values:
-    """How well the other latents tell the concept."""
+def _others(train: LabelledCodes, held_out: LabelledCodes, column: int, latent: int) -> Values:
+    """How well the other latents predict the concept."""
     found: Values = {}
     for unit in ("tokens", "sequences"):
         chosen = _every(train, column, unit)
@@ -150,7 +150,7 @@ def _others(train: Gathered, held_out: Gathered, column: int, latent: int) -> Va
     return found
 
 
-def _every(data: Gathered, column: int, unit: str) -> Tensor:
+def _every(data: LabelledCodes, column: int, unit: str) -> Tensor:
     """The AUROC of every latent over tokens or sequences: [d_sae]."""
     d_sae = data.pooled_code.shape[1]
     if unit == "tokens":
@@ -159,8 +159,8 @@ def _every(data: Gathered, column: int, unit: str) -> Tensor:
     return auroc_of_latents(sequences, latents, data.pooled_code[sequences, latents], data.labels[:, column], d_sae)
 
 
-def _yardsticks(train: Gathered, held_out: Gathered, column: int, fitted_on: Tensor, measured_on: Tensor) -> Values:
-    """What directions in the activations can tell, fitted on training data."""
+def _yardsticks(train: LabelledCodes, held_out: LabelledCodes, column: int, fitted_on: Tensor, measured_on: Tensor) -> Values:
+    """How well directions in the activations, fitted on training data, predict the concept."""
     labels = train.of_tokens(column)
     known = ~labels.isnan()
     found: Values = {}
@@ -171,7 +171,7 @@ def _yardsticks(train: Gathered, held_out: Gathered, column: int, fitted_on: Ten
     return found
 
 
-def _rest(train: Gathered, held_out: Gathered, column: int, latent: int, sae: SparseAutoencoder) -> Values:
-    """What is left of the concept in the reconstruction once the latent's part is taken out."""
+def _rest(train: LabelledCodes, held_out: LabelledCodes, column: int, latent: int, sae: SparseAutoencoder) -> Values:
+    """How well the reconstruction predicts the concept once the latent's part is taken out."""
     left = [part.rebuilt - part.columns[latent][:, None] * sae.W_dec[latent] for part in (train, held_out)]
     return {"rest_auroc_tokens": _yardsticks(train, held_out, column, *left)["probe_auroc_tokens"]}

@@ -1,8 +1,8 @@
-"""Losses `infonce` and `infonce_cluster`: sequences of one kind have codes that are alike, those of other kinds have not."""
+"""The losses `infonce` and `infonce_cluster`: sequences of one kind get similar codes, those of different kinds do not."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -10,37 +10,37 @@ from torch import Tensor
 from torch.nn import functional
 
 from saekit import OptionError, Step
-from saekit_contrastive.forms import has_both
+from saekit_contrastive.class_contrast import has_both_classes
 from saekit_contrastive.pooling import Pool, halves, pooled
 from saekit_contrastive.tiled import LEFT_OUT, contrastive_loss
 
 if TYPE_CHECKING:
     from saekit import RunContext
 
-Focus = Annotated[list[int], Field(description="Latents that weigh more in the similarity than the others.")]
-Emphasis = Annotated[float, Field(gt=0, description="How much more: their activations count so many times.")]
+Focus = Annotated[list[int], Field(description="Latents that weigh more in the similarity.")]
+Emphasis = Annotated[float, Field(gt=0, description="The factor on the activations of `focus`.")]
 Positives = Annotated[
     Literal["labels", "halves"],
     Field(
-        description="labels: sequences with equal labels belong together; halves: two random halves of one sequence."
+        description="labels: sequences with equal labels are positives; halves: two random halves of one sequence."
     ),
 ]
 Concepts = Annotated[
-    list[str] | None, Field(description="The concepts whose labels count; all of the source's by default.")
+    list[str] | None, Field(description="The concepts to use; by default all of the source's.")
 ]
-Temperature = Annotated[float, Field(gt=0, description="What cosines are divided by.")]
+Temperature = Annotated[float, Field(gt=0, description="The divisor of the cosines.")]
 Decoupled = Annotated[bool, Field(description="Leave the positives out of the denominator (Yeh et al. 2022).")]
-Queue = Annotated[int, Field(ge=0, description="How many codes of earlier steps are compared with as well.")]
-_NO_PARTNER = 1 << 40  # the group of queued codes where only halves of one sequence belong together
+Queue = Annotated[int, Field(ge=0, description="How many codes of earlier steps are also compared with.")]
+_NO_PARTNER = 1 << 40  # the group of queued codes where only halves of one sequence are positives
 
 
 class InfoNCE:
-    """The contrastive loss (`tiled.contrastive_loss`) of the sequences' pooled codes, by their cosines.
+    """The contrastive loss (`tiled.contrastive_loss`) of the cosines of the sequences' pooled codes.
 
-    By labels it is supervised (SupCon, Khosla et al. 2020): each concept has its own columns of positives, and takes in
-    the sequences whose label is known; the mean over the concepts counts. By halves it is NT-Xent (Chen et al. 2020).
-    A sequence whose pooled code is zero has no direction and is left out. Codes of earlier steps in the queue (He et al.
-    2020) carry no gradient. It reaches the latents that are active, so it wakes no dead one: `concept` does.
+    By labels it is supervised (SupCon, Khosla et al. 2020): each concept defines its own positives among the sequences
+    with a known label, and the loss is the mean over the concepts. By halves it is NT-Xent (Chen et al. 2020).
+    A sequence with a pooled code of zero has no direction and is left out. Codes of earlier steps in the queue (He et al.
+    2020) carry no gradient. The gradient reaches active latents only, so it cannot revive a dead one; `concept` can.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class InfoNCE:
         self._queue: dict[str, Tensor] = {}  # z [q, d_sae] and groups [q, c], the newest last
 
     def prepare(self, context: RunContext) -> None:
-        """Find the concepts among the source's. UsageError for one, or a latent in `focus`, that is not there."""
+        """Find the concepts in the source. UsageError for a concept, or a latent in `focus`, that does not exist."""
         names = list(context.source.concepts)
         for name in self._concepts or []:
             if name not in names:
@@ -74,16 +74,17 @@ class InfoNCE:
                 raise OptionError("focus", f"there is no latent {latent}; there are 0 to {context.sae.d_sae - 1}.")
 
     def active(self, step: Step) -> bool:
-        """Only where there is something to compare: sequences of both labels of a concept, or two sequences."""
+        """Only with something to compare: sequences of both classes of a concept, or two sequences."""
         if step.sequences is None:
             return False
         if self._by_halves:
             return int((step.sequences.mask.sum(1) > 1).sum()) > 1
-        return has_both(step.sequences.labels[:, self._columns])
+        return has_both_classes(step.sequences.labels[:, self._columns])
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one step's sequences."""
-        batch: Any = step.sequences
+        batch = step.sequences
+        assert batch is not None and batch.code is not None  # promised by the need `sequences`
         n, sequence = len(batch), batch.mask.nonzero()[:, 0]  # [m], of each row of the code
         if self._by_halves:
             codes = pooled(batch.code, sequence + n * halves(sequence), 2 * n, self._pool)  # [2n, d_sae]
@@ -133,12 +134,12 @@ class InfoNCE:
         return dict(self._queue)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back the queue."""
+        """Restore the queue."""
         self._queue = dict(state)
 
 
 class InfoNCECluster(InfoNCE):
-    """The same with the neighbours of the `focus` latents in the feature graph weighing as much as they do."""
+    """`InfoNCE` where the neighbours of the `focus` latents in the feature graph weigh as much as these latents."""
 
     def __init__(
         self,
@@ -174,10 +175,10 @@ class InfoNCECluster(InfoNCE):
 
 
 def _label_groups(labels: Tensor) -> Tensor:
-    """Labels [n, c] as groups, those that are NaN left out: [n, c]."""
+    """Labels [n, c] as groups, with `LEFT_OUT` for NaN: [n, c]."""
     return torch.where(labels.isnan(), torch.full_like(labels, LEFT_OUT), (labels > 0.5).to(labels)).long()
 
 
 def _directions(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [n, d_sae] at norm 1, and which are zero [n] and stay so."""
+    """Codes [n, d_sae] scaled to norm 1, and which of them are zero [n]; those stay zero."""
     return functional.normalize(codes, dim=1), ~codes.detach().any(1)

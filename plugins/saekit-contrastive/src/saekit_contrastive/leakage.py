@@ -1,30 +1,30 @@
-"""Loss `leakage`: a concept that has a latent of its own is not to be told by the others."""
+"""The loss `leakage`: where a concept has its own latent, the other latents should not predict it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from saekit import Code, Step
+from saekit_contrastive.class_contrast import has_both_classes
 from saekit_contrastive.concept import Latents, resolve_latents
-from saekit_contrastive.forms import has_both
 
 if TYPE_CHECKING:
     from saekit import RunContext
 
 
 class Leakage:
-    """How strongly latents other than the concepts' own are correlated with a concept's label.
+    """How strongly latents other than the concepts' own correlate with a concept's label.
 
-    With rho_j the correlation, over the labelled positions of the step, of latent j's activation with the label, it is
+    With rho_j the correlation of latent j's activation with the label over the labelled positions of the step, it is
 
         sum over j of max(0, rho_j^2 - above)
 
-    averaged over the concepts. Correlations know no scale, so shrinking activations does not help. It is made of sums
-    over the active entries alone. A latent that hardly varies says nothing.
+    averaged over the concepts. Correlations are independent of scale, so shrinking activations does not lower it. It is
+    computed from sums over active entries alone. A latent that hardly varies is left out.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Leakage:
         above: Annotated[
             float,
             Field(
-                ge=0, lt=1, description="Squared correlations up to this are left alone: 0.01 is a correlation of 0.1."
+                ge=0, lt=1, description="Squared correlations up to this cost nothing: 0.01 is a correlation of 0.1."
             ),
         ] = 0.01,
     ) -> None:
@@ -42,20 +42,22 @@ class Leakage:
         self._chosen: dict[int, int] = {}
 
     def prepare(self, context: RunContext) -> None:
-        """Find the concepts among the source's. UsageError for a concept or a latent that is not there."""
+        """Find the concepts in the source. UsageError for a concept or a latent that does not exist."""
         self._chosen = resolve_latents(self._latents, list(context.source.concepts), context.sae.d_sae)
 
     def active(self, step: Step) -> bool:
         """Only where some concept has sequences of both classes."""
-        return step.sequences is not None and has_both(step.sequences.labels[:, list(self._chosen)])
+        return step.sequences is not None and has_both_classes(step.sequences.labels[:, list(self._chosen)])
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one step's sequences."""
-        batch: Any = step.sequences
+        batch = step.sequences
+        assert batch is not None and batch.code is not None  # promised by the need `sequences`
         sequence = batch.mask.nonzero()[:, 0]  # [m], of each row of the code
         own = torch.zeros(batch.code.d_sae, dtype=torch.bool, device=sequence.device)
         own[list(self._chosen.values())] = True
-        values = [self._of(batch.code, batch.labels[sequence, column], own) for column in self._chosen]
+        code = batch.code
+        values = [self._of(code, batch.labels[sequence, column], own) for column in self._chosen]
         return torch.stack(values).mean()
 
     def _of(self, code: Code, labels: Tensor, own: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From the codes of a sequence's positions to one code for the sequence."""
+"""Pooling: one code for a sequence from the codes of its positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from saekit import Code
 Pool = Annotated[
     Literal["mean", "max", "last"],
     Field(
-        description="What one code is made of those of a sequence's positions: their mean, the greatest, or the last."
+        description="How the codes of a sequence's positions become one: their mean, their maximum, or the last one."
     ),
 ]
 """The type of an option that chooses how to pool."""
@@ -22,8 +22,8 @@ Pool = Annotated[
 def pooled(code: Code, sequence: Tensor, n: int, how: Pool = "mean") -> Tensor:
     """The code of each of n sequences, [n, d_sae], with gradients to the activations that are not zero.
 
-    sequence: [positions], which of the n each row of the code belongs to; those of one stand in their order. A sequence
-    without a position has a code of zero."""
+    sequence: [positions], the sequence of each row of the code, 0 to n - 1; positions of one sequence are in order. A
+    sequence without positions has a code of zero."""
     rows, latents, values = code.nonzero()
     if how == "last":
         position = torch.arange(len(sequence), device=sequence.device)
@@ -41,9 +41,9 @@ def pooled(code: Code, sequence: Tensor, n: int, how: Pool = "mean") -> Tensor:
 
 
 def halves(sequence: Tensor) -> Tensor:
-    """Which half each position is dealt to, 0 or 1, at random and as equally as can be in each sequence: [positions].
+    """A random half, 0 or 1, for each position, as equal in size as possible within each sequence: [positions].
 
-    sequence: [positions], in order. Draws from torch's own generator, whose state is in checkpoints."""
+    sequence: [positions], in order. Draws from torch's default generator, whose state is part of checkpoints."""
     draws = torch.rand(len(sequence)).to(sequence.device)
     order = (sequence + draws.double()).argsort()
     counts = torch.bincount(sequence) if len(sequence) else sequence

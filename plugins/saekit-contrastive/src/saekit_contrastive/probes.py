@@ -1,4 +1,4 @@
-"""What a direction in the activations knows of a concept: the yardsticks for a latent that is to stand for it."""
+"""Directions in the activations that predict a concept: the yardsticks for a latent that should stand for it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ _PENALTY, _ITERATIONS = 1e-3, 200
 
 
 def difference_of_means(x: Tensor, labels: Tensor) -> Tensor:
-    """The mean of class 1 less that of class 0: [d], for x [n, d] and labels [n] without NaN, of both classes."""
+    """The mean of class 1 minus that of class 0: [d], for x [n, d] and labels [n] of both classes, without NaN."""
     positive = labels > 0.5
     return x[positive].mean(0) - x[~positive].mean(0)
 
 
 def logistic(x: Tensor, labels: Tensor) -> Tensor:
-    """The weights [d] of a logistic regression of labels [n] on x [n, d], both classes weighing one half.
+    """The weights [d] of a logistic regression of labels [n] on x [n, d]; each class weighs one half.
 
-    Coordinates are standardised, 0.5e-3 |w|^2 is added to the mean loss, and L-BFGS runs until it stops or for 200 rounds.
+    Coordinates are standardised, 0.5e-3 |w|^2 is added to the mean loss, and L-BFGS runs to convergence, for at most 200
+    iterations.
     """
     with torch.enable_grad():
         x = x.detach().float()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LEFT_OUT = -1
-"""The group of a row that takes no part: neither as an anchor, nor in the denominator of others."""
+"""The group of a row that is left out, both as an anchor and in the denominator of others."""
 _TILE = 1 << 22  # similarities held at a time
 
 
@@ -23,18 +23,18 @@ def contrastive_loss(
     bank_groups: Tensor | None = None,
     tile: int | None = None,
 ) -> Tensor:
-    """How much more alike rows of one group are than rows of different groups, as a scalar (Khosla et al. 2020, eq. 2).
+    """How similar rows of one group are compared with rows of other groups, as a scalar (Khosla et al. 2020, eq. 2).
 
         loss_i = -mean over positives p of z_i . z_p / t + log sum over j != i of exp(z_i . z_j / t)
 
-    averaged over the rows that have a positive, then over the columns of groups that have such rows. With two rows a group
-    it is NT-Xent (Chen et al. 2020). decoupled: positives do not stand in the sum (Yeh et al. 2022, eq. 6), and rows without
+    averaged over the rows that have a positive, then over the columns of groups that have such rows. With two rows per
+    group it is NT-Xent (Chen et al. 2020). decoupled: the sum leaves out positives (Yeh et al. 2022, eq. 6), and rows without
     negatives are left out too. Zero where no row is left.
 
-    z: [n, d] of norm 1. groups: [n, c] int64, a column for each way to pair rows; `LEFT_OUT` for rows that take no part.
+    z: [n, d] of norm 1. groups: [n, c] int64, a column for each way to group rows; `LEFT_OUT` for rows to leave out.
     bank, bank_groups: [m, d] and [m, c], more rows to compare with, without a gradient. tile: rows at a time.
 
-    The gradient is made in the forward pass, while each row's similarities are there; nothing of [n, n] is ever held.
+    The gradient is computed in the forward pass, while each row's similarities are there; no [n, n] tensor is ever held.
     """
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
@@ -72,7 +72,7 @@ class _Contrastive(torch.autograd.Function):
             if grad is not None:
                 slope /= temperature  # of the loss, to the similarities before the temperature
                 grad[rows].addmm_(slope, others)
-                grad.addmm_(slope[:, :n].t(), z[rows])  # in place: a product of its own would be as large as z
+                grad.addmm_(slope[:, :n].t(), z[rows])  # in place: a separate product would be as large as z
         if grad is not None:
             ctx.save_for_backward(grad)
         return loss
@@ -85,12 +85,12 @@ class _Contrastive(torch.autograd.Function):
 
 
 def _row_weights(groups: Tensor, all_groups: Tensor, decoupled: bool) -> tuple[Tensor, Tensor]:
-    """What each row of each column weighs in the mean, 0 where it is left out, and its number of positives: [n, c] float64."""
+    """The weight of each row of each column in the mean, 0 where it is left out, and its number of positives: [n, c] float64."""
     n = len(groups)
     weights, positives = [], []
     for column, all_column in zip(groups.unbind(1), all_groups.unbind(1), strict=True):
         _, place, counts = all_column.unique(return_inverse=True, return_counts=True)
-        same = counts[place[:n]] - 1  # [n], but for the row itself
+        same = counts[place[:n]] - 1  # [n], without the row itself
         known = int((all_column != LEFT_OUT).sum())
         kept = (column != LEFT_OUT) & (same > 0)
         if decoupled:
@@ -111,8 +111,8 @@ def _tile_loss(
     positives: Tensor,
     decoupled: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss of some rows, and its slope to their similarities [t, m]. The row itself never takes part: it is
-    taken out before the maximum that steadies the exponentials is sought."""
+    """The weighted loss of some rows, and its gradient with respect to their similarities [t, m]. A row is never compared
+    with itself: it is taken out before the maximum that stabilises the exponentials."""
     t = len(similarity)
     own = torch.arange(t, device=similarity.device)
     slope = torch.zeros_like(similarity)

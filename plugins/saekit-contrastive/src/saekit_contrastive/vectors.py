@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     from saekit.protocols import Source
 
 BATCH = 32
-"""Sequences that are asked of a source at once."""
+"""Sequences requested from a source at a time."""
 POSITIONS = 100_000
-"""Positions that vectors are computed from at most: 0.9 GB at a width of 2304."""
+"""The most positions that vectors are computed from: 0.9 GB at a width of 2304."""
 METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "difference_of_means": difference_of_means,
     "logistic_probe": logistic,
 }
-"""How to compute a vector [width] from activations x [n, width] and labels [n]. The second tells the classes apart best,
-which need not be the direction that the concept adds (Haufe et al. 2014): as a decoder row it writes what it reads."""
+"""How to compute a vector [width] from activations x [n, width] and labels [n]. The second separates the classes best, but
+that need not be the direction that the concept adds to the activations (Haufe et al. 2014), as a decoder row should."""
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, Tensor]] = weakref.WeakKeyDictionary()
 # by source: several variants of one run ask for the same vectors
 
 
 def read_vectors(path: str | Path, width: int) -> Tensor:
-    """The concept vectors in a file, one a row: [n, width], in float32 and as long as they are there.
+    """The concept vectors in a file, one per row: [n, width], in float32, with their norms unchanged.
 
-    path: .npy with [width] or [n, width]; .safetensors with one or several such tensors, taken in the order of their names.
-    UsageError where the file is missing, cannot be read, or holds what `checked` refuses.
+    path: .npy with [width] or [n, width]; .safetensors with one or several such tensors, read in the order of their names.
+    UsageError where the file is missing, cannot be read, or contains what `checked` refuses.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,7 +48,7 @@ def read_vectors(path: str | Path, width: int) -> Tensor:
     for name, tensor in _tensors(path):
         if tensor.dim() not in (1, 2) or not tensor.is_floating_point():
             shape = f"{tuple(tensor.shape)} of {tensor.dtype}"
-            raise refused(f"{path}{name}: is {shape}, but numbers of shape (n, {width}) are wanted, one vector a row.")
+            raise refused(f"{path}{name}: is {shape}, but must be numbers of shape (n, {width}), one vector per row.")
         rows.append(checked(tensor.float().reshape(-1, tensor.shape[-1]), width, f"{path}{name}: "))
     if not any(map(len, rows)):
         raise refused(f"{path}: holds no vector.")
@@ -61,7 +61,7 @@ def refused(message: str) -> OptionError:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(how to call it in a message, tensor) of everything in the file. Nothing is unpickled."""
+    """(name for messages, tensor) for everything in the file. Nothing is unpickled."""
     try:
         if path.suffix == ".npy":
             import numpy as np
@@ -75,13 +75,13 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             raise refused(f"{path}: ends in {path.suffix!r}. Save the vectors as .npy or .safetensors.")
     except OptionError:
         raise
-    except Exception as error:  # each format has its own ways to be damaged
+    except Exception as error:  # a damaged file raises different errors in each format
         raise refused(f"{path}: cannot be read: {type(error).__name__}: {error}.") from None
     yield from sorted(loaded.items())
 
 
 def checked(vectors: Tensor, width: int, source: str = "") -> Tensor:
-    """`vectors` [n, width] as they are. OptionError if they cannot be decoder rows; `source` begins its message."""
+    """`vectors` [n, width] unchanged. OptionError if they cannot be decoder rows; `source` begins its message."""
     if vectors.shape[1] != width:
         raise refused(
             f"{source}the vectors have width {vectors.shape[1]}, but decoder rows have width {width} here. Take vectors of "
@@ -89,17 +89,17 @@ def checked(vectors: Tensor, width: int, source: str = "") -> Tensor:
         )
     for number, vector in enumerate(vectors):
         if not bool(torch.isfinite(vector).all()):
-            raise refused(f"{source}vector {number} holds NaN or infinity. Make it anew.")
+            raise refused(f"{source}vector {number} contains NaN or infinity. Compute it again.")
         if not bool(vector.any()):
-            raise refused(f"{source}vector {number} is zero, so it has no direction. Leave it out, or make it anew.")
+            raise refused(f"{source}vector {number} is zero, so it has no direction. Leave it out, or compute it again.")
     return vectors
 
 
 def concept_columns(names: list[str], wanted: list[str] | None) -> list[int]:
-    """Which columns of a source's labels `wanted` names; all of them by default. UsageError for one that is missing."""
+    """The label columns named by `wanted`; all of them by default. UsageError for one that is missing."""
     if not names:
         raise refused(
-            "are to be computed from labelled sequences, but the source has none. Take a source "
+            "must be computed from labelled sequences, but the source has none. Use a source "
             "with labels (see: saekit plugins, sources that provide 'sequences'), or give a file."
         )
     for name in wanted or []:
@@ -113,9 +113,9 @@ def vectors_of(
 ) -> Tensor:
     """A unit vector for each of the label columns, computed from training data: [n, width], on the CPU.
 
-    method: a name in `METHODS`. sequences: how many labelled sequences are read, as far as there is room for `POSITIONS`.
-    output: of what a transcoder is to rebuild rather than of what is read. UsageError where a column has one class only.
-    The second call with the same arguments reads nothing.
+    method: a name in `METHODS`. sequences: the number of labelled sequences to read, up to `POSITIONS` positions.
+    output: use a transcoder's target instead of its input. UsageError where a column has only one class.
+    A second call with the same arguments reads nothing.
     """
     known = _KNOWN.setdefault(source, {})
     key = (method, tuple(columns), sequences, seed, output)
@@ -144,7 +144,7 @@ def _labelled(source: Source, columns: list[int], sequences: int, seed: int, out
 
 
 def _vector(method: Callable[[Tensor, Tensor], Tensor], x: Tensor, labels: Tensor, name: str) -> Tensor:
-    """The vector [width] of one concept; positions whose label is unknown take no part."""
+    """The vector [width] of one concept; positions with an unknown label are left out."""
     for value in (0, 1):
         if not bool((labels == value).any()):
             raise OptionError(

@@ -1,4 +1,4 @@
-"""saekit-graph: graphs over the latents of a sparse autoencoder, and what spreads along them, with torch_geometric."""
+"""saekit-graph: graphs over the latents of a sparse autoencoder, and propagation along them, with torch_geometric."""
 
 from collections.abc import Iterator
 
@@ -8,9 +8,17 @@ from saekit import Component, hookimpl
 @hookimpl
 def saekit_graph_builders() -> Iterator[Component]:
     yield Component("cosine", "saekit_graph.cosine:Cosine", "Latents whose decoder rows point the same way.")
-    yield Component("correlation", "saekit_graph.joint:Correlation", "Latents whose activations rise and fall together.")
-    yield Component("coactivation", "saekit_graph.joint:Coactivation", "Latents that fire on the same activations (Jaccard).")
-    yield Component("pmi", "saekit_graph.joint:PMI", "Latents that fire together more often than chance has it.")
+    yield Component(
+        "correlation", "saekit_graph.activation_graphs:Correlation", "Latents whose activations rise and fall together."
+    )
+    yield Component(
+        "coactivation",
+        "saekit_graph.activation_graphs:Coactivation",
+        "Latents that fire on the same activations (Jaccard).",
+    )
+    yield Component(
+        "pmi", "saekit_graph.activation_graphs:PMI", "Latents that fire together more often than by chance."
+    )
 
 
 @hookimpl
@@ -28,7 +36,7 @@ def saekit_callbacks() -> Iterator[Component]:
     yield Component(
         "refresh_graph",
         "saekit_graph.refresh:RefreshGraph",
-        "Builds the feature graph anew every few steps of training.",
+        "Rebuilds the feature graph every few steps of training.",
         provides=("graph",),
     )
 
@@ -38,18 +46,18 @@ def saekit_analyzers() -> Iterator[Component]:
     yield Component(
         "communities",
         "saekit_graph.communities:Communities",
-        "Groups of latents that belong together, beside those of a rewired graph.",
+        "Communities of the feature graph, compared with those of rewired graphs.",
         needs=("graph",),
     )
     yield Component(
         "explain_neighbours",
         "saekit_graph.explain:ExplainNeighbours",
-        "Which neighbours drive a latent's propagated activation g: GNNExplainer beside the exact shares.",
+        "Which neighbours drive a latent's propagated activation g: exact shares and GNNExplainer.",
         needs=("graph",),
     )
     yield Component(
         "propagation",
-        "saekit_graph.foretell:Foretell",
-        "How much of what latents do their neighbours tell: by mean or learned (GCN, GAT) propagation, beside strangers.",
+        "saekit_graph.neighbour_prediction:NeighbourPrediction",
+        "How well a latent's neighbours predict it, by mean or learned (GCN, GAT) propagation, compared with random neighbours.",
         needs=("graph",),
     )

@@ -1,11 +1,11 @@
 """What building a graph costs: ``python -m saekit_graph.benchmark [cosine|coactivation|correlation|pmi] [--out card.json]``.
 
-cosine: a random dictionary of 131,072 latents x 768, its top 32. The time is compared with that of the matrix products
-alone, of the same blocks: on some rows, since every block of rows costs the same; ``--whole`` builds the whole graph, and
-its peak of memory is that of a whole build. The others: 1M activations of 32 latents each out of 16,384, some fired far
-more often than others.
+cosine: the top 32 of a random dictionary of 131,072 latents x 768. The time is compared with that of the matrix products
+alone, over the same blocks; some rows are enough, since every block of rows costs the same. ``--whole`` builds the whole
+graph and gives the peak memory of that. The others: 1M activations of 32 latents each out of 16,384, some of which fire
+far more often than others.
 
-Peaks are of the whole process, Python, torch and the SAE included (`ru_maxrss`), so ask for one builder at a time.
+Peaks are those of the whole process, Python, torch and the SAE included (`ru_maxrss`), so measure one builder at a time.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from torch import Tensor
 
 from saekit import Code, Pattern, Registry, SparseAutoencoder, SparseCode, write_json
 from saekit_graph.cosine import BLOCK, Cosine, cosine_blocks
-from saekit_graph.strongest import rows_in_a_block, strongest
+from saekit_graph.top_k_graph import rows_in_a_block, top_k_graph
 
 ACTIVE = 32  # latents of each activation
 BATCH = 4096
 
 
 def random_sae(d_in: int, d_sae: int, device: str = "cpu") -> SparseAutoencoder:
-    """A dictionary of random directions, made in place: to draw it as training does would be the peak of memory."""
+    """A dictionary of random directions, made in place: initialising it as training does would be the peak of memory."""
     sae: SparseAutoencoder = Registry().find("architecture", "topk").build({"k": ACTIVE}, d_in, d_sae, None)
     with torch.no_grad():
-        sae.W_enc.zero_()  # it takes its place in memory, though nothing reads it
+        sae.W_enc.zero_()  # it occupies memory, though nothing reads it
         sae.W_dec.normal_(generator=torch.Generator().manual_seed(0))
         sae.constrain_weights()
     return sae.to(device)
 
 
 def random_codes(tokens: int, d_sae: int) -> Iterator[Code]:
-    """Codes of `ACTIVE` latents, one of each stratum, so that none comes twice; the first of a stratum are the frequent."""
+    """Codes of `ACTIVE` latents, one from each stratum, so that none occurs twice; the first of a stratum are frequent."""
     draws = torch.Generator().manual_seed(0)
     size = d_sae // ACTIVE
     firsts = torch.arange(ACTIVE) * size
@@ -55,7 +55,7 @@ def random_codes(tokens: int, d_sae: int) -> Iterator[Code]:
 
 
 def of_cosine(d_sae: int, d_in: int, k: int, rows: int, rounds: int, whole: bool, device: str) -> dict[str, Any]:
-    """Seconds of the builder and of its products alone, on `rows` rows of the dictionary, and of the whole if asked for."""
+    """Seconds of the builder and of its products alone on `rows` rows of the dictionary, and of the whole graph if `whole`."""
     sae = random_sae(d_in, d_sae, device)
     W = sae.W_dec.detach()
     size = rows_in_a_block(d_sae, BLOCK)
@@ -69,10 +69,10 @@ def of_cosine(d_sae: int, d_in: int, k: int, rows: int, rounds: int, whole: bool
             torch.mm(some, W.t(), out=space[: len(some)])
 
     def building() -> None:
-        strongest(sae, itertools.islice(cosine_blocks(W, inverse), blocks), k=k)
+        top_k_graph(sae, itertools.islice(cosine_blocks(W, inverse), blocks), k=k)
 
     seconds: dict[str, list[float]] = {"products": [], "building": []}
-    for _ in range(rounds):  # turn by turn, so that both see the same machine
+    for _ in range(rounds):  # in turns, so that both see the same load
         seconds["products"].append(_timed(products, device))
         seconds["building"].append(_timed(building, device))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -89,7 +89,7 @@ def of_cosine(d_sae: int, d_in: int, k: int, rows: int, rounds: int, whole: bool
 
 
 def of_joint(name: str, d_sae: int, tokens: int, k: int) -> dict[str, Any]:
-    """Seconds to read the codes (made as they are read) and build the graph of them."""
+    """Seconds to read the codes (generated as they are read) and to build their graph."""
     sae = random_sae(8, d_sae)
     builder = Registry().find("graph_builder", f"graph.{name}").build({"k": k})
     drawing = _timed(lambda: sum(len(code) for code in random_codes(tokens, d_sae)), "cpu")
@@ -107,7 +107,7 @@ def _timed(work: Callable[[], Any], device: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, and print or write what came out."""
+    """Measure, and print or write the figures."""
     parser = argparse.ArgumentParser(description="What building a feature graph costs.")
     parser.add_argument("builder", nargs="?", default="cosine", choices=("cosine", "coactivation", "correlation", "pmi"))
     parser.add_argument("--latents", type=int, help="width of the dictionary")

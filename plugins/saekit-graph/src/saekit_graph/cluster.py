@@ -1,30 +1,39 @@
 """The loss `cluster`: a latent and its neighbours in the feature graph lean towards a labelled concept together.
 
-`L_cluster = -(mu_pos - mu_neg)` of the mean over cluster_k = {k} and N(k) is `form = "raw"`; the other forms
-cannot be satisfied by scale alone. All act on pre-activations, so that members which never fire move too.
+With `form = "raw"` it is `L_cluster = -(mu_pos - mu_neg)` of the mean over cluster_k = {k} and N(k); the other forms
+cannot be satisfied by scale alone. All act on pre-activations, so that members that never fire move too.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
-from saekit_contrastive.concept import Concept, Latents, On, bar
-from saekit_contrastive.forms import Form, Margin
+from saekit_contrastive.class_contrast import Form, Margin, has_both_classes
+from saekit_contrastive.concept import (
+    ConceptLatents,
+    Latents,
+    On,
+    bar,
+    first_sequence_labels,
+    labelled_scores,
+    mean_contrast,
+)
 from torch import Tensor
 
 from saekit import Code, FeatureGraph, Step
 
+if TYPE_CHECKING:
+    from saekit import RunContext
 
-class Cluster(Concept):
-    """On labelled sequences: `forms.contrast` of each cluster's mean pre-activation, averaged over the concepts.
 
-    A cluster is a concept's latent with its neighbours in the graph that a callback keeps (`refresh_graph`). Before there
-    is a graph the loss says nothing. A latent without neighbours is a cluster of its own.
+class Cluster:
+    """On labelled sequences: `class_contrast.contrast` of each cluster's mean pre-activation, averaged over the concepts.
+
+    A cluster is a concept's latent with its neighbours in the graph that a callback keeps (`refresh_graph`); a latent
+    without neighbours is a cluster by itself. The loss is inactive until there is a graph.
     """
-
-    where = "loss.cluster"
 
     def __init__(
         self,
@@ -36,40 +45,48 @@ class Cluster(Concept):
         zero: Annotated[
             Literal["middle", "bar"],
             Field(
-                description="What a cluster's mean is counted from. middle: halfway between the classes, so that it must "
-                "tell them apart; bar: what a latent must exceed to fire, so that it must fire besides."
+                description="Where a cluster's mean is counted from. middle: halfway between the classes, so that it must "
+                "tell them apart; bar: what a latent must exceed to fire, so that it must fire as well."
             ),
         ] = "middle",
     ) -> None:
-        super().__init__(latents=latents, form=form, margin=margin, on=on)
-        self._zero = zero
+        self._concepts = ConceptLatents(latents)
+        self._form, self._margin, self._on, self._zero = form, margin, on, zero
         self._graph: FeatureGraph | None = None
         self._members: list[Tensor] = []
 
+    def prepare(self, context: RunContext) -> None:
+        """Find the concepts in the source, and check that both classes of each occur. UsageError where they do not."""
+        self._concepts.prepare(context, first_sequence_labels(context))
+
     def active(self, step: Step) -> bool:
         """Only once there is a graph, and where some concept has sequences of both classes."""
-        return step.graph is not None and super().active(step)
+        if step.graph is None or step.sequences is None:
+            return False
+        return has_both_classes(self._concepts.labels(step.sequences.labels))
 
     def __call__(self, step: Step) -> Tensor:
-        """The loss of one step's sequences; ValueError where the graph is of another number of latents."""
-        assert step.graph is not None  # promised by the need `graph`, and by `active`
-        if step.graph.nodes != step.sae.d_sae:
-            raise ValueError(f"the graph has {step.graph.nodes} latents, but the SAE has {step.sae.d_sae}.")
-        if step.graph is not self._graph:  # looking through all edges is done once a graph
-            self._graph = step.graph
-            self._members = [cluster_of(step.graph, latent) for latent in self._chosen.values()]
-        return super().__call__(step)
+        """The loss of one step's sequences. ValueError where the graph has another number of latents than the SAE."""
+        batch, graph = step.sequences, step.graph
+        assert batch is not None and batch.code is not None and graph is not None  # promised by the needs, and `active`
+        if graph.nodes != step.sae.d_sae:
+            raise ValueError(f"the graph has {graph.nodes} latents, but the SAE has {step.sae.d_sae}.")
+        if graph is not self._graph:  # looking through all edges is done once a graph
+            self._graph = graph
+            self._members = [cluster_of(graph, latent) for latent in self._concepts.latents]
+        scores = self._scores(batch.code, batch.x)  # [m, c]
+        scores, labels = labelled_scores(scores, self._concepts.labels(batch.labels), batch, self._on)
+        if self._zero == "middle":
+            scores = _about_the_middle(scores, labels)
+        return mean_contrast(scores, labels, self._form, self._margin)
 
     def _scores(self, code: Code, like: Tensor) -> Tensor:
-        """Each cluster's mean pre-activation, less the row's bar if that is asked for: [rows, c]."""
+        """Each cluster's mean pre-activation, minus the row's bar where that is asked for: [rows, c]."""
         together, place = torch.cat(self._members).to(like.device).unique(return_inverse=True)
         columns = code.pre(together)  # [rows, m]
         parts = place.split([len(members) for members in self._members])
         scores = torch.stack([columns[:, part].mean(1) for part in parts], 1)
         return scores if self._zero == "middle" else scores - bar(code)[:, None]
-
-    def _value(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return super()._value(_about_the_middle(scores, labels) if self._zero == "middle" else scores, labels)
 
 
 def cluster_of(graph: FeatureGraph, latent: int) -> Tensor:
@@ -79,7 +96,7 @@ def cluster_of(graph: FeatureGraph, latent: int) -> Tensor:
 
 
 def _about_the_middle(scores: Tensor, labels: Tensor) -> Tensor:
-    """scores [n, c] less the mean of the two classes' means, column by column; as they are where a class is missing."""
+    """scores [n, c] minus the mean of the two classes' means, column by column; unchanged where a class is missing."""
     centred = []
     for s, y in zip(scores.unbind(1), labels.unbind(1), strict=True):
         positive, negative = s[y > 0.5], s[y <= 0.5]  # NaN is in neither

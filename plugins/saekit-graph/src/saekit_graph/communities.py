@@ -1,4 +1,4 @@
-"""The analyzer `communities`: groups of latents that belong together more than a graph of those degrees has them by chance."""
+"""The analyzer `communities`: groups of latents with more edges among them than chance gives a graph of these degrees."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from saekit import ComponentError, FeatureGraph, OptionError, Result, RunContext
 if TYPE_CHECKING:
     import networkx as nx
 
-AGGLOMERATIVE = 4096  # latents at most: its distances are a matrix of latents x latents, 128 MB at this many
+AGGLOMERATIVE = 4096  # the most latents: the matrix of their distances takes 128 MB
 
 
 class Communities:
-    """Louvain's communities (Blondel et al. 2008) of the feature graph, seeded, and agglomerative clusters beside them.
+    """Louvain's communities (Blondel et al. 2008) of the feature graph, seeded, and agglomerative clusters.
 
-    Directed edges are taken together: a pair's weight is the mean of both ways. Modularity (Newman and Girvan 2004) is
-    compared with that of graphs with the same degrees, whose edges were swapped at random, clustered alike: sparse graphs
-    have communities by chance too. Agglomerative clusters (average linkage over 1 - weight, as many as Louvain's with two
-    latents at least) are made of the latents with edges, where these are at most 4,096.
+    A pair's weight is the mean over both directions. Modularity (Newman and Girvan 2004) is compared with that of graphs
+    of the same degrees with randomly swapped edges, since sparse graphs have communities by chance too. Agglomerative
+    clusters (average linkage over 1 - weight, as many as Louvain's communities of two latents or more) are made of the
+    latents with edges, if there are at most 4,096 of them.
 
-    A latent's purity is the share of its weight that stays in its community.
+    A latent's purity is the share of its edge weight that stays in its community.
     """
 
     def __init__(
         self,
         *,
-        latents: Annotated[list[int], Field(description="The latents whose community is listed.")] = [0],  # noqa: B006
-        resolution: Annotated[float, Field(gt=0, description="Louvain's resolution: larger makes smaller communities.")] = 1.0,
+        latents: Annotated[list[int], Field(description="Latents whose communities are listed.")] = [0],  # noqa: B006
+        resolution: Annotated[
+            float, Field(gt=0, description="Louvain's resolution: larger values give smaller communities.")
+        ] = 1.0,
         rewired: Annotated[int, Field(ge=0, description="Rewired graphs for comparison.")] = 3,
-        members: Annotated[int, Field(gt=0, description="Members listed of each community.")] = 32,
+        members: Annotated[int, Field(gt=0, description="The most members listed of each community.")] = 32,
     ) -> None:
         self.latents, self.resolution, self.rewired, self.members = list(latents), resolution, rewired, members
 
@@ -49,10 +51,14 @@ class Communities:
         clusters, note = self._agglomerative(G, sum(len(c) > 1 for c in found))
         notes = [note] if note else []
         if controls and modularity <= max(controls):
-            notes.append("The communities are no better than those of rewired graphs: the graph has no groups of its own.")
+            notes.append(
+                "The communities are no better than those of rewired graphs: the graph has no groups beyond chance."
+            )
         alone = [j for j in self.latents if not len(graph.neighbours(j)[0])]
         if alone:
-            notes.append(f"Latents {alone} have no neighbours, so none can be said to be in their community but by others' edges.")
+            notes.append(
+                f"Latents {alone} have no neighbours: they are in a community only through edges of other latents."
+            )
         scalars: dict[str, float | int | None] = {
             "latents_with_edges": G.number_of_nodes(),
             "communities": len(found),
@@ -77,12 +83,15 @@ class Communities:
 
     @staticmethod
     def _agglomerative(G: nx.Graph, n: int) -> tuple[list[list[int]] | None, str]:
-        """Clusters of the latents with edges, or None with the reason."""
+        """Clusters of the latents with edges, or None and the reason."""
         from sklearn.cluster import AgglomerativeClustering
 
         nodes = list(G)
         if len(nodes) > AGGLOMERATIVE:
-            return None, f"Agglomerative clustering is left out: {len(nodes)} latents have edges, it takes {AGGLOMERATIVE} at most."
+            return (
+                None,
+                f"Agglomerative clustering is left out: {len(nodes)} latents have edges, and it takes at most {AGGLOMERATIVE}.",
+            )
         place = {node: i for i, node in enumerate(nodes)}
         weights = np.zeros((len(nodes), len(nodes)))
         for a, b, weight in G.edges(data="weight"):
@@ -93,7 +102,7 @@ class Communities:
         return _ordered({nodes[i] for i in (made == c).nonzero()[0]} for c in range(max(n, 1))), ""
 
     def _members(self, G: nx.Graph, groups: list[list[int]] | None, latent: int, method: str) -> list[dict[str, Any]]:
-        """Rows of the members of a latent's community, those with most weight inside it first."""
+        """The members of a latent's community as rows, those with the most weight inside it first."""
         number = next((i for i, group in enumerate(groups or []) if latent in group), None)
         if groups is None or number is None:
             return []
@@ -117,13 +126,13 @@ class Communities:
 
 
 def usable(graph: FeatureGraph | None, latents: list[int], context: RunContext) -> FeatureGraph:
-    """The graph of the run's SAE. UsageError if it is stale or empty, or if it lacks a latent."""
+    """The graph of the run's SAE. UsageError where it is stale or has no edges, and for a latent that does not exist."""
     assert graph is not None  # promised by the need `graph`
     graph.require(context.sae)
     if not graph.edge_index.shape[1]:
         raise ComponentError(
-            f"the feature graph of {graph.builder or 'this SAE'} has no edges, so there is nothing to see. "
-            "Give it more graph.tokens, or a smaller graph.above, or another builder."
+            f"the feature graph of {graph.builder or 'this SAE'} has no edges to analyse. "
+            "Raise graph.tokens, lower graph.above, or use another builder."
         )
     wrong = [j for j in latents if not 0 <= j < graph.nodes]
     if wrong:
@@ -132,7 +141,7 @@ def usable(graph: FeatureGraph | None, latents: list[int], context: RunContext) 
 
 
 def undirected(graph: FeatureGraph) -> nx.Graph:
-    """The latents that have edges, a pair's weight the mean of both ways (0 for a way that has no edge)."""
+    """The latents with edges; a pair's weight is the mean over both directions (0 for a direction without an edge)."""
     import networkx as nx
 
     weights: dict[tuple[int, int], float] = {}
@@ -147,10 +156,10 @@ def undirected(graph: FeatureGraph) -> nx.Graph:
 
 
 def rewire(G: nx.Graph, seed: int) -> nx.Graph:
-    """The graph with its edges swapped at random, a few times each: every latent keeps its number of edges.
+    """The graph with its edges swapped at random, a few times each, so that every latent keeps its degree.
 
-    The weights are dealt to the new edges at random. A swap that would make an edge twice, or from a latent to itself, is
-    left out (Maslov and Sneppen 2002)."""
+    The weights are dealt to the new edges at random. A swap that would repeat an edge or join a latent to itself is left
+    out (Maslov and Sneppen 2002)."""
     import networkx as nx
 
     draws = np.random.default_rng(seed)
@@ -184,7 +193,7 @@ def _modularity(G: nx.Graph, groups: list[list[int]], resolution: float) -> floa
 
 
 def _sizes(G: nx.Graph, groups: list[list[int]]) -> list[dict[str, Any]]:
-    """A row for each community: its size, and the share of its latents' weight that stays inside."""
+    """A row for each community: its size and its purity."""
     rows = []
     for number, group in enumerate(groups):
         inside = set(group)
@@ -204,4 +213,3 @@ def _figure(groups: list[list[int]]) -> dict[str, Any]:
             "yaxis": {"title": {"text": "latents"}, "type": "log"},
         },
     }
-

@@ -15,24 +15,26 @@ from saekit_graph.propagation import normalised_weight
 if TYPE_CHECKING:
     from torch_geometric.nn import MessagePassing
 
-ROWS = 2048  # activations that GNNExplainer looks at, spread over all held-out ones
+ROWS = 2048  # held-out activations, evenly spread, that GNNExplainer is given
 
 
 class ExplainNeighbours:
     """What each neighbour of a latent k adds to `g_k = ReLU(sum_j A_kj f_j)` on held-out activations.
 
     For this propagation the answer is known: where g_k > 0 it is a sum, and neighbour j's share of it is
-    A_kj mean(f_j) / mean(g_k). Beside it stands the mask of GNNExplainer (Ying et al. 2019), which needs no such formula and
-    so can be asked of learned propagations too; how well the two orders agree says what its mask is worth here. The order
-    by edge weight alone, which knows nothing of what fires, is the control.
+    A_kj mean(f_j) / mean(g_k). It is compared with the mask of GNNExplainer (Ying et al. 2019), which needs no formula and so
+    works for learned propagations too: their rank correlation says how far the mask can be trusted here. The control is
+    the order by edge weight alone, which ignores activations.
     """
 
     def __init__(
         self,
         *,
-        latents: Annotated[list[int], Field(description="The latents whose g is explained.")] = [0],  # noqa: B006
-        epochs: Annotated[int, Field(gt=0, description="Steps in which GNNExplainer learns its mask.")] = 200,
-        tokens: Annotated[int | None, Field(gt=0, description="Held-out activations; evaluation.tokens by default.")] = None,
+        latents: Annotated[list[int], Field(description="The latents to explain.")] = [0],  # noqa: B006
+        epochs: Annotated[int, Field(gt=0, description="Steps of GNNExplainer's optimisation.")] = 200,
+        tokens: Annotated[
+            int | None, Field(gt=0, description="Held-out activations; evaluation.tokens by default.")
+        ] = None,
     ) -> None:
         self.latents, self.epochs, self.tokens = list(latents), epochs, tokens
 
@@ -49,7 +51,7 @@ class ExplainNeighbours:
             if not len(edges) or not bool(f.any()):
                 silent = f"has {len(edges)} neighbours, none of which fires on held-out data"
                 what = silent if len(edges) else "has no neighbours"
-                notes.append(f"Latent {k} {what}: its g is 0 everywhere, and there is nothing to explain.")
+                notes.append(f"Latent {k} {what}: its g is 0 everywhere, so there is nothing to explain.")
                 continue
             exact = exact_shares(f, A)
             mask = gnn_explainer_mask(f, A, epochs=self.epochs, seed=context.seed)
@@ -83,17 +85,17 @@ class ExplainNeighbours:
 
 
 def exact_shares(f: Tensor, A: Tensor) -> Tensor:
-    """What each neighbour adds to g, as a share of the whole, over all rows where g > 0: [n], for f [rows, n] and A [n]."""
+    """Each neighbour's share of g over all rows where g > 0: [n], for f [rows, n] and A [n]."""
     parts = f * A  # [rows, n]
     parts = parts[parts.sum(1) > 0].double().sum(0)
     return parts / parts.sum().clamp_min(1e-300)
 
 
 def gnn_explainer_mask(f: Tensor, A: Tensor, *, epochs: int = 200, seed: int = 0) -> Tensor:
-    """GNNExplainer's mask, 0 to 1, of the edges with shares A [n] into one latent, of the codes f [rows, n]: [n].
+    """GNNExplainer's mask [n], 0 to 1, of the edges with shares A [n] into one latent, for the codes f [rows, n].
 
-    The graph is the star of the latent and its neighbours, activations are the features of its nodes, and g of all of them
-    is what the masked graph is to keep. g is brought to unit RMS, so that the mask does not depend on the code's units."""
+    The graph is the star of the latent and its neighbours, activations are the node features, and the masked graph has to
+    preserve g on all rows. g is scaled to unit RMS, so that the mask does not depend on the code's units."""
     from torch_geometric.explain import Explainer, GNNExplainer, ModelConfig
 
     live = (f * A).sum(1) > 0
@@ -113,7 +115,7 @@ def gnn_explainer_mask(f: Tensor, A: Tensor, *, epochs: int = 200, seed: int = 0
 
 
 class _Star(nn.Module):
-    """`Propagation` as GNNExplainer wants it: message by message, so that each can be masked."""
+    """`Propagation` message by message, so that GNNExplainer can mask each of them."""
 
     def __init__(self) -> None:
         from torch_geometric.nn import LGConv
@@ -126,7 +128,7 @@ class _Star(nn.Module):
 
 
 def rank_agreement(first: Tensor, second: Tensor) -> float | None:
-    """Spearman's rank correlation of two measures [n] of the same edges; None where one of them orders nothing."""
+    """Spearman's rank correlation of two measures [n] of the same edges; None where one of them is constant."""
     from scipy.stats import spearmanr
 
     if len(first) < 2 or bool((first == first[0]).all()) or bool((second == second[0]).all()):
@@ -137,5 +139,3 @@ def rank_agreement(first: Tensor, second: Tensor) -> float | None:
 def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-

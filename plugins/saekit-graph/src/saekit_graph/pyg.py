@@ -1,4 +1,4 @@
-"""`FeatureGraph` to and from torch_geometric's `Data`, with the digest of the dictionary that it was built from."""
+"""`FeatureGraph` to and from torch_geometric's `Data`; the digest of its dictionary is kept."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def to_pyg(graph: FeatureGraph, x: Tensor | None = None) -> Data:
     """The graph as torch_geometric's `Data`: `edge_index` [2, E] from neighbour to centre, `edge_weight` [E], `num_nodes`.
 
-    x: [nodes, n] features of the latents, if there are any. `dictionary` and `builder` go along, so that `from_pyg` gives
-    back a graph that still knows which SAE it is of.
+    x: [nodes, n], features of the latents, if any. `dictionary` and `builder` are kept, so that the graph from `from_pyg`
+    still knows its SAE.
     """
     from torch_geometric.data import Data
 
@@ -34,22 +34,22 @@ def to_pyg(graph: FeatureGraph, x: Tensor | None = None) -> Data:
 
 
 def from_pyg(data: Data) -> FeatureGraph:
-    """The graph of what `to_pyg` gave, also after torch_geometric's transforms.
+    """The graph of `Data` made by `to_pyg`, also after transforms of torch_geometric.
 
-    Edges without a weight have weight 1. UsageError where `data` has no edges or does not say of which dictionary it is;
+    Edges without weights get weight 1. UsageError where `data` has no edge_index or does not name its dictionary;
     ValueError where the shapes do not fit."""
     if data.edge_index is None:
-        raise UsageError("this Data has no edge_index, so it is no graph. Set data.edge_index, [2, E].")
+        raise UsageError("this Data has no edge_index, so it is not a graph. Set data.edge_index, [2, E].")
     dictionary = data.get("dictionary")
     if not isinstance(dictionary, str):
         raise UsageError(
-            "this Data does not say which dictionary it is of, so a stale graph could not be told from a fresh one. Set "
-            "data.dictionary = graph.dictionary of the graph that it came from, or make it with FeatureGraph.of(sae, ...)."
+            "this Data does not name the dictionary that it was built from, so a stale graph could not be detected. Set "
+            "data.dictionary = graph.dictionary of the original graph, or make it with FeatureGraph.of(sae, ...)."
         )
     weight = data.get("edge_weight")
     if weight is None:
         weight = torch.ones(data.edge_index.shape[1], device=data.edge_index.device)
     nodes = data.num_nodes
     if nodes is None:
-        raise UsageError("this Data does not say how many latents it has. Set data.num_nodes.")
+        raise UsageError("this Data does not give the number of latents. Set data.num_nodes.")
     return FeatureGraph(int(nodes), data.edge_index, weight, dictionary, data.get("builder") or "")

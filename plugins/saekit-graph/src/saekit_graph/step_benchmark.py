@@ -1,7 +1,7 @@
 """What concept, InfoNCE and cluster losses add to a step: ``python -m saekit_graph.step_benchmark``.
 
-Three steps take turns: one on shuffled activations alone, one that encodes 32 labelled sequences of 64 positions besides, and
-one with the three losses on these sequences. Each is a whole step of an optimiser.
+Three steps take turns: one on shuffled activations alone, one that also encodes 32 labelled sequences of 64 positions, and
+one with the three losses on these sequences. Each is a whole optimiser step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""saekit-steering: steers a model along a latent and measures what changes, beside random directions of the same norm."""
+"""saekit-steering: steers a model along a latent and compares the effect with random directions of the same norm."""
 
 from collections.abc import Iterator
 
@@ -10,6 +10,6 @@ def saekit_analyzers() -> Iterator[Component]:
     yield Component(
         "steer",
         "saekit_steering.steer:Steer",
-        "Adds a latent's decoder row at several strengths, reads what changes, and sets it beside random directions.",
+        "Adds a latent's decoder row at several strengths, and compares the effect with random directions.",
         needs=("subject_model", "tokens", "sequences"),
     )

@@ -1,4 +1,4 @@
-"""The steered latent and its neighbours: which they are, their propagated activation g, and what they do in each class."""
+"""The steered latent and its graph neighbours: their propagated activation g, and their activity in each class."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from saekit import Code, FeatureGraph, RunContext, SequenceBatch, SparseAutoencoder, own_numerics
-from saekit_steering.typical import of_class
+from saekit_steering.typical_tokens import of_class
 
 
 class Cluster:
-    """A latent with its neighbours in the feature graph; alone where there is no graph.
+    """A latent with its neighbours in the feature graph; the latent alone where there is no graph.
 
-    latents: the steered one first, then at most `neighbours` others by the weight of their edge. graph: None without one.
+    latents: the steered one, then at most `neighbours` others by edge weight. graph: None where there is none.
     """
 
     def __init__(self, context: RunContext, latent: int, neighbours: int) -> None:
@@ -31,8 +31,8 @@ class Cluster:
     def read(self, code: Code) -> tuple[Tensor, Tensor | None]:
         """f and g of the cluster's latents, [batch, m] each; g is None without a graph.
 
-        g = ReLU(f A^T) where A's rows are a latent's edges divided by the sum of their absolute weights, as
-        propagation over a row-normalised neighbourhood. A latent without neighbours has g = 0."""
+        g = ReLU(f A^T), where row i of A holds the edges of latent i divided by the sum of their absolute weights. A
+        latent without neighbours has g = 0."""
         place = code.sum().device
         f = code.columns(torch.tensor(self.latents, device=place)).float()
         if self.graph is None:
@@ -54,8 +54,8 @@ def _edges(graph: FeatureGraph, latents: list[int]) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Classes:
-    """Of each latent of a cluster, over the positions of held-out sequences without and with the concept: mean and
-    standard deviation of f and g, [2, m] each (g: None without a graph). positions: how many, of each class."""
+    """Mean and standard deviation of each latent's f and g over the positions of held-out sequences without and with the
+    concept, [2, m] each (g: None without a graph). positions: the number in each class."""
 
     f_mean: Tensor
     f_std: Tensor
@@ -65,7 +65,7 @@ class Classes:
 
 
 class ClassMoments:
-    """Sums for `Classes`, batch by batch. column: of the labels. scale: what the SAE reads is the activations times it."""
+    """Sums for `Classes`, batch by batch. column: of the labels. scale: the factor from activations to the SAE's input."""
 
     def __init__(self, sae: SparseAutoencoder, cluster: Cluster, column: int, scale: float) -> None:
         self.sae, self.cluster, self.column, self.scale = sae, cluster, column, scale
@@ -74,7 +74,7 @@ class ClassMoments:
 
     @torch.no_grad()
     def add(self, batch: SequenceBatch) -> None:
-        """Take in every position of a batch's labelled sequences."""
+        """Add every position of a batch's labelled sequences."""
         for label in (0, 1):
             x = batch.x[of_class(batch, self.column, label)] * self.scale  # [p, d]
             with own_numerics(self.sae, x.device):
@@ -100,7 +100,7 @@ class ClassMoments:
 
 
 def class_table(cluster: Cluster, found: Classes) -> list[dict[str, Any]]:
-    """Mean and standard deviation of f and g by latent and class, as rows of a table."""
+    """A row for each latent: mean and standard deviation of f and g by class."""
     rows = []
     for at, latent in enumerate(cluster.latents):
         row: dict[str, Any] = {"latent": latent}
@@ -113,8 +113,8 @@ def class_table(cluster: Cluster, found: Classes) -> list[dict[str, Any]]:
     return rows
 
 
-def right_share(change: Tensor, expected: Tensor, forward: bool) -> float:
-    """The share of latents whose change [m] is not zero and has the sign of what the concept does to them, `expected` [m]
-    (mean with the concept less mean without); of the opposite sign where steering goes away from it."""
+def sign_agreement(change: Tensor, expected: Tensor, forward: bool) -> float:
+    """The share of latents with a non-zero change [m] whose sign is that of `expected` [m], the mean with the concept minus
+    the mean without; the opposite sign where steering is not `forward` but away from the concept."""
     wanted = expected.sign() if forward else -expected.sign()
     return float(((change.sign() == wanted) & (change != 0)).double().mean())

@@ -1,32 +1,32 @@
-"""The report's figures: what every direction does to the concept, and at which damage, as plotly figures."""
+"""The plotly figures of `steer`: every direction's effect on the concept, and its damage."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from saekit_steering.matched import Curve
+from saekit_steering.effect_curve import EffectCurve
 
 COLOURS = {"latent": "#c0392b", "random": "#7f8c8d", "other latent": "#2980b9"}
 
 
-def effect_figure(curves: dict[tuple[str, int], Curve], kind: str) -> dict[str, Any]:
-    """The change of the concept's log-odds on prompts of `kind` by the norm of what is added."""
+def effect_figure(curves: dict[tuple[str, int], EffectCurve], kind: str) -> dict[str, Any]:
+    """The change of the concept's log-odds on prompts of `kind` against the norm of the added vector."""
     data = [_line(name, curve.norms, curve.effects, first) for name, curve, first in _named(curves)]
     return _figure(
-        data, f"The concept's log-odds on {kind} prompts", "norm of what is added", "change of the log-odds, in nats"
+        data, f"The concept's log-odds on {kind} prompts", "norm of the added vector", "change of the log-odds, in nats"
     )
 
 
-def damage_figure(curves: dict[tuple[str, int], Curve], kind: str) -> dict[str, Any]:
+def damage_figure(curves: dict[tuple[str, int], EffectCurve], kind: str) -> dict[str, Any]:
     """The KL divergence on prompts of `kind` against the change of the concept's log-odds elsewhere."""
     data = [_line(name, curve.effects, curve.damages, first) for name, curve, first in _named(curves)]
     return _figure(
-        data, f"Damage on {kind} prompts by effect", "change of the concept's log-odds, in nats", "KL, in nats a token"
+        data, f"Damage on {kind} prompts against effect", "change of the concept's log-odds, in nats", "KL, in nats a token"
     )
 
 
-def _named(curves: dict[tuple[str, int], Curve]) -> list[tuple[str, Curve, bool]]:
-    """Each curve with its kind, and whether it is the first of it (only that one stands in the legend)."""
+def _named(curves: dict[tuple[str, int], EffectCurve]) -> list[tuple[str, EffectCurve, bool]]:
+    """Each curve with its kind, and whether it is the first of that kind; only the first is in the legend."""
     seen: set[str] = set()
     named = []
     for (kind, _), curve in curves.items():

@@ -1,4 +1,4 @@
-"""The prompts, by kind: read from JSON, tokenised, and checked against the model's context before anything runs."""
+"""The prompts by kind: read from JSON, tokenised, and checked against the model's context before anything runs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from saekit import OptionError, Subject, TokenBatch
 
 DEFAULT = Path(__file__).parent / "prompts" / "default.json"
 NEUTRAL, UNRELATED = "neutral", "unrelated"
-"""The kinds on which the effect and the damage are compared with those of other directions."""
+"""The kinds on which effect and damage are compared between directions."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Prompt:
 
 
 def load_prompts(path: str | None) -> dict[str, list[str]]:
-    """{kind: texts} of a JSON file, or the plugin's own. UsageError, naming file and kind, for what is no such thing.
+    """{kind: texts} from a JSON file, by default the plugin's. UsageError, naming file and kind, for any other content.
 
     The kinds "neutral" and "unrelated" must be there: effect and damage are compared on them."""
     file = DEFAULT if path is None else Path(path).expanduser()
@@ -44,18 +42,19 @@ def load_prompts(path: str | None) -> dict[str, list[str]]:
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise OptionError(
                 "prompts",
-                f"{file}: {kind!r} is not a list of texts. Give each kind at least one prompt that says something.",
+                f"{file}: {kind!r} is not a list of texts. Give each kind at least one prompt that is not empty.",
             )
     for kind in (NEUTRAL, UNRELATED):
         if kind not in content:
             raise OptionError(
-                "prompts", f"{file}: has no kind {kind!r}, on which directions are compared. Add some prompts of it."
+                "prompts",
+                f"{file}: there is no kind {kind!r}, on which directions are compared. Add some prompts of that kind.",
             )
     return content
 
 
-def tokenised(texts: dict[str, list[str]], subject: Subject, new_tokens: int) -> list[Prompt]:
-    """The prompts in their order. UsageError where one does not fit the model's context with what is to follow it."""
+def tokenise(texts: dict[str, list[str]], subject: Subject, new_tokens: int) -> list[Prompt]:
+    """The prompts in their order. UsageError where one does not fit into the model's context with its continuation."""
     first = [] if subject.bos_token_id is None else [subject.bos_token_id]
     prompts = []
     for kind, some in texts.items():
@@ -79,7 +78,7 @@ def tokenised(texts: dict[str, list[str]], subject: Subject, new_tokens: int) ->
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Rows of tokens, padded on the right. numbers, kinds: of each row's prompt; no numbers for text that is no prompt.
+    """Rows of tokens, padded on the right. numbers, kinds: of each row's prompt; no numbers for held-out text.
     `tokens.keep` leaves out padding and the first position, which is not steered."""
 
     numbers: list[int]
@@ -88,22 +87,13 @@ class PromptBatch:
 
 
 def batches(prompts: Sequence[Prompt], batch_tokens: int) -> Iterator[PromptBatch]:
-    """All prompts, those of like length together, at most about `batch_tokens` tokens at a time, padding included."""
+    """All prompts, those of similar length together, at most about `batch_tokens` tokens at a time, padding included."""
     some: list[int] = []
     for number in [*sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens)), None]:
         full = number is not None and (len(some) + 1) * len(prompts[number].tokens) > batch_tokens
         if some and (number is None or full):
-            yield PromptBatch(some, [prompts[i].kind for i in some], batch_of([prompts[i].tokens for i in some]))
+            rows = TokenBatch.of_rows([prompts[i].tokens for i in some], keep_first=False)
+            yield PromptBatch(some, [prompts[i].kind for i in some], rows)
             some = []
         if number is not None:
             some.append(number)
-
-
-def batch_of(rows: Sequence[Sequence[int]]) -> TokenBatch:
-    """Rows of tokens as a batch whose first position is not kept."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]  # [n, T]
-    keep = mask.clone()
-    keep[:, 0] = False
-    return TokenBatch(tokens, mask, keep, torch.arange(len(tokens)))

@@ -1,4 +1,4 @@
-"""The analyzer `steer`: a latent's decoder row added at several strengths, what changes, and what other directions do."""
+"""The analyzer `steer`: a latent's decoder row added at several strengths, compared with control directions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from saekit import ComponentError, OptionError, Result, RunContext
-from saekit_steering.prompts import load_prompts, tokenised
-from saekit_steering.push import Unit
-from saekit_steering.session import Session
-from saekit_steering.texts import load_judge
-from saekit_steering.typical import concept_column
+from saekit_steering.continuations import load_judge
+from saekit_steering.experiment import SteeringExperiment
+from saekit_steering.prompts import load_prompts, tokenise
+from saekit_steering.steering_vectors import Unit
+from saekit_steering.typical_tokens import concept_column
 
 
 def _existing(path: str) -> str:
@@ -25,11 +25,11 @@ def _existing(path: str) -> str:
 @dataclass(kw_only=True, eq=False)
 class Steer:
     """Adds strength x decoder row of one latent at the site that the SAE reads, for a sweep of strengths, and measures: the
-    log-odds of the concept's tokens next, KL divergence, the latent and its graph neighbours (f, and g propagated over the
-    graph) before and after at the same site, and the text that the model writes. Beside it stand random directions and
-    other latents of the same norm, and the KL divergence at an effect that is the same for all.
+    log-odds of the concept's tokens coming next, KL divergence, the latent and its graph neighbours (f, and g propagated
+    over the graph) before and after at the same site, and the text that the model writes. The controls are random
+    directions and other latents of the same norm; KL divergence is compared with theirs at equal effect.
 
-    Every position but the first is steered. Nothing is judged by a model; `judge` is the place to put one.
+    Every position but the first is steered. No judge model is needed; `judge` can name one.
     """
 
     latent: Annotated[int, Field(ge=0, description="Which latent to steer by.")] = 0
@@ -39,8 +39,8 @@ class Steer:
     unit: Annotated[
         Unit,
         Field(
-            description="norm: of the activations' mean norm; absolute: of the latent's activation as it is; max, rms: "
-            "of its largest or RMS activation."
+            description="norm: the activations' mean norm; absolute: the latent's activation; max, rms: "
+            "its largest or RMS activation."
         ),
     ] = "norm"
     concept: Annotated[
@@ -51,7 +51,7 @@ class Steer:
         AfterValidator(lambda path: None if path is None else _existing(path)),
         Field(description="JSON {kind: [texts]} with kinds neutral and unrelated; by default those of the plugin."),
     ] = None
-    neighbours: Annotated[int, Field(ge=0, description="Graph neighbours to read beside the latent (top_k).")] = 10
+    neighbours: Annotated[int, Field(ge=0, description="Graph neighbours to read with the latent (top_k).")] = 10
     controls: Annotated[
         int, Field(ge=0, description="Random directions, and as many other latents, of the same norm.")
     ] = 10
@@ -61,11 +61,11 @@ class Steer:
     ] = None
     continued: Annotated[int, Field(ge=0, description="Prompts of each kind from which text is generated.")] = 2
     max_new_tokens: Annotated[int, Field(gt=0, description="Tokens of a continuation.")] = 32
-    temperature: Annotated[float, Field(gt=0, description="Of sampled continuations.")] = 1.0
+    temperature: Annotated[float, Field(gt=0, description="The temperature of sampled continuations.")] = 1.0
     set_size: Annotated[int, Field(gt=0, description="Tokens typical of the concept, and of its absence.")] = 50
-    min_count: Annotated[int, Field(gt=0, description="A typical token is seen so often in all.")] = 20
+    min_count: Annotated[int, Field(gt=0, description="How often a typical token must be seen in total.")] = 20
     set_sequences: Annotated[
-        int, Field(gt=0, description="Held-out labelled sequences to estimate both sets and the classes on.")
+        int, Field(gt=0, description="Held-out labelled sequences from which both sets and the classes are estimated.")
     ] = 256
     held_out_tokens: Annotated[int, Field(gt=0, description="Held-out tokens on which KL is measured too.")] = 1000
     statistics_tokens: Annotated[
@@ -96,7 +96,7 @@ class Steer:
         if latent >= sae.d_sae:
             raise OptionError("latent", f"there is no latent {latent}; the SAE has {sae.d_sae}, 0 to {sae.d_sae - 1}.")
         concept_column(context, self.concept)
-        tokenised(self.texts, context.source.subject, self.max_new_tokens)
+        tokenise(self.texts, context.source.subject, self.max_new_tokens)
 
     def __call__(self, context: RunContext) -> Result:
         """scalars: see `summary.scalars`. tables: sweep, controls, cluster, texts, examples. figures: effect, damage.
@@ -105,7 +105,7 @@ class Steer:
         latent = self.latent
         if not float(context.sae.W_dec[latent].detach().norm()) > 0:
             raise OptionError("latent", f"the decoder row of latent {latent} is zero, so nothing can be added.")
-        result = Session(context, self).run()
+        result = SteeringExperiment(context, self).run()
         for note in result.notes:
             context.warn(f"steer: {note}")
         return result

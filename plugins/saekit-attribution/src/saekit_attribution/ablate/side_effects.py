@@ -1,0 +1,91 @@
+"""The side effects of an edit on unrelated text: KL divergence and the rise of the cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from saekit import Attachment, RunContext, Subject, TokenBatch
+
+KINDS = ("code", "prose", "facts")
+"""The kinds of the organism's documents that contain no sycophancy."""
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """tokens: the number of predictions compared. ce_before, ce_after: cross-entropy without and with the edit, in nats a
+    token. kl: from the predictions without the edit to those with it, in nats a token."""
+
+    tokens: int
+    ce_before: float
+    ce_after: float
+    kl: float
+
+    @property
+    def rise(self) -> float:
+        """The rise of the cross-entropy relative to its value without the edit."""
+        return (self.ce_after - self.ce_before) / self.ce_before if self.ce_before else 0.0
+
+
+@torch.no_grad()
+def side_effects(subject: Subject, attachment: Attachment, batches: Iterable[TokenBatch]) -> SideEffects:
+    """Compare the model's predictions on held-out text without and with `attachment`, which has not been entered.
+
+    Only predictions at kept positions count. ValueError where there are none."""
+    sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+    with subject.lock:
+        for batch in batches:
+            scored = batch.keep[:, :-1] & batch.mask[:, 1:]
+            targets = batch.tokens[:, 1:][scored].to(subject.device)
+            clean = subject.logits(batch)[:, :-1][scored].float().log_softmax(-1)  # [positions, vocab]
+            with attachment:
+                edited = subject.logits(batch)[:, :-1][scored].float().log_softmax(-1)
+            kl = (clean.exp() * (clean - edited)).sum()
+            before, after = (-p.gather(1, targets[:, None]).sum() for p in (clean, edited))
+            sums += torch.stack([before, after, kl]).double().cpu()
+            tokens += len(targets)
+    if not tokens:
+        raise ValueError("there is no held-out text to compare on")
+    before_mean, after_mean, kl_mean = (sums / tokens).tolist()
+    return SideEffects(tokens, before_mean, after_mean, kl_mean)
+
+
+def organism_text(subject: Subject, tokens: int) -> dict[str, list[TokenBatch]]:
+    """About `tokens` tokens of each kind of the organism's held-out text without sycophancy."""
+    from saekit import organism
+
+    width = min(128, subject.context or 128)
+    return {
+        kind: list(_rows(subject.tokenizer, [d.text for d in organism.documents("held_out", [kind])], width, tokens))
+        for kind in KINDS
+    }
+
+
+def source_text(context: RunContext, tokens: int) -> dict[str, list[TokenBatch]]:
+    """About `tokens` tokens of the source's own held-out text, under the name "held_out"."""
+    batches: list[TokenBatch] = []
+    left = tokens
+    for batch in context.source.token_batches("held_out", rows=8):
+        batches.append(batch)
+        left -= int(batch.keep.sum())
+        if left <= 0:
+            break
+    return {"held_out": batches}
+
+
+def _rows(tokenizer: Any, texts: Sequence[str], width: int, tokens: int, size: int = 16) -> Iterator[TokenBatch]:
+    """The texts joined by the end-of-text token, cut into rows that begin with BOS, `size` at a time."""
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    step, stream = width - len(first), list[int]()
+    for text in texts:
+        stream += [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+        if len(stream) >= tokens:
+            break
+    stream = stream[: max(tokens, step)]
+    rows = [[*first, *stream[s : s + step]] for s in range(0, len(stream) - step + 1, step)]
+    for start in range(0, len(rows), size):
+        yield TokenBatch.of_rows(rows[start : start + size], keep_first=not first)

@@ -1,0 +1,1 @@
+"""The analyzer `atp`: which latents cause a flagged answer, sample by sample."""

@@ -1,0 +1,32 @@
+"""The types and descriptions of the options that both analyzers have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+ORGANISM = "organism"
+
+
+def _existing(data: str) -> str:
+    if data != ORGANISM and not Path(data).is_file():
+        raise ValueError("there is no such file. Name a JSON file of labelled data, or use 'organism'")
+    return data
+
+
+Data = Annotated[
+    str,
+    AfterValidator(_existing),
+    Field(description="A file of labelled JSON, or organism: the organism's answers to arguments."),
+]
+MaxTokensToCheck = Annotated[
+    int, Field(gt=0, description="How many tokens of the answers are searched for the first difference.")
+]
+Joiner = Annotated[
+    str | None, Field(description="Text between prompt and answer; by default a space where there is no white space.")
+]
+ChatTemplate = Annotated[bool, Field(description="Put the prompt into the model's chat template.")]
+Steps = Annotated[int, Field(gt=0, description="Steps of integrated gradients.")]
+BatchTokens = Annotated[int, Field(gt=0, description="Tokens that go through the model at a time.")]

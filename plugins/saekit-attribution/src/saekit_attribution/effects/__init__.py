@@ -1,0 +1,1 @@
+"""The effect of each latent on a logit difference, estimated or exact; both analyzers rank latents by it."""

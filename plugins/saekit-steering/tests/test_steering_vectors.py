@@ -1,0 +1,142 @@
+"""The added vector: strength x decoder row, in every unit, of the same norm for every direction, read after the edit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from saekit_steering.cluster import Cluster
+from saekit_steering.prompts import Prompt, batches
+from saekit_steering.scoring import Scorer, output_score
+from saekit_steering.steering_vectors import latent_vectors, other_latent_vectors, random_vectors, strengths
+from saekit_steering.typical_tokens import typical_tokens
+
+import saekit
+from saekit import RunContext, UsageError
+
+TOKENS = (0, 40, 41, 42, 43)
+
+
+def measured(context: RunContext, vectors, prompts=None):
+    typical = typical_tokens(torch.randint(1, 9, (2, 258), generator=torch.Generator().manual_seed(0)), 20, 1)
+    some = prompts or [Prompt("neutral", "", TOKENS)]
+    return Scorer(context, Cluster(context, 0, 10), typical)(vectors, batches(some, 512), {})
+
+
+def test_f_is_read_after_the_edit_and_rises_by_the_strength(context: RunContext) -> None:
+    vector = latent_vectors(context.sae, 0, strengths([2.5], "absolute", 1.0, 1.0))[0]
+    found = measured(context, [vector])
+    before, after = found.readings_before[0][0], found.readings[0][0][0]
+    assert before.shape == (len(TOKENS) - 1, 5)
+    torch.testing.assert_close(after[:, 0] - before[:, 0], torch.full((4,), 2.5), atol=1e-4, rtol=0)
+
+
+def test_the_first_position_is_not_steered(context: RunContext) -> None:
+    subject = context.source.subject
+    vector = latent_vectors(context.sae, 0, strengths([2.5], "absolute", 1.0, 1.0))[0]
+    ids = torch.tensor([TOKENS])
+    edit = vector.edit(subject)
+    with saekit.attach_all([edit, saekit.read(subject.model, context.sae, subject.site, after=edit)]) as both:
+        subject.model(ids)
+    with saekit.read(subject.model, context.sae, subject.site) as plain:
+        subject.model(ids)
+    change = both[1].code.column(0) - plain.code.column(0)
+    assert change[0] == 0
+    assert (change[1:] > 2).all()
+
+
+def test_g_is_the_weighted_mean_of_the_neighbours(context: RunContext) -> None:
+    found = measured(context, [])
+    _, g = found.readings_before[0]
+    with saekit.read(context.source.subject.model, context.sae, context.source.subject.site) as reader:
+        context.source.subject.model(torch.tensor([TOKENS]))
+    f = reader.code.dense()[1:]
+    expected = (f[:, [1, 2, 3, 4]] @ torch.tensor([0.1, 0.2, 0.3, 0.4])).relu()
+    torch.testing.assert_close(g[:, 0], expected, atol=1e-5, rtol=0)
+    assert Cluster(context, 0, 2).latents == [0, 4, 3]  # heaviest edges first
+
+
+def test_g_is_that_of_the_graph_plugin(context: RunContext) -> None:
+    """Both plugins compute g, since this one does without torch_geometric."""
+    graphs = pytest.importorskip("saekit_graph.propagation")
+    cluster = Cluster(context, 0, 10)
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(4))
+    code = context.sae.encode(x)
+    expected = graphs.Propagation(context.graph, context.sae).at(code, torch.tensor(cluster.latents))
+    torch.testing.assert_close(cluster.read(code)[1], expected)
+
+
+def test_negative_edges_pull_down_and_g_stays_above_zero(context: RunContext) -> None:
+    assert context.graph is not None
+    context.graph.weight = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0])
+    _, g = measured(context, []).readings_before[0]
+    assert (g == 0).all()
+
+
+def test_a_graph_of_another_dictionary_is_refused(context: RunContext) -> None:
+    assert context.graph is not None
+    context.graph.dictionary = "0" * 64
+    with pytest.raises(UsageError, match="another dictionary"):
+        Cluster(context, 0, 10)
+
+
+def test_reading_upstream_of_the_edit_is_refused(context: RunContext) -> None:
+    """The defect that this analyzer rules out: reading the SAE before the steered layer."""
+    subject = context.source.subject
+    edit = saekit.attach(subject.model, context.sae, "blocks.1.hook_out", edits={0: saekit.add(2.0)})
+    reader = saekit.read(subject.model, context.sae, subject.site, after=edit)  # blocks.0
+    with pytest.raises(UsageError, match="not downstream"), saekit.attach_all([edit, reader]):
+        subject.model(torch.tensor([TOKENS]))
+
+
+def test_every_direction_of_one_strength_is_equally_long(context: RunContext) -> None:
+    sae = context.sae
+    with torch.no_grad():
+        sae.W_dec[5] *= 7  # decoder rows need not be of one length
+    try:
+        row_norm = float(sae.W_dec[0].norm())
+        sweep = strengths([0.5, 2.0], "absolute", 1.0, row_norm)
+        living = torch.ones(sae.d_sae, dtype=torch.bool)
+        for make in (random_vectors(sae, 0, sweep, 3, 0), other_latent_vectors(sae, 0, living, sweep, 23, 0)):
+            for vector in make:
+                added = vector.scale * vector.strength.absolute * vector.sae.W_dec[vector.row]
+                assert float(added.norm()) == pytest.approx(vector.strength.norm, rel=1e-5)
+                assert vector.strength.norm == pytest.approx(vector.strength.given * row_norm)
+        drawn = {vector.row for vector in other_latent_vectors(sae, 0, living, sweep, 23, 0)}
+        assert drawn == set(range(1, 24))
+    finally:
+        with torch.no_grad():
+            sae.W_dec[5] /= 7
+
+
+def test_random_directions_come_from_the_seed_and_point_anywhere(context: RunContext) -> None:
+    sweep = strengths([1.0], "absolute", 1.0, 1.0)
+    first, again, other = (random_vectors(context.sae, 0, sweep, 4, seed)[0].sae.W_dec for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    assert torch.linalg.matrix_rank(first) == 4
+
+
+def test_strength_zero_changes_nothing(context: RunContext) -> None:
+    vector = latent_vectors(context.sae, 0, strengths([0.0], "absolute", 1.0, 1.0))[0]
+    found = measured(context, [vector])
+    score = found.steered[0]["neutral"]
+    assert score.kl == pytest.approx(0.0, abs=1e-6)
+    assert score.log_odds == pytest.approx(found.unsteered["neutral"].log_odds, abs=1e-4)
+
+
+def test_padding_does_not_change_what_is_measured(context: RunContext) -> None:
+    vector = latent_vectors(context.sae, 0, strengths([2.5], "absolute", 1.0, 1.0))[0]
+    rows = [Prompt("neutral", "", TOKENS), Prompt("neutral", "", (0, *range(50, 62)))]
+    alone = [measured(context, [vector], [row]) for row in rows]
+    together = measured(context, [vector], rows)
+    for name in ("log_odds", "probability", "kl", "positions"):
+        total = sum(getattr(one.steered[0]["neutral"], name) for one in alone)
+        assert getattr(together.steered[0]["neutral"], name) == pytest.approx(total, rel=1e-4, abs=1e-5)
+    for number, one in enumerate(alone):
+        torch.testing.assert_close(together.readings[0][number][0], one.readings[0][0][0], atol=1e-4, rtol=1e-4)
+
+
+def test_the_output_score_counts_rank_and_probability() -> None:
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+    score = output_score(p.log(), torch.tensor([0, 1]))
+    torch.testing.assert_close(score, torch.tensor([0.5, (1 - 1 / 3) * 0.2]))
