@@ -21,11 +21,12 @@ from pydantic.fields import FieldInfo
 
 import saekit
 import saekit.testing
-from saekit.choice import Choice
 from saekit.cli import COMMANDS
 from saekit.cli.new import KINDS_WITH_TEMPLATES, package_files
 from saekit.commands import summaries
+from saekit.compatibility import CHANGES
 from saekit.component import HOOKS, KINDS, Component
+from saekit.component_option import ComponentOption
 from saekit.config import (
     ArchitectureUse,
     EvaluationConfig,
@@ -38,7 +39,6 @@ from saekit.config import (
 )
 from saekit.plugins import OWN_DISTRIBUTION, Registry
 from saekit.schedules import SCHEDULES
-from saekit.stability import CHANGES
 from saekit.testing import Check, checks_of
 from saekit.testing.checks import any_kind, commands
 from saekit.variants import Variant
@@ -50,7 +50,7 @@ PAGES = (
     "docs/run-file.md",
     "docs/components.md",
     "docs/api.md",
-    "docs/stability.md",
+    "docs/compatibility.md",
     "docs/kinds.md",
     "docs/write-a-loss.md",
     "docs/testing.md",
@@ -58,8 +58,8 @@ PAGES = (
 API = {
     "Running": ("saekit.api",),
     "Plugins": (
-        "saekit.commands", "saekit.component", "saekit.choice", "saekit.hookspecs", "saekit.plugins", "saekit.protocols",
-        "saekit.stability",
+        "saekit.commands", "saekit.component", "saekit.component_option", "saekit.hookspecs", "saekit.plugins", "saekit.protocols",
+        "saekit.compatibility",
     ),
     "In a run": ("saekit.training", "saekit.runner", "saekit.result"),
     "The SAE and its code": ("saekit.sae",),
@@ -218,7 +218,7 @@ def _type(annotation: Any) -> str:
     plain = {bool: "true or false", int: "integer", float: "number", str: "text"}
     if annotation in plain:
         return plain[annotation]
-    if annotation is Choice:
+    if annotation is ComponentOption:
         return "name, or table with `use`"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return "table" if annotation not in SCHEDULES.values() else "schedule"

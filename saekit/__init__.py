@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from saekit.activations.sites import hook_points as hook_points
     from saekit.activations.subject import Subject as Subject
     from saekit.api import run as run
-    from saekit.choice import Choice as Choice
-    from saekit.choice import Kind as Kind
     from saekit.commands import Command as Command
+    from saekit.compatibility import CONTRACT as CONTRACT
     from saekit.component import Component as Component
+    from saekit.component_option import ComponentOption as ComponentOption
+    from saekit.component_option import OfKind as OfKind
     from saekit.errors import ComponentError as ComponentError
     from saekit.errors import OptionError as OptionError
     from saekit.errors import SaekitError as SaekitError
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     from saekit.sae.formats import save_sae as save_sae
     from saekit.sae.kernels import Pattern as Pattern
     from saekit.sae.saelens_format import SaeLensFormat as SaeLensFormat
-    from saekit.stability import CONTRACT as CONTRACT
     from saekit.training.step import Step as Step
 
 _HOME = {
@@ -78,8 +78,8 @@ _HOME = {
     "hook_points": "saekit.activations.sites",
     "Subject": "saekit.activations.subject",
     "run": "saekit.api",
-    "Choice": "saekit.choice",
-    "Kind": "saekit.choice",
+    "ComponentOption": "saekit.component_option",
+    "OfKind": "saekit.component_option",
     "Command": "saekit.commands",
     "Component": "saekit.component",
     "ComponentError": "saekit.errors",
@@ -128,7 +128,7 @@ _HOME = {
     "SaeLensFormat": "saekit.sae.saelens_format",
     "load_sae": "saekit.sae.formats",
     "save_sae": "saekit.sae.formats",
-    "CONTRACT": "saekit.stability",
+    "CONTRACT": "saekit.compatibility",
     "Step": "saekit.training.step",
 }
 __all__ = sorted(_HOME)

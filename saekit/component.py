@@ -111,9 +111,9 @@ class Component:
 
     def _looked_up(self, name: str, value: Any, where: str) -> Any:
         """The value of an option; one that names a component with that component found."""
-        from saekit.choice import Kind
+        from saekit.component_option import OfKind
 
-        kind = next((m.name for m in self.options_model().model_fields[name].metadata if isinstance(m, Kind)), None)
+        kind = next((m.name for m in self.options_model().model_fields[name].metadata if isinstance(m, OfKind)), None)
         if kind is None or value is None:
             return value
         if self.registry is None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import pluggy
 
-from saekit import commands, stability
+from saekit import commands, compatibility
 from saekit.component import HOOKS, KINDS, OWN_DISTRIBUTION, Component
 from saekit.errors import OptionError, PluginError, UsageError, near_names
 from saekit.hookspecs import PROJECT, Declaring, check_arguments
@@ -68,7 +68,7 @@ class Plugin:
         """What to do about its error, as the end of a message."""
         if self.file:
             return "Mend it, or leave it out."
-        newer = self.contract is not None and self.contract > stability.CONTRACT
+        newer = self.contract is not None and self.contract > compatibility.CONTRACT
         first = f"Upgrade saekit, install an earlier {self.distribution}" if newer else f"Mend it, upgrade {self.distribution}"
         return f"{first}, or run with --no-plugin {self.name}."
 
@@ -243,19 +243,21 @@ def article(kind: str) -> str:
 
 def _check_contract(module: Any, plugin: Plugin) -> None:
     """Note which version of the contract a plugin was made for; PluginError for one that cannot be used."""
-    made_for = getattr(module, stability.DECLARATION, None)
+    made_for = getattr(module, compatibility.DECLARATION, None)
     if made_for is None:
         return
     if not isinstance(made_for, int) or isinstance(made_for, bool):
-        raise PluginError(f"{stability.DECLARATION} is {made_for!r}, but a whole number is wanted, such as {stability.CONTRACT}.")
+        raise PluginError(
+            f"{compatibility.DECLARATION} is {made_for!r}, but a whole number is wanted, such as {compatibility.CONTRACT}."
+        )
     plugin.contract = made_for
-    error = stability.refused(made_for)
+    error = compatibility.refused(made_for)
     if error is not None:
         raise PluginError(error)
-    if made_for < stability.CONTRACT:
+    if made_for < compatibility.CONTRACT:
         plugin.warnings.append(
-            f"was made for contract {made_for} of saekit, which is now {stability.CONTRACT}. "
-            f"{stability.changes_since(made_for)} Upgrade {plugin.distribution} where it misbehaves."
+            f"was made for contract {made_for} of saekit, which is now {compatibility.CONTRACT}. "
+            f"{compatibility.changes_since(made_for)} Upgrade {plugin.distribution} where it misbehaves."
         )
 
 
@@ -321,7 +323,7 @@ def _checked(component: Any, hook_name: str, kind: str, plugin: Plugin) -> Compo
         words = getattr(component, field_name)
         if not isinstance(words, tuple) or not all(isinstance(word, str) for word in words):
             raise PluginError(f'{hook_name}: {field_name} of {component.name!r} must be a tuple of words, such as ("labels",).')
-    for field_name, instead in stability.DEPRECATED_FIELDS.items():
+    for field_name, instead in compatibility.DEPRECATED_FIELDS.items():
         if getattr(component, field_name) != getattr(_BARE, field_name):
             told = f"{component.name!r} sets the field {field_name}, which is deprecated. {instead}"
             plugin.warnings.append(f"{told} Upgrade {plugin.distribution}; until then it works.")

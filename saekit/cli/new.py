@@ -11,10 +11,10 @@ from string import Template
 
 import click
 
+from saekit.compatibility import CONTRACT
 from saekit.component import KINDS
 from saekit.errors import UsageError
 from saekit.plugins import OWN_DISTRIBUTION, Registry, article
-from saekit.stability import CONTRACT
 
 TEMPLATES = Path(__file__).parent / "templates"
 KINDS_WITH_TEMPLATES = tuple(kind for kind in KINDS if kind != "recipe")  # a recipe is a file, not code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from saekit.files import to_jsonable
-from saekit.runner.plan import Part, Plan, RunPlan
+from saekit.runner.plan import Part, RunPlan, SAEPlan
 
 
 def plan_as_json(plan: RunPlan) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def print_plan(plan: RunPlan) -> None:
         console.print(f"warning: {warning}", highlight=False, markup=False)
 
 
-def _table(plan: Plan) -> Any:
+def _table(plan: SAEPlan) -> Any:
     from rich.markup import escape
     from rich.table import Table
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from saekit.choice import Choice
 from saekit.component import Component
+from saekit.component_option import ComponentOption
 from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, SourceUse, Use
 from saekit.errors import OptionError, UsageError, under_key
 from saekit.plugins import Registry
@@ -42,12 +42,12 @@ class Part:
 
 
 def _named_by(options: dict[str, Any]) -> list[Component]:
-    named = [value for value in options.values() if isinstance(value, Choice)]
+    named = [value for value in options.values() if isinstance(value, ComponentOption)]
     return [component for choice in named for component in (choice.component, *_named_by(choice.options))]
 
 
 @dataclass
-class Plan:
+class SAEPlan:
     """What is planned for one SAE. `config` is its resolved configuration: run by itself, it gives the same plan.
 
     variant: its name among others; empty where the run trains this one alone. graph: the builder of its feature graph; None
@@ -103,7 +103,7 @@ class RunPlan:
     """
 
     config: RunConfig
-    members: list[Plan]
+    members: list[SAEPlan]
     facts: dict[str, Any]
     warnings: list[str]
 
@@ -128,7 +128,7 @@ class RunPlan:
         return self.members[0].model
 
 
-def make_plan(config: RunConfig, registry: Registry) -> Plan:
+def make_plan(config: RunConfig, registry: Registry) -> SAEPlan:
     """The plan of the one SAE that `config` describes when its variants are left out; see `plan_run`."""
     return plan_run(config.model_copy(update={"variant": []}), registry).members[0]
 
@@ -156,7 +156,7 @@ def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
     return RunPlan(resolved.model_copy(update={"variant": variants}), members, facts, list(registry.warnings))
 
 
-def _plan(variant: str, config: RunConfig, source: Part, registry: Registry) -> Plan:
+def _plan(variant: str, config: RunConfig, source: Part, registry: Registry) -> SAEPlan:
     architecture = _part("architecture", config.architecture, registry, config)
     sections = {
         section: [
@@ -164,7 +164,7 @@ def _plan(variant: str, config: RunConfig, source: Part, registry: Registry) -> 
         ]
         for section in LISTS
     }
-    return Plan(
+    return SAEPlan(
         variant=variant,
         config=config,
         source=source,
@@ -235,7 +235,7 @@ def _provided(components: list[Component]) -> set[str]:
     return ALWAYS_PROVIDED.union(*(c.provides for c in components))
 
 
-def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> None:
+def _check_needs(plan: SAEPlan, registry: Registry, withheld: dict[str, str]) -> None:
     """withheld: what the source could provide but does not with these options, with the fix for each."""
     others = _provided([component for part in plan.parts if part is not plan.source for component in part.components])
     provided = (others | (set(plan.source.component.provides) - set(withheld))) - {GRAPH}
@@ -254,7 +254,7 @@ def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> No
             raise UsageError(f"{who} needs {need!r}, which nothing in this run provides. {_provider(need, part, registry)}")
 
 
-def _has_graph(plan: Plan, part: Part) -> bool:
+def _has_graph(plan: SAEPlan, part: Part) -> bool:
     """After training there is the graph of `[graph]`; during training that of a callback that keeps one up to date."""
     if part.component.kind in AFTER_TRAINING:
         return plan.graph is not None
@@ -276,7 +276,7 @@ def _provider(need: str, part: Part, registry: Registry) -> str:
     return f"No installed plugin provides it. Install one that does, or leave {part.label!r} out of the run."
 
 
-def _check_architecture(plan: Plan, withheld: dict[str, str], has_target: bool) -> None:
+def _check_architecture(plan: SAEPlan, withheld: dict[str, str], has_target: bool) -> None:
     """An architecture may refuse options that only a transcoder can have."""
     check = getattr(plan.architecture.component.load(), "check", None)  # its target may be anything until it is built
     try:
@@ -288,7 +288,7 @@ def _check_architecture(plan: Plan, withheld: dict[str, str], has_target: bool) 
         raise UsageError(f"{error.under(plan.architecture.key)} {fix}") from None
 
 
-def _check_training(plan: Plan) -> None:
+def _check_training(plan: SAEPlan) -> None:
     config, training = plan.config, plan.config.training
     architecture = config.architecture
     assert isinstance(architecture, ArchitectureUse)

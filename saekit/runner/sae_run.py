@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from saekit.activations.batch import Activations, SequenceBatch
-from saekit.choice import fits
+from saekit.component_option import fits
 from saekit.errors import UsageError, under_key
 from saekit.files import disk_errors, to_jsonable
 from saekit.graph import FeatureGraph, dictionary_digest
@@ -21,7 +21,7 @@ from saekit.protocols import RunInfo, Source
 from saekit.result import Result
 from saekit.runner.blame import blamed_on, explained, of_variant
 from saekit.runner.context import RunContext
-from saekit.runner.plan import Part, Plan
+from saekit.runner.plan import Part, SAEPlan
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.formats import SavedSAE, load_sae, open_sae, save_sae
@@ -61,7 +61,7 @@ class SAERun:
     sae: SparseAutoencoder
     trainer: Trainer
 
-    def __init__(self, plan: Plan, info: RunInfo, registry: Registry, above: Listeners) -> None:
+    def __init__(self, plan: SAEPlan, info: RunInfo, registry: Registry, above: Listeners) -> None:
         self.plan, self.info, self.registry = plan, info, registry
         self.config, self.directory, self.variant = info.config, info.directory, info.variant
         self.graph: FeatureGraph | None = None

@@ -26,8 +26,9 @@ LEVELS = [
     {"training", "report", "terminal"},
     {"sae", "activations", "graph", "interventions", "organism"},
     {
-        "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "protocols", "listeners", "result",
-        "errors", "files", "stability", "options", "numerics", "run_directory", "seeds", "wording", "memory", "commands",
+        "config", "variants", "schedules", "plugins", "component", "component_option", "hookspecs", "protocols", "listeners",
+        "result", "errors", "files", "compatibility", "options", "numerics", "run_directory", "seeds", "wording", "memory",
+        "commands",
     },
 ]
 LEVEL = {name: len(LEVELS) - number for number, names in enumerate(LEVELS) for name in names}

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from saekit import Choice, Component, ComponentError, Kind, OptionError, UsageError, hookimpl
+from saekit import Component, ComponentError, ComponentOption, OfKind, OptionError, UsageError, hookimpl
 from saekit.builtin.architectures.topk import TopK
 from saekit.builtin.sources import SyntheticSource
 from saekit.errors import under_key
@@ -162,7 +162,9 @@ def test_a_component_that_cannot_work_at_all_is_named_by_its_key(tmp_path: Path)
 
 class Outer:
     def __init__(
-        self, *, inner: Annotated[Choice, Kind("loss"), Field(description="What it is made of.")] = Choice(use="picky")
+        self,
+        *,
+        inner: Annotated[ComponentOption, OfKind("loss"), Field(description="What it is made of.")] = ComponentOption(use="picky"),
     ) -> None:
         inner.build()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from saekit.activations.batch import Activations
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
-from saekit.runner.plan import Plan
+from saekit.runner.plan import SAEPlan
 from saekit.training.losses import Term
 from saekit.training.trainer import Trainer
 from saekit_bench.memory import PeakMemory
@@ -22,7 +22,7 @@ WARM_UP = 20
 
 
 def time_step(
-    plan: Plan,
+    plan: SAEPlan,
     device: torch.device,
     *,
     d_in: int,
@@ -93,7 +93,7 @@ def _lower_bias(trainer: Trainer, x: Tensor, l0: float) -> float:
     return low
 
 
-def _trainer(plan: Plan, device: torch.device, d_in: int, batch: int, sample: Tensor) -> Trainer:
+def _trainer(plan: SAEPlan, device: torch.device, d_in: int, batch: int, sample: Tensor) -> Trainer:
     sae = plan.architecture.build(d_in, plan.config.architecture.d_sae)
     sae.initialise(torch.Generator().manual_seed(0), sample.cpu())
     sae.to(device)

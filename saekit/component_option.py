@@ -1,4 +1,4 @@
-"""`Choice`: an option that itself names a component, with options of its own."""
+"""`ComponentOption`: an option that itself names a component, with options of its own."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Stands in the type of an option beside `Choice` and says of which kind the component is: `Kind("architecture")`."""
+class OfKind:
+    """Stands beside `ComponentOption` in the type of an option, and says which kind of component it names."""
 
     name: str
 
 
-class Choice(BaseModel):
-    """The type of an option that names a component: `base: Annotated[Choice, Kind("architecture")] = Choice(use="topk")`.
+class ComponentOption(BaseModel):
+    """The type of an option that names a component.
+
+    `base: Annotated[ComponentOption, OfKind("architecture")] = ComponentOption(use="topk")`
 
     A run file says `base = "topk"`, or `base = {use = "topk", k = 32}`. The target is given it with the component found and
     its options checked. `needs` of that component are checked with the others', and what it `provides` counts.
@@ -64,11 +66,11 @@ class Choice(BaseModel):
         except ComponentError as error:
             raise error.within(self._option) from error
 
-    def resolved(self, registry: Registry, kind: str, where: str) -> Choice:
+    def resolved(self, registry: Registry, kind: str, where: str) -> ComponentOption:
         """The same with the component found; UsageError or PluginError as for one that stands in the run file itself."""
         component = registry.find(kind, self.use, where=where)
         given = self.model_extra or {}
-        found = Choice(use=self.use, **given)
+        found = ComponentOption(use=self.use, **given)
         found._component, found._options = component, component.validate(given, where)
         found._option = where.rpartition(".")[2]
         return found
@@ -83,10 +85,10 @@ class Choice(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that say the same in a file: the qualified name and every option."""
-        plain = {name: value.to_dict() if isinstance(value, Choice) else value for name, value in self.options.items()}
+        plain = {name: value.to_dict() if isinstance(value, ComponentOption) else value for name, value in self.options.items()}
         return {"use": self.component.qualified_name, **plain}
 
 
 def fits(option: Any, made: Any) -> bool:
-    """Whether an option as it was given is what something was made with, which keeps a `Choice` in its plain form."""
-    return option.fits(made) if isinstance(option, Choice) else option == made
+    """Whether an option as it was given is what something was made with, which keeps a `ComponentOption` in its plain form."""
+    return option.fits(made) if isinstance(option, ComponentOption) else option == made
