@@ -1,8 +1,7 @@
-"""`ComponentOption`: an option that itself names a component, with options of its own."""
+"""`ComponentOption`: an option that itself names a component, which has options itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
@@ -10,15 +9,8 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 from saekit.errors import ComponentError, UsageError
 
 if TYPE_CHECKING:
-    from saekit.component import Component
     from saekit.plugins import Registry
-
-
-@dataclass(frozen=True)
-class OfKind:
-    """Stands beside `ComponentOption` in the type of an option, and says which kind of component it names."""
-
-    name: str
+    from saekit.registered import RegisteredComponent
 
 
 class ComponentOption(BaseModel):
@@ -38,7 +30,7 @@ class ComponentOption(BaseModel):
     )
 
     use: str
-    _component: Component | None = PrivateAttr(default=None)
+    _component: RegisteredComponent | None = PrivateAttr(default=None)
     _options: dict[str, Any] = PrivateAttr(default_factory=dict)
     _option: str = PrivateAttr(default="")
 
@@ -48,7 +40,7 @@ class ComponentOption(BaseModel):
         return {"use": given} if isinstance(given, str) else given
 
     @property
-    def component(self) -> Component:
+    def component(self) -> RegisteredComponent:
         """The component that is named."""
         if self._component is None:
             raise UsageError(f"{self.use!r} has not been looked up yet: it is, where options are validated.")
@@ -60,14 +52,14 @@ class ComponentOption(BaseModel):
         return self._options
 
     def build(self, *args: Any) -> Any:
-        """The component at work, as `Component.build` gives it."""
+        """The component, ready to use; see `RegisteredComponent.build`."""
         try:
             return self.component.build(self.options, *args)
         except ComponentError as error:
             raise error.within(self._option) from error
 
     def resolved(self, registry: Registry, kind: str, where: str) -> ComponentOption:
-        """The same with the component found; UsageError or PluginError as for one that stands in the run file itself."""
+        """The same with the component found. UsageError or PluginError, as for a component that the run file names."""
         component = registry.find(kind, self.use, where=where)
         given = self.model_extra or {}
         found = ComponentOption(use=self.use, **given)
@@ -76,19 +68,18 @@ class ComponentOption(BaseModel):
         return found
 
     def fits(self, made: Any) -> bool:
-        """Whether something built with `made`, as `to_dict` gives it, is what this names: the component, and every option
-        that is stated here."""
+        """Whether `made`, a `to_dict()` that was saved, has this component and every option that is given here."""
         if not isinstance(made, dict) or made.get("use") != self.component.qualified_name:
             return False
         stated = {name: self.options[name] for name in self.model_extra or {}}
         return all(fits(value, made[name]) for name, value in stated.items() if name in made)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that say the same in a file: the qualified name and every option."""
+        """Plain values for a file: the qualified name and every option."""
         plain = {name: value.to_dict() if isinstance(value, ComponentOption) else value for name, value in self.options.items()}
         return {"use": self.component.qualified_name, **plain}
 
 
 def fits(option: Any, made: Any) -> bool:
-    """Whether an option as it was given is what something was made with, which keeps a `ComponentOption` in its plain form."""
+    """Whether an option equals what was saved of it; a `ComponentOption` is saved as its `to_dict()`."""
     return option.fits(made) if isinstance(option, ComponentOption) else option == made

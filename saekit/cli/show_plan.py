@@ -11,7 +11,7 @@ from saekit.runner.plan import Part, RunPlan, SAEPlan
 def plan_as_json(plan: RunPlan) -> dict[str, Any]:
     """The plan as one JSON document: the resolved run file, each part's origin, and what is known of the source.
 
-    Where there are variants, each has the run file that it comes to, and its parts."""
+    With variants, each has its own resolved run file and parts."""
     return {
         "config": plan.config.model_dump(mode="json", by_alias=True),
         "parts": [_part(part) for part in (plan.members[0].parts if not plan.config.variant else [plan.source])],

@@ -56,11 +56,15 @@ class NextDeclaring(Declaring):
         """It is to go."""
 
 
+NOW = compatibility.CONTRACT
+NEXT = NOW + 1
+
+
 @pytest.fixture
-def contract_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were a second version of the contract."""
-    monkeypatch.setattr(compatibility, "CONTRACT", 2)
-    monkeypatch.setitem(compatibility.CHANGES, 2, "step_ended has gained batch.")
+def next_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were one more version of the contract."""
+    monkeypatch.setattr(compatibility, "CONTRACT", NEXT)
+    monkeypatch.setitem(compatibility.CHANGES, NEXT, "step_ended has gained batch.")
 
 
 def install(fakes: Fakes, contract: str = "") -> None:
@@ -92,36 +96,42 @@ def test_a_plugin_that_is_up_to_date_or_says_nothing_is_left_in_peace(fakes: Fak
 
 
 def test_one_that_was_made_for_an_earlier_version_is_told_what_changed(
-    fakes: Fakes, contract_two: None, command: Callable[..., Outcome], run_file: Callable[..., Path]
+    fakes: Fakes, next_contract: None, command: Callable[..., Outcome], run_file: Callable[..., Path]
 ) -> None:
-    install(fakes, "SAEKIT_CONTRACT = 1")
+    install(fakes, f"SAEKIT_CONTRACT = {NOW}")
     listed = {p["name"]: p for p in json.loads(command("plugins", "--json").out)["plugins"]}
-    assert listed["acme"]["contract"] == 1 and listed["acme"]["error"] is None
-    assert "Contract 2: step_ended has gained batch." in listed["acme"]["warnings"][0]
-    assert "plugin 'acme' (saekit-acme 0.3.1): was made for contract 1" in command("plugins").out
+    assert listed["acme"]["contract"] == NOW and listed["acme"]["error"] is None
+    assert f"Contract {NEXT}: step_ended has gained batch." in listed["acme"]["warnings"][0]
+    assert f"plugin 'acme' (saekit-acme 0.3.1): was made for contract {NOW}" in command("plugins").out
     plan = json.loads(command("run", run_file(loss=[{"use": "thing"}]), "--dry-run", "--json").out)
     (warning,) = plan["warnings"]
-    for words in ("plugin 'acme' (saekit-acme 0.3.1)", "contract 1", "now 2", "gained batch", "Upgrade saekit-acme"):
+    for words in ("plugin 'acme' (saekit-acme 0.3.1)", f"contract {NOW}", f"now {NEXT}", "gained batch", "Upgrade saekit-acme"):
         assert words in warning
     assert json.loads(command("run", run_file(), "--dry-run", "--json").out)["warnings"] == []
 
 
 def test_one_that_is_too_old_or_too_new_is_refused_where_it_is_named(
-    fakes: Fakes, contract_two: None, monkeypatch: pytest.MonkeyPatch
+    fakes: Fakes, next_contract: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compatibility, "OLDEST", 2)
-    install(fakes, "SAEKIT_CONTRACT = 1")
+    monkeypatch.setattr(compatibility, "OLDEST", NEXT)
+    install(fakes, f"SAEKIT_CONTRACT = {NOW}")
     with pytest.raises(
         PluginError,
-        match=r"saekit-acme 0\.3\.1.*contract 1, and saekit supports 2 to 2.*gained batch.*upgrade saekit-acme",
+        match=rf"saekit-acme 0\.3\.1.*contract {NOW}, and saekit supports {NEXT} to {NEXT}.*gained batch.*upgrade saekit-acme",
     ):
         Registry().find("loss", "thing")
     assert Registry().find("loss", "mse").plugin == "builtin"
     monkeypatch.setattr(compatibility, "OLDEST", 1)
-    monkeypatch.setattr(compatibility, "CONTRACT", 0)
+    monkeypatch.setattr(compatibility, "CONTRACT", NOW - 1)
     with pytest.raises(
-        PluginError, match=r"made for contract 1, but this saekit has contract 0\. Upgrade saekit, install an earlier"
+        PluginError, match=rf"made for contract {NOW}, but this saekit has contract {NOW - 1}\. Upgrade saekit, install an earlier"
     ):
+        Registry().find("loss", "thing")
+
+
+def test_a_plugin_of_the_first_contract_is_told_what_to_change(fakes: Fakes) -> None:
+    install(fakes, "SAEKIT_CONTRACT = 1")
+    with pytest.raises(PluginError, match=r"made for contract 1, .*Contract 2: .*saekit\.protocols.*upgrade saekit-acme"):
         Registry().find("loss", "thing")
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 import saekit
 from saekit import Component, ComponentOption, OfKind, UsageError
-from saekit.config import parse_config
+from saekit.run_file import parse_config
 from saekit.runner.plan import plan_run
 from saekit.runner.provenance import plugins_used
 from saekit.testing import registry_of
@@ -46,8 +46,8 @@ def wanting(step: saekit.Step) -> torch.Tensor:
 
 
 REGISTRY = registry_of(
-    Component("wrapped", Wrapped, "An SAE around another.", kind="architecture"),
-    Component("wanting", wanting, "A loss.", needs=("l0_gradient",), kind="loss"),
+    architecture=Component("wrapped", Wrapped, "An SAE around another."),
+    loss=Component("wanting", wanting, "A loss.", needs=("l0_gradient",)),
     plugin="mine",
 )
 

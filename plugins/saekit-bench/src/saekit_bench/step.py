@@ -97,7 +97,7 @@ def _trainer(plan: SAEPlan, device: torch.device, d_in: int, batch: int, sample:
     sae = plan.architecture.build(d_in, plan.config.architecture.d_sae)
     sae.initialise(torch.Generator().manual_seed(0), sample.cpu())
     sae.to(device)
-    terms = [Term(p.label, p.build(), p.entry.weight, p.component) for p in plan.losses]  # type: ignore[attr-defined]
+    terms = [Term(p.label, p.build(), p.entry.weight, p.component) for p in plan.sections["loss"]]  # type: ignore[attr-defined]
     own = plan.config.training.model_dump()
     config = TrainingConfig(**{**own, "batch_size": batch, "tokens": batch * 10**6, "lr": LEARNING_RATE})
     return Trainer(sae, terms, config, total_steps=10**6, scale=1.0, device=device, listeners=Listeners())
