@@ -18,13 +18,15 @@ DECLARATION = "SAEKIT_CONTRACT"
 CHANGES: dict[int, str] = {
     1: "The first version.",
     2: (
-        "saekit.contracts is saekit.protocols, and saekit.plain is to_jsonable. "
-        "saekit.Choice and Kind are ComponentOption and OfKind. "
-        "Component has only the six fields that a plugin sets; in tests write registry_of(loss=Component(...)). "
-        "Hooks are given protocols: `run` in place of the run's own objects, and `number` counts finished steps in "
-        "checkpoint_saved as in the other hooks. "
-        "A component that refuses an option raises OptionError(option, message), which names the option alone. "
-        "The class variables and methods of an architecture for files of SAELens are one format object."
+        "saekit.contracts is saekit.protocols, and saekit.plain is saekit.to_jsonable. "
+        "saekit.Choice and saekit.Kind are saekit.ComponentOption and saekit.OfKind. "
+        "Component has six fields, those that a plugin sets; in tests write registry_of(loss=Component(...)). "
+        "Listeners are given saekit.Training and saekit.RunInfo, and have only what these document. "
+        "`number` is the number of a step in every hook: in checkpoint_saved it was the number of steps done, one more. "
+        "A component refuses an option with saekit.OptionError(option, message), and named_function takes the option's name; "
+        "neither needs the key of the run file. "
+        "An architecture keeps its options as attributes in place of `options()`, and its names and conversions for other "
+        "libraries in a saekit.SaeLensFormat in place of class variables."
     ),
 }
 """What each version changed, in sentences for the author of a plugin: what to write instead of what."""
