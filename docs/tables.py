@@ -6,6 +6,7 @@ what is not so; tests/docs checks that every page holds what this script would w
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -21,11 +22,11 @@ from pydantic.fields import FieldInfo
 
 import saekit
 import saekit.testing
-from saekit.choice import Choice
 from saekit.cli import COMMANDS
 from saekit.cli.new import KINDS_WITH_TEMPLATES, package_files
 from saekit.commands import summaries
-from saekit.component import HOOKS, KINDS, Component
+from saekit.compatibility import CHANGES
+from saekit.component_option import ComponentOption
 from saekit.config import (
     ArchitectureUse,
     EvaluationConfig,
@@ -35,13 +36,14 @@ from saekit.config import (
     SourceUse,
     TrainingConfig,
     Use,
+    Variant,
 )
-from saekit.plugins import OWN_DISTRIBUTION, Registry
+from saekit.kinds import HOOKS, KINDS
+from saekit.plugins import Registry
+from saekit.registered import OWN_DISTRIBUTION, RegisteredComponent
 from saekit.schedules import SCHEDULES
-from saekit.stability import CHANGES
 from saekit.testing import Check, checks_of
 from saekit.testing.checks import any_kind, commands
-from saekit.variants import Variant
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
@@ -50,16 +52,25 @@ PAGES = (
     "docs/run-file.md",
     "docs/components.md",
     "docs/api.md",
-    "docs/stability.md",
+    "docs/compatibility.md",
     "docs/kinds.md",
     "docs/write-a-loss.md",
     "docs/testing.md",
 )
+
+
+def homes(package: types.ModuleType) -> dict[str, str]:
+    """The public names of a package, in order, each with the module that its stub takes it from."""
+    stub = ast.parse(Path(str(package.__file__)).with_suffix(".pyi").read_text(encoding="utf-8"))
+    froms = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    return dict(sorted((alias.name, f"{package.__name__}.{node.module}") for node in froms for alias in node.names))
+
+
 API = {
     "Running": ("saekit.api",),
     "Plugins": (
-        "saekit.commands", "saekit.component", "saekit.choice", "saekit.hookspecs", "saekit.plugins", "saekit.protocols",
-        "saekit.stability",
+        "saekit.commands", "saekit.component", "saekit.component_option", "saekit.hookspecs", "saekit.plugins", "saekit.protocols",
+        "saekit.compatibility",
     ),
     "In a run": ("saekit.training", "saekit.runner", "saekit.result"),
     "The SAE and its code": ("saekit.sae",),
@@ -73,7 +84,7 @@ API = {
 """The sections of the API page, with the modules whose public names stand in each."""
 MORE = {
     "Running": ("saekit.api.FinishedRun",),
-    "Testing": tuple(f"{saekit.testing._HOME[name]}.{name}" for name in saekit.testing.__all__),
+    "Testing": tuple(f"{home}.{name}" for name, home in homes(saekit.testing).items()),
     "Errors": tuple(f"saekit.errors.{name}" for name in ("RunError", "PluginError", "Interrupted", "ExitCode")),
 }
 """What the API page shows besides `saekit.__all__`."""
@@ -110,7 +121,7 @@ def tables() -> dict[str, str]:
 
 
 def rewritten(text: str, known: dict[str, str]) -> str:
-    """A page with its tables made anew. KeyError for a table that there is none of."""
+    """A page with its tables generated again. KeyError for an unknown table."""
     return _TABLE.sub(lambda found: f"{found[1]}{known[found['name']]}{found[3]}", text)
 
 
@@ -163,7 +174,7 @@ def _details(registry: Registry) -> Iterable[str]:
             yield from map(_detail, components)
 
 
-def _detail(component: Component) -> str:
+def _detail(component: RegisteredComponent) -> str:
     doc = component.summary if component.kind == "recipe" else inspect.getdoc(component.load()) or component.summary
     facts = [f"From `{component.distribution}`."]
     if component.default:
@@ -187,14 +198,15 @@ _JOINS = (
 
 def _api() -> Iterable[str]:
     """A section a part of the core, and in it each public name, for mkdocstrings to fill."""
-    left = set(saekit.__all__)
+    home = homes(saekit)
+    left = set(home)
     for title, modules in API.items():
-        names = [n for n in saekit.__all__ if saekit._HOME[n].startswith(modules)]
+        names = [n for n in home if home[n].startswith(modules)]
         left.difference_update(names)
         if names or title in MORE:
             yield f"## {title}\n"
             for name in names:
-                yield f"{_ON_HOOKS[name]}: see [Hooks](hooks.md).\n" if name in _ON_HOOKS else f"::: {saekit._HOME[name]}.{name}\n"
+                yield f"{_ON_HOOKS[name]}: see [Hooks](hooks.md).\n" if name in _ON_HOOKS else f"::: {home[name]}.{name}\n"
             yield from (f"::: {path}\n" for path in MORE.get(title, ()))
     if left:
         raise KeyError(f"tables.py: say in API on which section of the page {sorted(left)} belong")
@@ -218,7 +230,7 @@ def _type(annotation: Any) -> str:
     plain = {bool: "true or false", int: "integer", float: "number", str: "text"}
     if annotation in plain:
         return plain[annotation]
-    if annotation is Choice:
+    if annotation is ComponentOption:
         return "name, or table with `use`"
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return "table" if annotation not in SCHEDULES.values() else "schedule"

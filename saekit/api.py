@@ -1,8 +1,7 @@
-"""`saekit.run`: in Python, the same thing as the command."""
+"""`saekit.run`: the command in Python."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +10,21 @@ from typing import Any
 from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.run_directory import RunDirectory
+from saekit.run_file import Override
 from saekit.runner.compose import Request, compose
 from saekit.runner.plan import RunPlan, plan_run
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that is done. directory: where everything lies. summary: the content of `summary.json`."""
+    """A finished run. directory: where its files are. summary: the content of `summary.json`."""
 
     directory: Path
     summary: dict[str, Any]
 
     @property
     def variants(self) -> dict[str, FinishedRun]:
-        """Each variant by its name, as a run of its own: its directory holds its `sae/`, `analysis/`, `metrics.jsonl`."""
+        """Each variant by its name, like a run: its directory holds its `sae/`, `analysis/` and `metrics.jsonl`."""
         place = RunDirectory(self.directory)
         return {name: FinishedRun(place.of_variant(name).path, own) for name, own in self.summary.get("variants", {}).items()}
 
@@ -37,14 +37,14 @@ def run(
     directory: str | Path | None = None,
     view: Any = None,
 ) -> FinishedRun:
-    """Carry out a recipe or a run file, quietly unless a `view` (a listener) is given.
+    """Run a recipe or a run file, without output unless a `view` (a listener) is given.
 
     what: a recipe's name or the path of a run file; the default recipe if None. overrides: `{"training.seed": 1}`.
     plugins: Python files to load as plugins. Raises the errors of `saekit.errors`.
     """
     request = Request(
         None if what is None else str(what),
-        overrides=[f"{key}={_toml(value)}" for key, value in (overrides or {}).items()],
+        overrides=[Override(key, _toml_value(key, value), f"overrides: {key}") for key, value in (overrides or {}).items()],
         plugins=[str(p) for p in plugins],
     )
     config, registry = compose(request)
@@ -53,7 +53,7 @@ def run(
 
 
 def start(plan: RunPlan, registry: Registry, directory: str | None, view: Any) -> FinishedRun:
-    """Begin a planned run in a new directory and see it through."""
+    """Run a plan in a new directory."""
     from saekit.runner.run import Run
 
     place = RunDirectory.create(plan.config, directory)
@@ -79,19 +79,16 @@ def resume(where: str, *, no_plugins: Iterable[str] = (), view: Any = None) -> F
     return FinishedRun(place.path, Run(plan, place, registry, view=view).execute())
 
 
-def _toml(value: Any) -> str:
-    """A value as TOML on one line."""
-    import tomli_w
-
+def _toml_value(key: str, value: Any) -> Any:
+    """`value` in the types that a run file can hold; UsageError where that is not possible."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(str(key), ensure_ascii=False)} = {_toml(inner)}" for key, inner in value.items()) + "}"
+        return {str(name): _toml_value(key, inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return [_toml_value(key, inner) for inner in value]
     if isinstance(value, Path):
-        value = str(value)
+        return str(value)
     if value is None:
-        raise UsageError("overrides: None cannot be written in a run file; leave the key out.")
-    try:
-        return tomli_w.dumps({"value": value}).partition("=")[2].strip()
-    except TypeError:
-        raise UsageError(f"overrides: {value!r} cannot be written in a run file.") from None
+        raise UsageError(f"overrides: {key}: None cannot be written in a run file; leave the key out.")
+    if not isinstance(value, str | int | float):
+        raise UsageError(f"overrides: {key}: {value!r} cannot be written in a run file.")
+    return value

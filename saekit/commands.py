@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Container, Iterable, Iterator
@@ -51,10 +51,9 @@ def load(command: Command, plugin: Plugin) -> click.Command:
     """Import the target. PluginError, with the cause, if that fails or it is not a click command."""
     import click
 
-    module, _, attribute = command.target.partition(":")
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout may be carrying a JSON document
-            target = getattr(importlib.import_module(module), attribute)
+            target = pkgutil.resolve_name(command.target)
     except (Exception, SystemExit) as error:
         raise PluginError(
             f"command {command.name!r} of {plugin.origin} cannot be loaded from {command.target!r}: "

@@ -10,10 +10,10 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from saekit.errors import PluginError, UsageError
+from saekit.errors import PluginError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
+    from pydantic import BaseModel, ValidationInfo
 
 
 def validation_lines(error: Any, where: str = "", given: Any = None) -> list[str]:
@@ -50,12 +50,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def no_true_for_a_number(model: type[BaseModel], given: Mapping[str, Any], where: str) -> None:
-    """UsageError for `true` or `false` where a number is wanted; pydantic would read them as 1 and 0."""
-    for name, field_info in model.model_fields.items():
-        key = field_info.alias or name
-        if isinstance(given.get(key), bool) and _wants_number(field_info.annotation):
-            raise UsageError(f"{where + '.' if where else ''}{key}: is {str(given[key]).lower()}, but a number is wanted.")
+def refuse_true_for_a_number(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """A validator of every field: refuses `true` and `false` where a number is wanted; pydantic would read 1 and 0."""
+    from pydantic_core import PydanticCustomError
+
+    if isinstance(value, bool) and _wants_number(model.model_fields[str(info.field_name)].annotation):
+        raise PydanticCustomError("number_wanted", f"is {str(value).lower()}, but a number is wanted")
+    return value
 
 
 def _wants_number(annotation: Any) -> bool:
@@ -70,7 +71,7 @@ def options_model(target: Callable[..., Any], name: str, origin: str) -> type[Ba
     """A pydantic model of the options of `target`: one field for each keyword-only parameter, the required ones first.
 
     name, origin: what the component is called, and who ships it, for messages."""
-    from pydantic import ConfigDict, create_model
+    from pydantic import ConfigDict, create_model, field_validator
 
     fields: dict[str, Any] = {}
     for parameter in option_parameters(target, origin):
@@ -81,7 +82,8 @@ def options_model(target: Callable[..., Any], name: str, origin: str) -> type[Ba
             )
         fields[parameter.name] = (_resolve(parameter, target, origin), _default(parameter, target))
     settings = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-    return create_model(f"{name}_options", __config__=settings, **fields)
+    numbers: Any = field_validator("*", mode="before")(classmethod(refuse_true_for_a_number))
+    return create_model(f"{name}_options", __config__=settings, __validators__={"numbers": numbers}, **fields)
 
 
 def option_parameters(target: Callable[..., Any], origin: str) -> list[inspect.Parameter]:

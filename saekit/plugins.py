@@ -1,19 +1,19 @@
 """How plugins are found: entry points and files in, named components out. What a component is: `component.py`.
 
-An error in a plugin is data here, not a crash: it is shown by `saekit plugins` and raised only for a run that
-names what the plugin would have provided.
+An error in a plugin is data here, not a crash: `saekit plugins` shows it, and it is raised only for a run that names
+what the plugin would have provided.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import sys
 import warnings
@@ -25,31 +25,34 @@ from typing import Any
 
 import pluggy
 
-from saekit import commands, stability
-from saekit.component import HOOKS, KINDS, OWN_DISTRIBUTION, Component
+from saekit import commands, compatibility
+from saekit.component import Component
 from saekit.errors import OptionError, PluginError, UsageError, near_names
 from saekit.hookspecs import PROJECT, Declaring, check_arguments
+from saekit.kinds import HOOKS, KINDS, article
+from saekit.registered import OWN_DISTRIBUTION, RegisteredComponent
 
 DISABLE_VARIABLE = "SAEKIT_DISABLE_PLUGINS"
 HEAVY = (
     "torch", "numpy", "transformers", "transformer_lens", "sae_lens", "torch_geometric", "sklearn", "scipy", "pandas",
 )  # fmt: skip
-"""What the module of a plugin's hooks must not import: names are listed, and completed, without waiting for it."""
+"""Libraries that the module of a plugin's hooks must not import, so that listing and completing names stays fast."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass
 class Plugin:
-    """One plugin as it was found: its origin, its components, and its error if it has one.
+    """One plugin: its origin, its components, and its error if it has one.
 
-    contract: the version of the contract it was made for, if it says so. warnings: what a run that names it is told. heavy:
-    what its import brought in of `HEAVY`, as far as it was not there already.
+    contract: the version of the contract that it was made for, if it says so.
+    warnings: what a run that names it is told.
+    heavy: the libraries of `HEAVY` that importing it brought in.
     """
 
     name: str
     distribution: str
     version: str
-    components: list[Component] = field(default_factory=list)
+    components: list[RegisteredComponent] = field(default_factory=list)
     commands: list[commands.Command] = field(default_factory=list)
     error: str | None = None
     disabled: bool = False
@@ -68,16 +71,17 @@ class Plugin:
         """What to do about its error, as the end of a message."""
         if self.file:
             return "Mend it, or leave it out."
-        newer = self.contract is not None and self.contract > stability.CONTRACT
+        newer = self.contract is not None and self.contract > compatibility.CONTRACT
         first = f"Upgrade saekit, install an earlier {self.distribution}" if newer else f"Mend it, upgrade {self.distribution}"
         return f"{first}, or run with --no-plugin {self.name}."
 
 
 class Registry:
-    """Every component that is installed, by kind and name.
+    """Every installed component, by kind and name.
 
-    files: plugins given as Python files. disabled: names of plugins to leave out, besides those in the environment
-    variable SAEKIT_DISABLE_PLUGINS (comma separated).
+    files: plugins given as Python files.
+    disabled: names of plugins to leave out, in addition to those in the environment variable SAEKIT_DISABLE_PLUGINS
+    (separated by commas).
     """
 
     def __init__(self, *, files: Iterable[str | Path] = (), disabled: Iterable[str] = ()) -> None:
@@ -114,30 +118,30 @@ class Registry:
             with contextlib.redirect_stdout(sys.stderr):
                 module = load()
                 _check_contract(module, plugin)
-                plugin.components = [dataclasses.replace(c, registry=self) for c in _declared(module, plugin)]
+                plugin.components = _declared(module, plugin, self)
         except PluginError as error:
             plugin.error = str(error)
         except (Exception, SystemExit) as error:
             plugin.error = f"{type(error).__name__}: {error}"
         plugin.heavy = [name for name in HEAVY if name in sys.modules and name not in there]
 
-    def components(self, kind: str | None = None) -> list[Component]:
-        """All components of a kind (or of all kinds) of the plugins that loaded, in the order of their names."""
+    def components(self, kind: str | None = None) -> list[RegisteredComponent]:
+        """All components of a kind, or of every kind, from the plugins that loaded; sorted by name."""
         found = [c for p in self.plugins for c in p.components if kind in (None, c.kind)]
         return sorted(found, key=lambda c: (KINDS.index(c.kind), c.name, c.plugin))
 
-    def defaults(self, kind: str) -> list[Component]:
+    def defaults(self, kind: str) -> list[RegisteredComponent]:
         """The components of a kind that join every run, in the order in which their plugins declare them."""
         return [c for p in self.plugins for c in p.components if c.kind == kind and c.default]
 
     def refuse_broken_files(self) -> None:
-        """Raise PluginError for a file that was given as a plugin and does not load: unlike an installed plugin, it
-        was named."""
+        """Raise PluginError for a file that was given as a plugin and does not load: the user named it, unlike an installed
+        plugin."""
         for plugin in self.plugins:
             if plugin.file and plugin.error:
                 raise PluginError(f"plugin {plugin.file}: does not load: {_sentence(plugin.error)} {plugin.fix}")
 
-    def find(self, kind: str, name: str, where: str = "", requires: Iterable[str] = ()) -> Component:
+    def find(self, kind: str, name: str, where: str = "", requires: Iterable[str] = ()) -> RegisteredComponent:
         """The component that a run means by `name`, short or qualified (`plugin.name`).
 
         where: the key that asked, for messages. requires: distributions that the run file says it needs.
@@ -227,51 +231,47 @@ def named_function(name: str, option: str, takes: str) -> Callable[..., Any]:
     if not module or not function:
         raise OptionError(option, f"{name!r}: write module:function, for example my_judge:score.")
     try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found: Any = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise OptionError(option, f"{name!r} cannot be imported: {error}. Put its module on PYTHONPATH.") from None
     if not callable(found):
         raise OptionError(option, f"{name!r} is not a function of {takes}.")
     return found
 
 
-def article(kind: str) -> str:
-    """`a loss`, `an analyzer`, `a graph builder`."""
-    word = kind.replace("_", " ")
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
 def _check_contract(module: Any, plugin: Plugin) -> None:
     """Note which version of the contract a plugin was made for; PluginError for one that cannot be used."""
-    made_for = getattr(module, stability.DECLARATION, None)
+    made_for = getattr(module, compatibility.DECLARATION, None)
     if made_for is None:
         return
     if not isinstance(made_for, int) or isinstance(made_for, bool):
-        raise PluginError(f"{stability.DECLARATION} is {made_for!r}, but a whole number is wanted, such as {stability.CONTRACT}.")
+        raise PluginError(
+            f"{compatibility.DECLARATION} is {made_for!r}, but a whole number is wanted, such as {compatibility.CONTRACT}."
+        )
     plugin.contract = made_for
-    error = stability.refused(made_for)
+    error = compatibility.refused(made_for)
     if error is not None:
         raise PluginError(error)
-    if made_for < stability.CONTRACT:
+    if made_for < compatibility.CONTRACT:
         plugin.warnings.append(
-            f"was made for contract {made_for} of saekit, which is now {stability.CONTRACT}. "
-            f"{stability.changes_since(made_for)} Upgrade {plugin.distribution} where it misbehaves."
+            f"was made for contract {made_for} of saekit, which is now {compatibility.CONTRACT}. "
+            f"{compatibility.changes_since(made_for)} Upgrade {plugin.distribution} where it misbehaves."
         )
 
 
-def _declared(module: Any, plugin: Plugin) -> list[Component]:
-    """The components that a plugin's module declares; raises PluginError on anything that would silently do nothing."""
+def _declared(module: Any, plugin: Plugin, registry: Registry) -> list[RegisteredComponent]:
+    """The components that a plugin's module declares. PluginError for anything that would silently do nothing."""
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Declaring)
     known = {**{hook: kind for kind, hook in HOOKS.items()}, commands.HOOK: "command"}
     for name, value in vars(module).items():
         if name.startswith("saekit_") and inspect.isroutine(value) and name not in known:
-            raise PluginError(f"{name!r} is no hook of saekit.{near_names(name, known)}")
+            raise PluginError(f"{name!r} is not a hook of saekit.{near_names(name, known)}")
         if name in known and inspect.isroutine(value) and not hasattr(value, f"{PROJECT}_impl"):
             raise PluginError(f"{name!r} lacks the decorator @saekit.hookimpl, so it would never be called.")
         if name not in known and inspect.isroutine(value) and hasattr(value, f"{PROJECT}_impl"):
             raise PluginError(
-                f"{name!r} is no hook of a plugin's module.{near_names(name, known)} Lifecycle hooks are methods of a "
+                f"{name!r} is not a hook of a plugin's module.{near_names(name, known)} Lifecycle hooks are methods of a "
                 "callback's or a tracker's class."
             )
         if name in known and inspect.isroutine(value):
@@ -295,7 +295,7 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
                     raise PluginError(f"a file cannot add a command, only an installed plugin can. Take {hook_name} out.")
                 plugin.commands = list(commands.checked(declared))
             else:
-                found += [_checked(c, hook_name, kind, plugin) for c in declared]
+                found += [_registered(c, hook_name, kind, plugin, registry) for c in declared]
     for kind in KINDS:
         names = [c.name for c in found if c.kind == kind]
         for name in set(names):
@@ -307,11 +307,11 @@ def _declared(module: Any, plugin: Plugin) -> list[Component]:
 _BARE = Component("", "")
 
 
-def _checked(component: Any, hook_name: str, kind: str, plugin: Plugin) -> Component:
+def _registered(component: Any, hook_name: str, kind: str, plugin: Plugin, registry: Registry) -> RegisteredComponent:
     if not isinstance(component, Component):
         raise PluginError(f"{hook_name} must yield saekit.Component, not {type(component).__name__}.")
     if not isinstance(component.name, str) or not _NAME.fullmatch(component.name):
-        raise PluginError(f"{hook_name}: {component.name!r} is no name for a component; use lower case and underscores.")
+        raise PluginError(f"{hook_name}: {component.name!r} is not a name for a component; use lower case and underscores.")
     if not isinstance(component.target, str) and plugin.file is None:
         raise PluginError(
             f"{hook_name}: the target of {component.name!r} must be a string 'package.module:Object', so that listing "
@@ -321,13 +321,18 @@ def _checked(component: Any, hook_name: str, kind: str, plugin: Plugin) -> Compo
         words = getattr(component, field_name)
         if not isinstance(words, tuple) or not all(isinstance(word, str) for word in words):
             raise PluginError(f'{hook_name}: {field_name} of {component.name!r} must be a tuple of words, such as ("labels",).')
-    for field_name, instead in stability.DEPRECATED_FIELDS.items():
+    for field_name, instead in compatibility.DEPRECATED_FIELDS.items():
         if getattr(component, field_name) != getattr(_BARE, field_name):
             told = f"{component.name!r} sets the field {field_name}, which is deprecated. {instead}"
             plugin.warnings.append(f"{told} Upgrade {plugin.distribution}; until then it works.")
     summary = component.summary
     if not summary and not isinstance(component.target, str):
         summary = (inspect.getdoc(component.target) or "").partition("\n")[0]
-    return dataclasses.replace(
-        component, kind=kind, plugin=plugin.name, distribution=plugin.distribution, version=plugin.version, summary=summary
+    return RegisteredComponent(
+        **{**vars(component), "summary": summary},
+        kind=kind,
+        plugin=plugin.name,
+        distribution=plugin.distribution,
+        version=plugin.version,
+        registry=registry,
     )

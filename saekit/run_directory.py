@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saekit.config import RunConfig, parse_config, read_toml
+from saekit.config import RunConfig
 from saekit.errors import UsageError
 from saekit.files import TEMPORARY, disk_errors, write_json, write_text
+from saekit.run_file import parse_config, read_toml
 
 _VARIANTS = "variants"
 

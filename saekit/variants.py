@@ -1,64 +1,34 @@
-"""`[[variant]]`: other SAEs on the same pass over the activations, each a change to the run file that it stands in.
+"""`[[variant]]`: several SAEs on one pass over the activations, each a change to the run file.
 
-A variant with its change made is a run file of its own, and on one machine that run alone trains the same SAE to the
-bit. So nothing that decides the activations may differ between variants: they all see one harvest.
+With its change applied a variant is a complete run file, and on one machine that run alone trains the same SAE to the
+bit. So variants may not differ in anything that decides the activations: all of them see one harvest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from saekit.config import VARIES, RunConfig, TrainingConfig, Variant, keys_with
 from saekit.errors import UsageError, near_names
+from saekit.kinds import LISTS, SINGLES
 
-if TYPE_CHECKING:
-    from saekit.config import RunConfig
-
-Entries = list[dict[str, Any]] | dict[str, dict[str, Any]] | None
-"""A list in place of the run's, or keys of its entries by the entries' names: `loss.l1.weight = 2`."""
-
-
-class Variant(BaseModel):
-    """One SAE of several; what it does not name is as the run file has it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    name: str = Field(
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$",  # it names a directory, and stands in keys that are divided by dots
-        max_length=100,
-        description="What it is called, and its directory under `variants/`.",
-    )
-    architecture: dict[str, Any] = Field(
-        default_factory=dict, description="Keys of `[architecture]`; with another `use` only `d_sae` is taken over."
-    )
-    graph: dict[str, Any] = Field(
-        default_factory=dict, description="Keys of `[graph]`; with another `use` nothing is taken over."
-    )
-    training: dict[str, Any] = Field(
-        default_factory=dict, description="Keys of `[training]`, but for those that all variants share."
-    )
-    loss: Entries = Field(default=None, description="Losses in place of the run's, or keys of them by name.")
-    callback: Entries = Field(default=None, description="The same for callbacks.")
-    metric: Entries = Field(default=None, description="The same for metrics.")
-    analyzer: Entries = Field(default=None, description="The same for analyzers.")
-    tracker: Entries = Field(default=None, description="The same for trackers.")
-
-
-TABLES = ("architecture", "graph", "training")
-LISTS = tuple(name for name in Variant.model_fields if name not in ("name", *TABLES))
-
-SHARED_SECTIONS = ("source", "evaluation")
-SHARED = (
-    "tokens", "batch_size", "sequences", "normalize", "data_seed", "buffer", "prefetch",
-    "device", "threads", "checkpoint_every", "keep_checkpoints",
-)  # fmt: skip
+TABLES = tuple(name for name in (*SINGLES, "training") if name in Variant.model_fields)
+SHARED_SECTIONS = tuple(name for name in (*SINGLES, "evaluation") if name not in Variant.model_fields)
+SHARED = tuple(name for name in TrainingConfig.model_fields if name not in keys_with(VARIES, TrainingConfig))
 """Keys of [training] that belong to the data, to the one process, or to the one checkpoint of all variants."""
 
 
+def run_configs(config: RunConfig) -> dict[str, RunConfig]:
+    """The configuration of each SAE that is trained, as if it were trained alone: one for each variant, by its name.
+    Without variants it is `config` itself, under the empty name."""
+    if not config.variant:
+        return {"": config}
+    return {variant.name: RunConfig.model_validate(changed(config, variant)) for variant in config.variant}
+
+
 def check_variant(table: Mapping[str, Any]) -> None:
-    """UsageError where a variant's table has a section of the wrong shape, or a key that all variants share."""
+    """UsageError if a section of a variant has the wrong shape, or names a key that all variants share."""
     where = f"variant.{table.get('name', '?')}"
     for key in TABLES:
         if not isinstance(table.get(key, {}), Mapping):
@@ -76,12 +46,12 @@ def check_variant(table: Mapping[str, Any]) -> None:
     if shared:
         raise UsageError(
             f"{where}.{shared[0]}: is the same for all variants, since they are trained in one pass over the same "
-            f"activations. Set {shared[0]} of the run file, or make this variant a run of its own."
+            f"activations. Set {shared[0]} of the run file, or make this variant a separate run."
         )
 
 
 def changed(config: RunConfig, variant: Variant) -> dict[str, Any]:
-    """The table of a run file that does what `variant` of `config` does; UsageError for an entry that is not there."""
+    """The table of a run file that does what `variant` of `config` does. UsageError for an entry that does not exist."""
     table = config.model_dump(by_alias=True, exclude_none=True)
     del table["variant"]
     table["architecture"] = _architecture(table["architecture"], variant.architecture)

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from saekit.component import HOOKS
+from saekit.kinds import HOOKS
 
 WEIGHTS = Path("sae") / "sae_weights.safetensors"
 STEPS, BATCH = 20, 64

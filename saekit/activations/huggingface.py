@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,9 +103,7 @@ def peek_model(model: str) -> dict[str, Any]:
     kind = table.get("model_type") if isinstance(table, dict) else None
     if not isinstance(kind, str):
         raise UsageError(f"{path}: has no model_type. Download or save the model again with transformers.")
-    from transformers import CONFIG_MAPPING
-
-    if kind not in CONFIG_MAPPING and "auto_map" not in table:
+    if "auto_map" not in table and not _is_known(kind):
         import transformers
 
         raise UsageError(
@@ -123,6 +122,18 @@ def peek_model(model: str) -> dict[str, Any]:
         if values:
             found[key] = values[0]
     return found
+
+
+def _is_known(model_type: str) -> bool:
+    """Whether transformers has this type of model. Most have a folder of the same name, which spares its import."""
+    name = model_type.replace("-", "_")
+    spec = importlib.util.find_spec("transformers")
+    folders = spec.submodule_search_locations if spec else None
+    if any(Path(folder, "models", name, f"configuration_{name}.py").is_file() for folder in folders or ()):
+        return True
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
 
 
 def model_digest(model: str) -> str | None:

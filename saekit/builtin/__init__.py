@@ -1,4 +1,4 @@
-"""The components that come with saekit, declared through the same door as everyone's."""
+"""The components that come with saekit, declared by the same hooks as those of any plugin."""
 
 from __future__ import annotations
 

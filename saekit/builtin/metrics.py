@@ -6,28 +6,26 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from saekit.training.step import Step
 
 
-class Summed(Metric):
-    """A metric whose state is a set of sums, which several processes add up."""
+class Summed:
+    """A metric whose state is a set of sums, which several processes add up.
 
-    full_state_update = False
-    higher_is_better = None
+    It is not a `torchmetrics.Metric`, which would fit, since that import takes longer than the rest of a dry run.
+    """
 
     def sums(self, **sizes: int) -> None:
         """Declare the sums, each with its number of entries; 0 for a scalar."""
         for name, size in sizes.items():
-            start = torch.zeros(size, dtype=torch.float64) if size else torch.zeros((), dtype=torch.float64)
-            self.add_state(name, start, dist_reduce_fx="sum")
+            setattr(self, name, torch.zeros((size,) if size else (), dtype=torch.float64))
 
     def add(self, **values: Tensor | float) -> None:
         """Add to the sums; a sum that was declared as a scalar takes the shape of the first vector added."""
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device="cpu")
-            setattr(self, name, getattr(self, name) + value)
+            total = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach()
+            setattr(self, name, getattr(self, name) + total)
 
 
 class ExplainedVariance(Summed):

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from saekit.component import KINDS, Component
-from saekit.config import override
 from saekit.errors import PluginError, UsageError, near_names
+from saekit.kinds import KINDS
 from saekit.plugins import Registry
+from saekit.registered import RegisteredComponent
+from saekit.run_file import override, parse_override
 
 
 @click.command("check")
@@ -31,7 +32,7 @@ def command(name: str, assignments: tuple[str, ...], kind: str | None, files: tu
     registry.refuse_broken_files()
     options: dict[str, Any] = {}
     for assignment in assignments:
-        override(options, assignment)
+        override(options, parse_override(assignment))
     added = [(c, p) for p in registry.plugins for c in p.commands if name in (c.name, p.name) and kind is None]
     components, whole_plugin = _meant(name, kind, registry, bool(added))
     if whole_plugin and options:
@@ -52,7 +53,7 @@ def command(name: str, assignments: tuple[str, ...], kind: str | None, files: tu
     _raise_for(reports)
 
 
-def _meant(name: str, kind: str | None, registry: Registry, is_command: bool) -> tuple[list[Component], bool]:
+def _meant(name: str, kind: str | None, registry: Registry, is_command: bool) -> tuple[list[RegisteredComponent], bool]:
     """The components that `name` stands for, and whether it is the name of a plugin."""
     named = [c for c in registry.components(kind) if name in (c.name, c.qualified_name)]
     kinds = list(dict.fromkeys(c.kind for c in named))
@@ -74,7 +75,7 @@ def _meant(name: str, kind: str | None, registry: Registry, is_command: bool) ->
     return components, True
 
 
-def _required(component: Component) -> set[str]:
+def _required(component: RegisteredComponent) -> set[str]:
     if component.kind == "recipe":
         return set()
     try:
@@ -83,7 +84,7 @@ def _required(component: Component) -> set[str]:
         return set()
 
 
-def _checked(component: Component, options: dict[str, Any], registry: Registry) -> Any:
+def _checked(component: RegisteredComponent, options: dict[str, Any], registry: Registry) -> Any:
     from saekit.testing import check
 
     return check(component.kind, component.qualified_name, options=options, registry=registry)

@@ -1,4 +1,4 @@
-"""What the shell completes for `saekit run`: recipes, components, and their options. Nothing heavy is imported for it.
+"""Completion of `saekit run` in the shell: recipes, components and their options, without importing anything heavy.
 
 The options of a component are the keyword-only parameters of its target, read here from the target's source.
 """
@@ -15,17 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from click.shell_completion import CompletionItem
 
-from saekit.component import Component
 from saekit.errors import SaekitError
+from saekit.kinds import SECTIONS
 from saekit.options import option_parameters
 from saekit.plugins import Registry
+from saekit.registered import RegisteredComponent
 
 if TYPE_CHECKING:
     import click
-
-SECTION_KINDS = {"graph": "graph_builder"}
-"""Sections of a run file whose components are of another kind than the section is called."""
-
 
 def recipes(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of recipes; and files, which the shell completes itself."""
@@ -33,26 +30,25 @@ def recipes(context: click.Context, parameter: click.Parameter, incomplete: str)
     return [item for item in found if item.value.startswith(incomplete)] or [CompletionItem(incomplete, type="file")]
 
 
-def components(kind: str, context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def components(section: str, context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """`NAME`, and behind a colon `NAME:key=`, with the keys that are not given yet."""
-    registry = _registry(context)
+    offered = _registry(context).components(SECTIONS[section].kind)
     name, colon, rest = incomplete.partition(":")
     if not colon:
-        offered = registry.components(kind)
         return [CompletionItem(c.name, help=c.summary) for c in offered if c.name.startswith(incomplete)]
-    found = [c for c in registry.components(kind) if name in (c.name, c.qualified_name)]
+    found = [c for c in offered if name in (c.name, c.qualified_name)]
     before, _, last = rest.rpartition(",")
     given = {part.partition("=")[0] for part in before.split(",")}
     start = f"{name}:{before}," if before else f"{name}:"
     return [
         CompletionItem(f"{start}{key}=")
-        for key in _keys(kind, found[0] if found else None)
+        for key in _keys(section, found[0] if found else None)
         if key.startswith(last) and key not in given
     ]
 
 
 def overrides(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """`section.key=`, where the run file's components give keys of their own."""
+    """`section.key=`, with the options of the components that the run file names."""
     registry = _registry(context)
     return [CompletionItem(key) for key in _override_keys(context, registry) if key.startswith(incomplete)]
 
@@ -60,45 +56,41 @@ def overrides(context: click.Context, parameter: click.Parameter, incomplete: st
 def _registry(context: click.Context) -> Registry:
     try:
         return Registry(files=context.params.get("plugins") or (), disabled=context.params.get("no_plugins") or ())
-    except SaekitError:  # a file that is not there; nothing is said in the middle of a line
+    except SaekitError:  # a missing file; no message in the middle of a line
         return Registry()
 
 
-def _keys(kind: str, component: Component | None) -> Iterable[str]:
-    from saekit.config import ArchitectureUse, GraphUse, LossUse, SourceUse, Use
+def _keys(section: str, component: RegisteredComponent | None) -> Iterable[str]:
+    from saekit.config import use_model
 
-    uses: dict[str, type[Use]] = {
-        "source": SourceUse,
-        "architecture": ArchitectureUse,
-        "loss": LossUse,
-        "graph_builder": GraphUse,
-    }
-    own = (info.alias or name for name, info in uses.get(kind, Use).model_fields.items() if name != "use")
+    own = (info.alias or name for name, info in use_model(section).model_fields.items() if name != "use")
     return [*(option_names(component) if component else ()), *own]
 
 
 def _override_keys(context: click.Context, registry: Registry) -> Iterable[str]:
-    from saekit.config import LISTS, SINGLES, EvaluationConfig, TrainingConfig, label_of
+    from saekit.config import EvaluationConfig, TrainingConfig
+    from saekit.run_file import label_of
 
-    for section, model in (("training", TrainingConfig), ("evaluation", EvaluationConfig)):
-        yield from (f"{section}.{key}=" for key in model.model_fields)
+    for part, model in (("training", TrainingConfig), ("evaluation", EvaluationConfig)):
+        yield from (f"{part}.{key}=" for key in model.model_fields)
     table = _table(context, registry)
-    for section in (*SINGLES, *LISTS):
-        kind = SECTION_KINDS.get(section, section)
-        entries = [table[section]] if section in SINGLES and section in table else table.get(section, [])
-        for entry in entries if isinstance(entries, list) else []:
-            named = entry.get("use") if isinstance(entry, Mapping) else None
-            found = [c for c in registry.components(kind) if named in (c.name, c.qualified_name)]
-            prefix = section if section in SINGLES else f"{section}.{label_of(entry)}"
-            yield from (f"{prefix}.{key}=" for key in _keys(kind, found[0] if found else None))
+    for name, section in SECTIONS.items():
+        given = table.get(name, [])
+        for entry in given if section.many and isinstance(given, list) else [given]:
+            if not isinstance(entry, Mapping):
+                continue
+            offered = registry.components(section.kind)
+            found = [c for c in offered if entry.get("use") in (c.name, c.qualified_name)]
+            prefix = f"{name}.{label_of(entry)}" if section.many else name
+            yield from (f"{prefix}.{key}=" for key in _keys(name, found[0] if found else None))
 
 
 def _table(context: click.Context, registry: Registry) -> dict[str, Any]:
-    """The run file that the line names, or that of the default recipe; empty where it cannot be read."""
-    from saekit.config import read_toml
+    """The run file that the line names, or the default recipe's; empty if it cannot be read."""
+    from saekit.run_file import read_toml
     from saekit.runner.compose import recipe_path
 
-    # Where the line ends with an option that lacks its value, click leaves the words before it in `args`.
+    # If the line ends with an option without its value, click leaves the words before it in `args`.
     what = context.params.get("what") or next(iter(context.args), None)
     try:
         for component in registry.components("recipe"):
@@ -109,7 +101,7 @@ def _table(context: click.Context, registry: Registry) -> dict[str, Any]:
         return {}
 
 
-def option_names(component: Component) -> list[str]:
+def option_names(component: RegisteredComponent) -> list[str]:
     """The options of a component, the required ones first, from the source of its target; none if that cannot be read."""
     if not isinstance(component.target, str):
         try:

@@ -18,7 +18,8 @@ import click
 from saekit.cli import COMMANDS
 from saekit.commands import clashes
 from saekit.errors import ExitCode
-from saekit.plugins import HEAVY, OWN_DISTRIBUTION, Plugin, Registry
+from saekit.plugins import HEAVY, Plugin, Registry
+from saekit.registered import OWN_DISTRIBUTION
 
 SLOW = 0.5  # seconds that the import of a plugin's hooks may take before it is called slow
 PATIENCE = 120  # seconds after which an import is abandoned

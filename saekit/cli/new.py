@@ -11,10 +11,11 @@ from string import Template
 
 import click
 
-from saekit.component import KINDS
+from saekit.compatibility import CONTRACT
 from saekit.errors import UsageError
-from saekit.plugins import OWN_DISTRIBUTION, Registry, article
-from saekit.stability import CONTRACT
+from saekit.kinds import KINDS, article
+from saekit.plugins import Registry
+from saekit.registered import OWN_DISTRIBUTION
 
 TEMPLATES = Path(__file__).parent / "templates"
 KINDS_WITH_TEMPLATES = tuple(kind for kind in KINDS if kind != "recipe")  # a recipe is a file, not code
@@ -41,11 +42,11 @@ def command(kind: str, name: str, parent: str) -> None:
 
 
 def _checked(name: str) -> str:
-    """`name` with underscores for dashes; UsageError where it is no name."""
+    """`name` with underscores for dashes. UsageError if it is not a valid name."""
     turned = name.replace("-", "_")
     if not _NAME.fullmatch(turned):
         raise UsageError(
-            f"{name!r} is no name for a component. Use lower case, digits and single underscores, beginning with a letter: "
+            f"{name!r} is not a name for a component. Use lower case, digits and single underscores, beginning with a letter: "
             "my_sparsity."
         )
     if turned.startswith("saekit_"):
@@ -54,7 +55,7 @@ def _checked(name: str) -> str:
 
 
 def _refuse_taken(name: str, registry: Registry) -> None:
-    """UsageError where the new component would override another, or where `saekit check NAME` could mean two things."""
+    """UsageError if the new component would override another, or if `saekit check NAME` would be ambiguous."""
     for component in registry.components():
         if component.name == name:
             raise UsageError(f"{name!r} is taken: there is the {component.origin}. Choose another name.")

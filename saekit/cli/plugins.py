@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
-from saekit.component import KINDS, Component
 from saekit.errors import UsageError, near_names
+from saekit.kinds import KINDS
 from saekit.plugins import Plugin, Registry
+from saekit.registered import RegisteredComponent
 
 
 @click.group("plugins", invoke_without_command=True)
@@ -53,7 +54,7 @@ def show(registry: Registry, name: str, as_json: bool) -> None:
         _print_component(entry)
 
 
-def describe(component: Component, registry: Registry) -> dict[str, Any]:
+def describe(component: RegisteredComponent, registry: Registry) -> dict[str, Any]:
     """Everything about one component as plain values."""
     import inspect
 
@@ -86,8 +87,8 @@ def describe(component: Component, registry: Registry) -> dict[str, Any]:
     }
 
 
-def _source(component: Component, registry: Registry) -> str:
-    """Where the target is written: `package.module:Object`, or the file that was given."""
+def _source(component: RegisteredComponent, registry: Registry) -> str:
+    """Where the target is: `package.module:Object`, or the file that was given."""
     files = [str(p.file) for p in registry.plugins if p.file and p.name == component.plugin]
     return component.target if isinstance(component.target, str) else files[0]
 
@@ -155,6 +156,6 @@ def _print_component(entry: dict[str, Any]) -> None:
         if option["description"]:
             click.echo(f"      {option['description']}")
     for need, providers in entry["needs"].items():
-        click.echo(f"\nneeds {need!r}: provided by {', '.join(providers) or 'nothing that is installed'}")
+        click.echo(f"\nneeds {need!r}: provided by {', '.join(providers) or 'nothing installed'}")
     if entry["provides"]:
         click.echo(f"\nprovides {', '.join(entry['provides'])}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import click
 
 from saekit.errors import UsageError
+from saekit.kinds import SECTIONS
 
 
 def _completed(function: str, *first: str) -> Callable[..., Any]:
@@ -24,25 +26,23 @@ def _completed(function: str, *first: str) -> Callable[..., Any]:
     return complete
 
 
-def _use(name: str, kind: str, *, help: str, many: bool = False) -> Any:
-    complete = _completed("components", kind)
-    return click.option(name, multiple=many, metavar="NAME[:key=value,...]", help=help, shell_complete=complete)
-
-
-def _many(name: str, kind: str, *, help: str) -> Any:
-    return _use(name, kind, help=help, many=True)
+def _component_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The option of every section of the run file that holds components."""
+    for section in reversed(SECTIONS.values()):
+        command = click.option(
+            section.option,
+            section.name,
+            multiple=section.many,
+            metavar="NAME[:key=value,...]",
+            help=section.help,
+            shell_complete=_completed("components", section.name),
+        )(command)
+    return command
 
 
 @click.command("run")
 @click.argument("what", required=False, metavar="[RECIPE|FILE.toml]", shell_complete=_completed("recipes"))
-@_use("--source", "source", help="Take activations from this source instead.")
-@_use("--architecture", "architecture", help="Train this architecture instead.")
-@_many("--loss", "loss", help="Add a loss.")
-@_use("--graph", "graph_builder", help="Build this feature graph of the trained SAE.")
-@_many("--callback", "callback", help="Add a callback.")
-@_many("--metric", "metric", help="Add a metric.")
-@_many("--analyze", "analyzer", help="Add an analyzer.")
-@_many("--tracker", "tracker", help="Add a tracker.")
+@_component_options
 @click.option(
     "-o", "--override", "overrides", multiple=True, metavar="key=value", help="Set any key, e.g. training.lr=1e-3.",
     shell_complete=_completed("overrides"),
@@ -55,14 +55,6 @@ def _many(name: str, kind: str, *, help: str) -> Any:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
     what: str | None,
-    source: str | None,
-    architecture: str | None,
-    loss: tuple[str, ...],
-    graph: str | None,
-    callback: tuple[str, ...],
-    metric: tuple[str, ...],
-    analyze: tuple[str, ...],
-    tracker: tuple[str, ...],
     overrides: tuple[str, ...],
     plugins: tuple[str, ...],
     no_plugins: tuple[str, ...],
@@ -70,25 +62,15 @@ def command(
     resume: str | None,
     dry_run: bool,
     as_json: bool,
+    **components: str | tuple[str, ...] | None,
 ) -> None:
     """Train an SAE and analyse it. Without an argument: the quickstart on the bundled model organism.
 
     RECIPE is a name from `saekit recipes`; FILE.toml a run file. Options add to what it says; -o changes it.
     """
-    uses = {
-        "source": [source] if source else [],
-        "architecture": [architecture] if architecture else [],
-        "loss": loss,
-        "graph": [graph] if graph else [],
-        "callback": callback,
-        "metric": metric,
-        "analyzer": analyze,
-        "tracker": tracker,
-    }
-    if resume is not None:
-        given = [what, source, architecture, graph, directory, *loss, *callback, *metric, *analyze, *tracker, *overrides, *plugins]
-        if any(given) or dry_run:
-            raise UsageError("--resume continues a run exactly as it was begun; give it no other options.")
+    uses = {section: [given] if isinstance(given, str) else list(given or ()) for section, given in components.items()}
+    if resume is not None and any([what, directory, *uses.values(), overrides, plugins, dry_run]):
+        raise UsageError("--resume continues a run exactly as it was begun; give it no other options.")
     # With --json nothing but the document may reach stdout, whatever a plugin or a library prints.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         if resume is not None:
@@ -107,7 +89,7 @@ def _resume(where: str, no_plugins: tuple[str, ...], as_json: bool) -> dict[str,
 
 def _start(
     what: str | None,
-    uses: dict[str, Any],
+    uses: dict[str, list[str]],
     overrides: tuple[str, ...],
     plugins: tuple[str, ...],
     no_plugins: tuple[str, ...],
@@ -119,8 +101,13 @@ def _start(
     from saekit.runner.compose import Request, compose
     from saekit.runner.plan import plan_run
 
-    config, registry = compose(Request(what, uses, overrides, plugins, no_plugins))
-    plan = plan_run(config, registry)
+    # What imports leave in memory stays; collecting garbage among it would cost a sixth of a dry run's time.
+    gc.disable()
+    try:
+        config, registry = compose(Request(what, uses, overrides, plugins, no_plugins))
+        plan = plan_run(config, registry)
+    finally:
+        gc.enable()
     if dry_run:
         from saekit.cli.show_plan import plan_as_json, print_plan
 

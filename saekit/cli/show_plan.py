@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from saekit.files import to_jsonable
-from saekit.runner.plan import Part, Plan, RunPlan
+from saekit.runner.plan import Part, RunPlan, SAEPlan
 
 
 def plan_as_json(plan: RunPlan) -> dict[str, Any]:
     """The plan as one JSON document: the resolved run file, each part's origin, and what is known of the source.
 
-    Where there are variants, each has the run file that it comes to, and its parts."""
+    With variants, each has its own resolved run file and parts."""
     return {
         "config": plan.config.model_dump(mode="json", by_alias=True),
         "parts": [_part(part) for part in (plan.members[0].parts if not plan.config.variant else [plan.source])],
@@ -56,7 +56,7 @@ def print_plan(plan: RunPlan) -> None:
         console.print(f"warning: {warning}", highlight=False, markup=False)
 
 
-def _table(plan: Plan) -> Any:
+def _table(plan: SAEPlan) -> Any:
     from rich.markup import escape
     from rich.table import Table
 

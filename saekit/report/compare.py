@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saekit.config import LISTS, RunConfig, label_of
+from saekit.config import RunConfig
 from saekit.errors import UsageError, near_names
+from saekit.kinds import LISTS
 from saekit.report.curves import POINTS, bars, logged_names, overlaid
 from saekit.report.page import Cell, Table, figures_of
 from saekit.report.write import render_template
 from saekit.run_directory import RunDirectory, RunFiles, read_run
+from saekit.run_file import label_of
 from saekit.wording import is_number, number
 
 MISSING = "-"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from saekit.errors import ComponentError, PluginError, RunError, SaekitError, under_key
 from saekit.memory import is_out_of_memory
-from saekit.plugins import OWN_DISTRIBUTION
+from saekit.registered import OWN_DISTRIBUTION
 
 if TYPE_CHECKING:
     from saekit.runner.plan import Part

@@ -7,19 +7,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from saekit.component import Component
-from saekit.config import RunConfig, check_shape, override, parse_config, read_toml, table_of
+from saekit.config import RunConfig
 from saekit.errors import PluginError, UsageError
 from saekit.plugins import Registry
+from saekit.registered import RegisteredComponent
+from saekit.run_file import Override, check_shape, override, parse_config, parse_override, read_toml, table_of
 
 
 @dataclass
 class Request:
-    """What the user asked for. uses: for each section, components as `NAME[:key=value,...]`."""
+    """What the user asked for.
+
+    uses: for each section, components as `NAME[:key=value,...]`.
+    overrides: `key=value` as on the command line, or with a value of Python.
+    """
 
     what: str | None = None
     uses: Mapping[str, Iterable[str]] = field(default_factory=dict)
-    overrides: Iterable[str] = ()
+    overrides: Iterable[str | Override] = ()
     plugins: Iterable[str] = ()
     no_plugins: Iterable[str] = ()
 
@@ -44,9 +49,10 @@ def compose(request: Request) -> tuple[RunConfig, Registry]:
         table["plugins"] = list(dict.fromkeys(files))
     for section, values in request.uses.items():
         table_of(values, section, table)
-    for assignment in request.overrides:
-        override(table, assignment)
-    changed = any(list(values) for values in request.uses.values()) or list(request.overrides)
+    changes = [parse_override(change) if isinstance(change, str) else change for change in request.overrides]
+    for change in changes:
+        override(table, change)
+    changed = any(list(values) for values in request.uses.values()) or changes
     where = f"{path} with what the command line adds" if changed else str(path)
     return parse_config(table, where), registry
 
@@ -58,7 +64,7 @@ def _file_of(what: str | None) -> Path | None:
     return Path(what)
 
 
-def _recipe(name: str | None, registry: Registry) -> Component:
+def _recipe(name: str | None, registry: Registry) -> RegisteredComponent:
     if name is not None:
         return registry.find("recipe", name)
     for component in registry.components("recipe"):
@@ -67,7 +73,7 @@ def _recipe(name: str | None, registry: Registry) -> Component:
     raise UsageError("No installed plugin offers a default recipe. Name a recipe or a run file (see: saekit recipes).")
 
 
-def recipe_path(component: Component) -> Path:
+def recipe_path(component: RegisteredComponent) -> Path:
     """The file of a recipe, whose target is `package:path/inside/it.toml`."""
     package, _, inside = str(component.target).partition(":")
     try:

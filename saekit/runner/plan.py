@@ -1,18 +1,19 @@
-"""The plan of a run: every name resolved, every option checked, every need met, before anything heavy is loaded."""
+"""The plan of a run: every name found, every option checked and every need met before a model is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from saekit.choice import Choice
-from saekit.component import Component
-from saekit.config import LISTS, ArchitectureUse, LossUse, RunConfig, SourceUse, Use
+from saekit.component_option import ComponentOption
+from saekit.config import ArchitectureUse, RunConfig, SourceUse, Use, Variant, use_model
 from saekit.errors import OptionError, UsageError, under_key
+from saekit.kinds import LISTS, SECTIONS, Section
 from saekit.plugins import Registry
+from saekit.registered import RegisteredComponent
 from saekit.runner.blame import explained, of_variant
 from saekit.schedules import value_at
-from saekit.variants import Variant
+from saekit.variants import run_configs
 
 ALWAYS_PROVIDED = {"activations"}
 GRAPH = "graph"
@@ -22,57 +23,63 @@ AFTER_TRAINING = ("metric", "analyzer")
 
 @dataclass(frozen=True)
 class Part:
-    """One component of the plan with its checked options. key: where it stands in the run file, such as `loss.l1`."""
+    """One component of the plan with its checked options. key: its key in the run file, such as `loss.l1`."""
 
     key: str
     label: str
-    component: Component
+    component: RegisteredComponent
     options: dict[str, Any]
     entry: Use
 
     def build(self, *args: Any) -> Any:
-        """The component at work."""
+        """The component, ready to use."""
         with under_key(self.key):
             return self.component.build(self.options, *args)
 
     @property
-    def components(self) -> list[Component]:
+    def components(self) -> list[RegisteredComponent]:
         """The component, and those that its options name."""
         return [self.component, *_named_by(self.options)]
 
 
-def _named_by(options: dict[str, Any]) -> list[Component]:
-    named = [value for value in options.values() if isinstance(value, Choice)]
+def _named_by(options: dict[str, Any]) -> list[RegisteredComponent]:
+    named = [value for value in options.values() if isinstance(value, ComponentOption)]
     return [component for choice in named for component in (choice.component, *_named_by(choice.options))]
 
 
 @dataclass
-class Plan:
-    """What is planned for one SAE. `config` is its resolved configuration: run by itself, it gives the same plan.
+class SAEPlan:
+    """The plan for one SAE. `config` is its resolved configuration: run alone, it gives the same plan.
 
-    variant: its name among others; empty where the run trains this one alone. graph: the builder of its feature graph; None
-    without `[graph]`.
+    variant: its name among others; empty if the run trains this one alone.
+    sections: the components of each section of the run file, by the section's name.
+    facts: what is known of the source.
     """
 
     variant: str
     config: RunConfig
-    source: Part
-    architecture: Part
-    losses: list[Part]
-    graph: Part | None
-    callbacks: list[Part]
-    metrics: list[Part]
-    analyzers: list[Part]
-    trackers: list[Part]
+    sections: dict[str, list[Part]]
     facts: dict[str, Any]
+
+    @property
+    def source(self) -> Part:
+        """Where activations come from."""
+        return self.sections["source"][0]
+
+    @property
+    def architecture(self) -> Part:
+        """The sparse autoencoder."""
+        return self.sections["architecture"][0]
+
+    @property
+    def graph(self) -> Part | None:
+        """The builder of the feature graph; None without `[graph]`."""
+        return next(iter(self.sections["graph"]), None)
 
     @property
     def parts(self) -> list[Part]:
         """Every component of the run, in the order of the run file's sections."""
-        return [
-            self.source, self.architecture, *self.losses, *([self.graph] if self.graph else []), *self.callbacks,
-            *self.metrics, *self.analyzers, *self.trackers,
-        ]  # fmt: skip
+        return [part for parts in self.sections.values() for part in parts]
 
     def build_source(self) -> Any:
         """The source, reading through the cache that the run file names."""
@@ -91,7 +98,7 @@ class Plan:
 
     @property
     def model(self) -> str:
-        """The subject model's name as far as it is known without loading it."""
+        """The subject model's name, if it is known without loading it."""
         return str(self.facts.get("model", "-"))
 
 
@@ -103,7 +110,7 @@ class RunPlan:
     """
 
     config: RunConfig
-    members: list[Plan]
+    members: list[SAEPlan]
     facts: dict[str, Any]
     warnings: list[str]
 
@@ -124,25 +131,25 @@ class RunPlan:
 
     @property
     def model(self) -> str:
-        """The subject model's name as far as it is known without loading it."""
+        """The subject model's name, if it is known without loading it."""
         return self.members[0].model
 
 
-def make_plan(config: RunConfig, registry: Registry) -> Plan:
+def make_plan(config: RunConfig, registry: Registry) -> SAEPlan:
     """The plan of the one SAE that `config` describes when its variants are left out; see `plan_run`."""
     return plan_run(config.model_copy(update={"variant": []}), registry).members[0]
 
 
 def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
     """Resolve and check everything that can be checked without loading a model. Raises UsageError or PluginError."""
-    source = _part("source", config.source, registry, config)
+    source = _part("source", "source", config.source, registry, config)
     with explained([source]), under_key(source.key):
         built = _source(source)
         withheld: dict[str, str] = getattr(built, "withheld", {})
     given = _provided([source.component]) - set(withheld)
     resolved = _with_defaults(config, registry, given)
     members = []
-    for variant, own in config.members().items():
+    for variant, own in run_configs(config).items():
         with of_variant(variant):
             plan = _plan(variant, _with_defaults(own, registry, given), source, registry)
             _check_needs(plan, registry, withheld)
@@ -156,27 +163,16 @@ def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
     return RunPlan(resolved.model_copy(update={"variant": variants}), members, facts, list(registry.warnings))
 
 
-def _plan(variant: str, config: RunConfig, source: Part, registry: Registry) -> Plan:
-    architecture = _part("architecture", config.architecture, registry, config)
-    sections = {
-        section: [
-            _part(section, entry, registry, config, key=f"{section}.{entry.label}") for entry in getattr(config, section)
-        ]
-        for section in LISTS
-    }
-    return Plan(
-        variant=variant,
-        config=config,
-        source=source,
-        architecture=architecture,
-        losses=sections["loss"],
-        graph=None if config.graph is None else _part("graph_builder", config.graph, registry, config, key="graph"),
-        callbacks=sections["callback"],
-        metrics=sections["metric"],
-        analyzers=sections["analyzer"],
-        trackers=sections["tracker"],
-        facts={},
-    )
+def _plan(variant: str, config: RunConfig, source: Part, registry: Registry) -> SAEPlan:
+    sections = {section.name: _parts(section, config, registry) for section in SECTIONS.values() if section.name != "source"}
+    return SAEPlan(variant, config, {"source": [source], **sections}, facts={})
+
+
+def _parts(section: Section, config: RunConfig, registry: Registry) -> list[Part]:
+    entries = getattr(config, section.name)
+    if section.many:
+        return [_part(f"{section.name}.{entry.label}", section.kind, entry, registry, config) for entry in entries]
+    return [] if entries is None else [_part(section.name, section.kind, entries, registry, config)]
 
 
 def _spelt_out(variant: Variant, config: RunConfig) -> Variant:
@@ -202,8 +198,7 @@ def _source(part: Part) -> Any:
     return CachedSource(part.build(), entry.cache, dtype=entry.cache_dtype or "float32", tokens=entry.cache_tokens)
 
 
-def _part(kind: str, entry: Use, registry: Registry, config: RunConfig, key: str | None = None) -> Part:
-    key = key or kind
+def _part(key: str, kind: str, entry: Use, registry: Registry, config: RunConfig) -> Part:
     component = registry.find(kind, entry.use, where=key, requires=config.requires)
     reserved = set(type(entry).model_fields) & set(component.options_model().model_fields)
     if reserved:
@@ -225,17 +220,17 @@ def _with_defaults(config: RunConfig, registry: Registry, provided: set[str]) ->
         for offered in registry.defaults(section):
             component = registry.find(section, offered.name)  # a third party may override it
             if set(component.needs) <= given and component.qualified_name not in named and component.name not in labels:
-                defaults.append(LossUse(use=component.name) if section == "loss" else Use(use=component.name))
+                defaults.append(use_model(section)(use=component.name))
                 labels.add(component.name)
         added[section] = defaults + entries
     return config.model_copy(update={**added, "defaults": False})
 
 
-def _provided(components: list[Component]) -> set[str]:
+def _provided(components: list[RegisteredComponent]) -> set[str]:
     return ALWAYS_PROVIDED.union(*(c.provides for c in components))
 
 
-def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> None:
+def _check_needs(plan: SAEPlan, registry: Registry, withheld: dict[str, str]) -> None:
     """withheld: what the source could provide but does not with these options, with the fix for each."""
     others = _provided([component for part in plan.parts if part is not plan.source for component in part.components])
     provided = (others | (set(plan.source.component.provides) - set(withheld))) - {GRAPH}
@@ -254,15 +249,15 @@ def _check_needs(plan: Plan, registry: Registry, withheld: dict[str, str]) -> No
             raise UsageError(f"{who} needs {need!r}, which nothing in this run provides. {_provider(need, part, registry)}")
 
 
-def _has_graph(plan: Plan, part: Part) -> bool:
+def _has_graph(plan: SAEPlan, part: Part) -> bool:
     """After training there is the graph of `[graph]`; during training that of a callback that keeps one up to date."""
     if part.component.kind in AFTER_TRAINING:
         return plan.graph is not None
-    return any(GRAPH in component.provides for callback in plan.callbacks for component in callback.components)
+    return any(GRAPH in component.provides for callback in plan.sections["callback"] for component in callback.components)
 
 
 def _provider(need: str, part: Part, registry: Registry) -> str:
-    """Where what `part` needs is to be had, in a sentence or two."""
+    """What provides the thing that `part` needs, in a sentence or two."""
     if need == GRAPH and part.component.kind in AFTER_TRAINING:
         builders = ", ".join(c.name for c in registry.components("graph_builder")) or "none"
         return f'Add a table [graph] with use = "..."; installed graph builders: {builders}.'
@@ -276,7 +271,7 @@ def _provider(need: str, part: Part, registry: Registry) -> str:
     return f"No installed plugin provides it. Install one that does, or leave {part.label!r} out of the run."
 
 
-def _check_architecture(plan: Plan, withheld: dict[str, str], has_target: bool) -> None:
+def _check_architecture(plan: SAEPlan, withheld: dict[str, str], has_target: bool) -> None:
     """An architecture may refuse options that only a transcoder can have."""
     check = getattr(plan.architecture.component.load(), "check", None)  # its target may be anything until it is built
     try:
@@ -288,7 +283,7 @@ def _check_architecture(plan: Plan, withheld: dict[str, str], has_target: bool) 
         raise UsageError(f"{error.under(plan.architecture.key)} {fix}") from None
 
 
-def _check_training(plan: Plan) -> None:
+def _check_training(plan: SAEPlan) -> None:
     config, training = plan.config, plan.config.training
     architecture = config.architecture
     assert isinstance(architecture, ArchitectureUse)
@@ -296,7 +291,7 @@ def _check_training(plan: Plan) -> None:
         raise UsageError("architecture.d_sae: is missing. Say how many latents, for example d_sae = 4096.")
     if training.tokens == 0 and architecture.from_ is None:
         raise UsageError(
-            "training.tokens: 0 trains nothing, which makes sense only for an SAE that is there already. "
+            "training.tokens: 0 trains nothing, which makes sense only for an SAE that exists already. "
             "Name it in architecture.from, or give tokens."
         )
     if 0 < training.tokens < training.batch_size:
@@ -304,11 +299,11 @@ def _check_training(plan: Plan) -> None:
             f"training.tokens: {training.tokens} is less than one batch of {training.batch_size}. Give more tokens, or "
             "lower training.batch_size."
         )
-    if training.tokens and not plan.losses:
+    if training.tokens and not plan.sections["loss"]:
         raise UsageError('loss: is missing; nothing would be learned. Add [[loss]] with use = "mse".')
     if training.tokens and all(
         value_at(p.entry.weight, n, plan.total_steps) == 0  # type: ignore[attr-defined]
-        for p in plan.losses
+        for p in plan.sections["loss"]
         for n in range(plan.total_steps)
     ):
         raise UsageError("loss: every weight is zero throughout; nothing would be learned.")

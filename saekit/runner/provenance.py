@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from saekit.runner.plan import Plan, RunPlan
+from saekit.runner.plan import RunPlan, SAEPlan
 
 LIBRARIES = ("torch", "transformers", "transformer_lens", "sae_lens", "numpy", "safetensors", "pydantic", "pluggy")
 
 
-def provenance(plan: Plan | RunPlan, identity: dict[str, Any]) -> dict[str, Any]:
+def provenance(plan: SAEPlan | RunPlan, identity: dict[str, Any]) -> dict[str, Any]:
     """The content of `provenance.json`; `identity` is what the source says about model and data."""
     return {
         "saekit": importlib.metadata.version("saekit"),
@@ -43,7 +43,7 @@ def with_resumption(path: Path, now: dict[str, Any]) -> dict[str, Any]:
     return {**begun, "resumed": resumed}
 
 
-def plugins_used(plan: Plan | RunPlan) -> list[dict[str, str]]:
+def plugins_used(plan: SAEPlan | RunPlan) -> list[dict[str, str]]:
     """Each plugin that this run uses, with its distribution and version."""
     used = {}
     for component in (component for part in plan.parts for component in part.components):

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from saekit.config import RunConfig
+from saekit.config import IDLE, RunConfig, SourceUse, TrainingConfig, keys_with
 from saekit.errors import UsageError
 from saekit.files import to_jsonable
 from saekit.training.state import RunState
-from saekit.variants import SHARED
+from saekit.variants import SHARED, run_configs
 
 _IDENTITY = "identity of the source"
 
@@ -23,7 +23,7 @@ def decisive(config: RunConfig, source: dict[str, Any]) -> dict[str, Any]:
     source: the identity of model and data as the source gives it, since a file may change under the same name.
     """
     flat: dict[str, Any] = {}
-    for variant, own in config.members().items():
+    for variant, own in run_configs(config).items():
         for key, value in _of_one(own).items():
             flat[f"variant.{variant}.{key}" if variant and not key.startswith(_OF_ALL) else key] = value
     if config.variant:
@@ -48,8 +48,9 @@ def _of_one(config: RunConfig) -> dict[str, Any]:
 
 _OF_ALL = ("source.", *(f"training.{key}" for key in SHARED if key != "data_seed"))
 """Keys that are the same for all variants. `data_seed` is not among them, since it follows from each one's `seed`."""
-_IDLE = {f"training.{key}" for key in ("log_every", "checkpoint_every", "keep_checkpoints", "prefetch", "guard_steps")}
-_IDLE |= {"source.cache"}  # only its place; its content is part of the source's identity
+_IDLE = {
+    f"{section}.{key}" for section, model in (("training", TrainingConfig), ("source", SourceUse)) for key in keys_with(IDLE, model)
+}
 
 
 def _flatten(prefix: str, value: Any, into: dict[str, Any]) -> None:

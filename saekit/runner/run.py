@@ -87,7 +87,7 @@ class Run:
                 self.each(SAERun.build_graph)
         with self._phase("evaluate", self.config.evaluation.tokens):
             self._evaluate()
-        with self._phase("analyse", sum(len(one.plan.analyzers) for one in self.sae_runs)):
+        with self._phase("analyse", sum(len(one.plan.sections["analyzer"]) for one in self.sae_runs)):
             self._analyse()
         with self._phase("report", None):
             summary = to_jsonable(summarise(self))
@@ -287,7 +287,7 @@ class Run:
     def _analyse(self) -> None:
         done = 0
         for one in self.sae_runs:
-            for part in one.plan.analyzers:
+            for part in one.plan.sections["analyzer"]:
                 with one.turn():
                     one.analyse(part)
                 done += 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from saekit.activations.batch import Activations, SequenceBatch
-from saekit.choice import fits
+from saekit.component_option import fits
 from saekit.errors import UsageError, under_key
 from saekit.files import disk_errors, to_jsonable
 from saekit.graph import FeatureGraph, dictionary_digest
@@ -21,7 +21,7 @@ from saekit.protocols import RunInfo, Source
 from saekit.result import Result
 from saekit.runner.blame import blamed_on, explained, of_variant
 from saekit.runner.context import RunContext
-from saekit.runner.plan import Part, Plan
+from saekit.runner.plan import Part, SAEPlan
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.formats import SavedSAE, load_sae, open_sae, save_sae
@@ -61,7 +61,7 @@ class SAERun:
     sae: SparseAutoencoder
     trainer: Trainer
 
-    def __init__(self, plan: Plan, info: RunInfo, registry: Registry, above: Listeners) -> None:
+    def __init__(self, plan: SAEPlan, info: RunInfo, registry: Registry, above: Listeners) -> None:
         self.plan, self.info, self.registry = plan, info, registry
         self.config, self.directory, self.variant = info.config, info.directory, info.variant
         self.graph: FeatureGraph | None = None
@@ -76,7 +76,7 @@ class SAERun:
         self._metrics: list[tuple[Part, Any]] = []
         self._prepared: dict[str, Any] = {}  # analyzers that have been prepared before training, by their key
         with of_variant(self.variant):
-            for part in (*plan.callbacks, *plan.trackers):
+            for part in (*plan.sections["callback"], *plan.sections["tracker"]):
                 vital = part.component.kind == "callback"
                 self.listeners.add(Listener(part.key, part.build(), part.component.origin, vital))
 
@@ -169,7 +169,7 @@ class SAERun:
 
     def prepare_analyzers(self) -> None:
         """Let analyzers with a `prepare` look at the source and the SAE before anything is trained for them."""
-        for part in self.plan.analyzers:
+        for part in self.plan.sections["analyzer"]:
             if hasattr(part.component.load(), "prepare"):
                 analyzer = self._prepared[part.key] = part.build()
                 with blamed_on(part):
@@ -185,7 +185,7 @@ class SAERun:
             with blamed_on(self.plan.architecture):
                 prepare(context)
         terms = []
-        for part in self.plan.losses:
+        for part in self.plan.sections["loss"]:
             function = part.build()
             if isinstance(function, torch.nn.Module):
                 function.to(self.device)
@@ -279,7 +279,7 @@ class SAERun:
     def begin_evaluation(self) -> None:
         """Build the metrics."""
         self.sae.requires_grad_(False)
-        self._metrics = [(part, part.build()) for part in self.plan.metrics]
+        self._metrics = [(part, part.build()) for part in self.plan.sections["metric"]]
         for part, metric in self._metrics:
             if hasattr(metric, "prepare"):
                 with blamed_on(part):

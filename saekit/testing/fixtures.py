@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.component import HOOKS, KINDS, Component
-from saekit.errors import PluginError, UsageError
+from saekit.component import Component
+from saekit.errors import PluginError, UsageError, near_names
 from saekit.hookspecs import hookimpl
+from saekit.kinds import HOOKS, KINDS
 from saekit.plugins import Plugin, Registry
+from saekit.registered import RegisteredComponent
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +142,7 @@ def _ring(sae: SparseAutoencoder) -> FeatureGraph:
 
 
 def build_sae(
-    component: Component,
+    component: RegisteredComponent,
     options: Mapping[str, Any],
     sample: Tensor,
     *,
@@ -194,18 +196,18 @@ def synthetic_truth(*, n: int = 2048, d_in: int = D_IN, n_features: int = 32, se
     return Truth(source.truth, block.x, code, block.labels)
 
 
-def registry_of(*components: Component, plugin: str = "in_memory") -> Registry:
-    """The installed components together with these, as if one plugin had declared them.
+def registry_of(*, plugin: str = "in_memory", **components: Component | list[Component]) -> Registry:
+    """The installed components together with these, by kind, as if one plugin had declared them.
 
-    Each says its kind, and its target may be the object itself: `Component("hoyer", hoyer, kind="loss")`. They win over
-    installed ones of the same name. PluginError for what a plugin could not register.
+    `registry_of(loss=Component("hoyer", hoyer))`: a target may be the object itself. They win over installed ones of the
+    same name. PluginError for a component that no plugin may declare.
     """
     module = types.ModuleType(plugin)
-    for component in components:
-        if component.kind not in KINDS:
-            raise UsageError(f'registry_of: {component.name!r} has no kind. Write Component(..., kind="loss"), say.')
-    for kind in KINDS:
-        setattr(module, HOOKS[kind], hookimpl(lambda kind=kind: [c for c in components if c.kind == kind]))
+    for kind, given in components.items():
+        if kind not in KINDS:
+            raise UsageError(f"registry_of: there is no kind {kind!r}.{near_names(kind, KINDS)} There are: {', '.join(KINDS)}.")
+        declared = given if isinstance(given, list) else [given]
+        setattr(module, HOOKS[kind], hookimpl(lambda declared=declared: declared))
     registry = Registry()
     found = Plugin(plugin, "in memory", "", file=Path(plugin))
     registry._add(found, lambda: module, set())

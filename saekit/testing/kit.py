@@ -1,4 +1,4 @@
-"""What a conformance check is, what it is given, and what comes of it."""
+"""A conformance check, the component under check, and the outcome."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saekit.component import Component
 from saekit.plugins import Registry
+from saekit.registered import RegisteredComponent
 
 
 class Failed(Exception):
@@ -16,7 +16,7 @@ class Failed(Exception):
 
 
 class NotApplicable(Exception):
-    """A check has nothing to ask of this component, or cannot ask it here. The message says why."""
+    """A check does not apply to this component, or cannot be made here. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Subject:
     directory that is removed afterwards.
     """
 
-    component: Component
+    component: RegisteredComponent
     options: dict[str, Any]
     registry: Registry
     place: Path
 
     def build(self, *args: Any) -> Any:
-        """The component at work, made anew from torch's seed 0, so that two of them begin alike."""
+        """A new instance of the component, built with torch's seed 0, so that two of them are equal."""
         import torch
 
         with torch.random.fork_rng(devices=[]):
@@ -60,7 +60,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one check. status: "passed", "failed", "expected" (it fails, as was said), or "skipped"."""
+    """The outcome of one check. status: "passed", "failed", "expected" (it failed as expected), or "skipped"."""
 
     check: str
     status: str
@@ -71,17 +71,17 @@ class Outcome:
 class Report:
     """The outcomes of all checks of one component."""
 
-    component: Component
+    component: RegisteredComponent
     outcomes: list[Outcome] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether no check failed that was not expected to."""
+        """Whether every check passed, was skipped, or failed as expected."""
         return not self.failures
 
     @property
     def failures(self) -> list[Outcome]:
-        """The outcomes that are not as they should be."""
+        """The outcomes that failed."""
         return [outcome for outcome in self.outcomes if outcome.status == "failed"]
 
     def to_json(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Report:
 
 
 def carry_out(check: Check, subject: Subject, expected: Mapping[str, str]) -> Outcome:
-    """One check of one component; `expected` gives the reason of each failure that is to be."""
+    """Make one check of one component; `expected` gives the reason for each expected failure."""
     reason = expected.get(check.name)
     try:
         check.function(subject)
@@ -122,7 +122,7 @@ def carry_out(check: Check, subject: Subject, expected: Mapping[str, str]) -> Ou
 
 
 def _place_of(error: BaseException) -> str:
-    """Where in somebody's code an error was raised: the innermost line that is not of torch."""
+    """Where an error was raised: the innermost line outside installed packages."""
     import traceback
 
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
@@ -130,7 +130,7 @@ def _place_of(error: BaseException) -> str:
 
 
 def refuse_unknown(expected: Iterable[str], checks: Iterable[Check]) -> None:
-    """UsageError for an expected failure of a check that there is none of: it would excuse nothing."""
+    """UsageError for an expected failure of a check that does not exist."""
     from saekit.errors import UsageError, near_names
 
     names = [check.name for check in checks]

@@ -1,4 +1,4 @@
-"""Whole runs of a second, on known directions or on a tiny random language model; nothing is downloaded."""
+"""Whole runs that take a second, on known directions or on a tiny random language model, without a download."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.component import Component
 from saekit.plugins import Registry
+from saekit.registered import RegisteredComponent
 from saekit.run_directory import RunDirectory
 from saekit.runner.context import RunContext
 from saekit.runner.plan import GRAPH, RunPlan
@@ -34,7 +34,7 @@ _WORDS = ("harbour", "lamp", "winter", "salt", "copper", "bridge", "meadow", "cl
 
 @dataclass(frozen=True)
 class TinyRun:
-    """A finished run. directory: where everything lies. summary: the content of `summary.json`. plan: what was done."""
+    """A finished run. directory: where its files are. summary: the content of `summary.json`. plan: what was done."""
 
     directory: Path
     summary: dict[str, Any]
@@ -76,7 +76,7 @@ def tiny_language_run(directory: str | Path, *, registry: Registry | None = None
 def carried_out(table: dict[str, Any], directory: Path, registry: Registry, view: Any = None) -> TinyRun:
     """The run of a run file's dictionary."""
     from saekit.api import start
-    from saekit.config import parse_config
+    from saekit.run_file import parse_config
     from saekit.runner.plan import plan_run
 
     plan = plan_run(parse_config(table, "the tiny run"), registry)
@@ -124,7 +124,7 @@ def language_source(*, target: bool = False) -> dict[str, Any]:
 
 
 def table_for(needs: Iterable[str], registry: Registry) -> dict[str, Any]:
-    """The run file of a tiny run that provides `needs`. NotApplicable where nothing that is installed provides them."""
+    """The run file of a tiny run that provides `needs`. NotApplicable if nothing installed provides them."""
     left = set(needs) - {"activations"}
     source = synthetic_source()
     if not left & set(registry.find("source", "labelled").provides) <= set(registry.find("source", "synthetic").provides):
@@ -144,12 +144,12 @@ def table_for(needs: Iterable[str], registry: Registry) -> dict[str, Any]:
     return table
 
 
-def _provider(need: str, registry: Registry) -> Component:
+def _provider(need: str, registry: Registry) -> RegisteredComponent:
     for kind in ("architecture", "callback", "loss", "metric"):
         for component in registry.components(kind):
             if need in component.provides:
                 return component
-    raise NotApplicable(f"nothing that the tiny run can have provides {need!r}. Check it in a run of your own.")
+    raise NotApplicable(f"nothing that the tiny run can have provides {need!r}. Check it in a run that has it.")
 
 
 _FINISHED: dict[Any, tuple[TinyRun, dict[str, Any]]] = {}
@@ -158,7 +158,7 @@ _FINISHED: dict[Any, tuple[TinyRun, dict[str, Any]]] = {}
 def finished_run(needs: Iterable[str], registry: Registry) -> TinyRun:
     """A finished tiny run that provides `needs`, made once a process. Its SAE is given back its weights each time, in case
     a component has changed them."""
-    from saekit.config import parse_config
+    from saekit.run_file import parse_config
     from saekit.runner.plan import plan_run
 
     table = table_for(needs, registry)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saekit.component import Component
 from saekit.errors import PluginError, RunError, SaekitError, under_key
+from saekit.registered import RegisteredComponent
 from saekit.schedules import value_at
 from saekit.training.step import Step
 
@@ -22,7 +22,7 @@ class Term:
     label: str
     function: Callable[[Step], Tensor]
     weight: Any
-    component: Component
+    component: RegisteredComponent
     has_taught: bool = field(default=False, init=False)
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:

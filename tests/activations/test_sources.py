@@ -11,8 +11,8 @@ import torch
 from saekit.activations.batch import TokenBatch
 from saekit.activations.shuffle import ShuffledBatches
 from saekit.builtin.sources import OrganismSource, TextSource
-from saekit.component import Component
 from saekit.errors import UsageError
+from saekit.plugins import Registry
 
 CPU = torch.device("cpu")
 
@@ -164,8 +164,8 @@ def test_an_unknown_split(source):
 
 
 def test_options_are_typed_described_and_checked():
-    for name in ("TextSource", "LabelledSource", "TensorsSource", "SyntheticSource", "OrganismSource"):
-        component = Component(name, f"saekit.builtin.sources:{name}", kind="source")
+    for name in ("text", "labelled", "tensors", "synthetic", "organism"):
+        component = Registry().find("source", name)
         fields = component.options_model().model_fields
         assert all(field.description for field in fields.values())
     with pytest.raises(UsageError, match="source.rows"):

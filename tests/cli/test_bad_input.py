@@ -15,7 +15,7 @@ import tomli_w
 import torch
 from helpers import Fakes, Outcome, leftovers, listener_plugin, logged, loss_plugin, tiny_table, weights
 
-from saekit.component import HOOKS
+from saekit.kinds import HOOKS
 
 Run = Callable[..., Outcome]
 Files = Callable[..., Path]
@@ -114,7 +114,7 @@ def test_an_unknown_name_comes_with_near_ones(
         ({"loss": [{"use": "mse", "weight": 0.0}]}, ("loss", "every weight is zero")),
         ({"loss": [{"use": "mse", "name": "loss"}]}, ("loss.loss", "another name")),
         ({"loss": [{"use": "mse", "weight": {"schedule": "rise"}}]}, ("loss.mse.weight", "linear")),
-        ({"directory": "a\0b"}, ("directory", r"'a\x00b'", "no text")),
+        ({"directory": "a\0b"}, ("directory", r"'a\x00b'", "not text")),
         ({"recipe": 5}, ("recipe", "valid string")),
         ({"requires": "torch"}, ("requires", "valid list")),
     ],

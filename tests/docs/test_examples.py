@@ -23,9 +23,9 @@ import tomli_w
 
 import saekit
 from saekit.cli import cli
-from saekit.component import HOOKS
-from saekit.config import parse_config
+from saekit.kinds import HOOKS
 from saekit.plugins import Registry
+from saekit.run_file import parse_config
 from saekit.runner.plan import plan_run
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import torch
 
 import saekit
 from saekit.builtin.sources import SyntheticSource
-from saekit.config import override
+from saekit.run_file import override, parse_override
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "recovery.md"
@@ -62,7 +62,7 @@ def test_the_settings_in_the_table_are_those_of_the_file(architecture: str) -> N
     assert settings
     for assignment in settings:
         changed = copy.deepcopy(table)
-        override(changed, assignment)
+        override(changed, parse_override(assignment))
         assert changed == table, assignment
 
 

@@ -19,7 +19,6 @@ from pydantic import BaseModel
 import saekit
 from saekit import protocols
 from saekit.cli import cli
-from saekit.component import HOOKS, KINDS
 from saekit.config import (
     ArchitectureUse,
     EvaluationConfig,
@@ -29,12 +28,13 @@ from saekit.config import (
     SourceUse,
     TrainingConfig,
     Use,
+    Variant,
 )
 from saekit.errors import ExitCode
 from saekit.hookspecs import Declaring, Lifecycle
+from saekit.kinds import HOOKS, KINDS
 from saekit.plugins import Registry
 from saekit.schedules import SCHEDULES
-from saekit.variants import Variant
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from saekit.api import _toml
+from saekit.api import _toml_value
 from saekit.config import (
-    LISTS,
-    SINGLES,
+    IDLE,
+    VARIES,
     ArchitectureUse,
     EvaluationConfig,
     LossUse,
     RunConfig,
     TrainingConfig,
     Use,
-    override,
-    parse_config,
-    parse_use,
-    parse_value,
-    read_toml,
-    table_of,
+    Variant,
+    use_model,
 )
 from saekit.errors import UsageError
+from saekit.kinds import KINDS, LISTS, SECTIONS, SINGLES
+from saekit.run_file import override, parse_config, parse_override, parse_use, parse_value, read_toml, table_of
+from saekit.runner.resume import decisive
 from saekit.schedules import Cosine, Linear, Steps, WarmupDecay, value_at
+from saekit.variants import SHARED_SECTIONS, check_variant
 
 BASE: dict[str, Any] = {
     "source": {"use": "text", "hook_point": "blocks.0.hook_out"},
@@ -42,7 +44,7 @@ BASE: dict[str, Any] = {
 def changed(*assignments: str) -> dict[str, Any]:
     table = copy.deepcopy(BASE)
     for assignment in assignments:
-        override(table, assignment)
+        override(table, parse_override(assignment))
     return table
 
 
@@ -127,24 +129,33 @@ values = st.one_of(scalars, st.lists(scalars, max_size=4), st.dictionaries(names
 
 
 @settings(max_examples=200)
+def inline(value: Any) -> str:
+    """A value as TOML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)} = {inline(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(inline, value)) + "]"
+    return tomli_w.dumps({"value": value}).partition("=")[2].strip()
+
+
 @given(name=names, options=st.dictionaries(names, values, max_size=4))
 def test_parse_use_gives_back_what_was_written(name: str, options: dict[str, Any]) -> None:
     assume("use" not in options)
-    text = f"{name}:" + ",".join(f"{key}={_toml(value)}" for key, value in options.items())
+    text = f"{name}:" + ",".join(f"{key}={inline(value)}" for key, value in options.items())
     assert parse_use(text) == {"use": name, **options}
 
 
 @given(value=values)
 def test_an_override_in_python_is_what_the_command_line_reads(value: Any) -> None:
-    read = parse_value(_toml(value))
-    assert read == value
-    assert type(read) is type(value)
+    for read in (_toml_value("key", value), parse_value(inline(value))):
+        assert read == value
+        assert type(read) is type(value)
 
 
 @pytest.mark.parametrize("value", [None, [1, None], {"a": None}, object(), {1, 2}])
 def test_an_override_in_python_that_toml_lacks_is_refused(value: Any) -> None:
     with pytest.raises(UsageError, match="cannot be written in a run file"):
-        _toml(value)
+        _toml_value("key", value)
 
 
 @settings(max_examples=100)
@@ -215,6 +226,35 @@ def test_run_toml_is_a_fixed_point(table: dict[str, Any], tmp_path_factory: pyte
     again = parse_config(read_toml(path), "run.toml")
     assert again == config
     assert again.to_toml() == config.to_toml()
+
+
+def test_the_table_of_sections_is_that_of_the_run_file() -> None:
+    """Each section is a key of the run file of the right shape, and of a variant unless variants share it."""
+    models = {name: use_model(name) for name in SECTIONS}
+    for name, section in SECTIONS.items():
+        entry: Any = {"use": "x"}
+        config = RunConfig.model_validate({**BASE, name: [entry] if section.many else entry})
+        [read] = getattr(config, name) if section.many else [getattr(config, name)]
+        assert type(read) is models[name]
+    holders = {name for name, info in RunConfig.model_fields.items() if "Use" in str(info.annotation)}
+    assert holders == set(SECTIONS)
+    assert set(Variant.model_fields) == {*SECTIONS, "name", "training"} - set(SHARED_SECTIONS)
+    assert {section.kind for section in SECTIONS.values()} == set(KINDS) - {"recipe"}
+
+
+def test_a_key_without_a_mark_is_shared_by_variants_and_fixed_on_a_resume() -> None:
+    """So a key that somebody adds and forgets to mark is refused, not silently ignored."""
+    for key, info in TrainingConfig.model_fields.items():
+        variant = {"name": "v", "training": {key: info.get_default(call_default_factory=True)}}
+        if VARIES in info.metadata:
+            check_variant(variant)
+        else:
+            with pytest.raises(UsageError, match=f"training.{key}: is the same for all variants"):
+                check_variant(variant)
+    config = parse_config(copy.deepcopy(BASE), "run.toml")
+    decides = decisive(config.model_copy(update={"training": TrainingConfig(data_seed=1, threads=1)}), {})
+    for key, info in TrainingConfig.model_fields.items():
+        assert any(f"{name}.".startswith(f"training.{key}.") for name in decides) == (IDLE not in info.metadata), key
 
 
 def test_every_key_of_the_run_file_is_described() -> None:

@@ -26,8 +26,9 @@ LEVELS = [
     {"training", "report", "terminal"},
     {"sae", "activations", "graph", "interventions", "organism"},
     {
-        "config", "variants", "schedules", "plugins", "component", "choice", "hookspecs", "protocols", "listeners", "result",
-        "errors", "files", "stability", "options", "numerics", "run_directory", "seeds", "wording", "memory", "commands",
+        "config", "variants", "schedules", "plugins", "component", "component_option", "kinds", "registered", "run_file",
+        "hookspecs", "protocols", "listeners", "result", "errors", "files", "compatibility", "options", "numerics",
+        "run_directory", "seeds", "wording", "memory", "commands",
     },
 ]
 LEVEL = {name: len(LEVELS) - number for number, names in enumerate(LEVELS) for name in names}
@@ -187,6 +188,26 @@ def test_what_only_lists_imports_nothing_heavy(code: str, allowed: tuple[str, ..
     )
     heavy = set(done.stdout.splitlines()[-1].split()[1:]) - set(allowed)
     assert not heavy
+
+
+NOT_FOR_A_PLAN = (
+    "transformers", "transformer_lens", "sae_lens", "datasets", "torchmetrics", "scipy", "sklearn", "networkx",
+    "torch_geometric", "plotly", "jinja2",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [component.name for component in Registry().components("recipe")])
+def test_a_dry_run_imports_nothing_that_only_a_run_needs(recipe: str) -> None:
+    done = python(
+        f"""
+        import sys
+        from saekit.cli import main
+        sys.argv = ["saekit", "run", {recipe!r}, "--dry-run"]
+        main()
+        print("IMPORTED", *(name for name in {NOT_FOR_A_PLAN!r} if name in sys.modules))
+        """
+    )
+    assert done.stdout.splitlines()[-1] == "IMPORTED"
 
 
 def test_a_dry_run_loads_no_model(tiny_gpt2: Path, text_file: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 from saekit.cli.completion import option_names
 from saekit.component import Component
 from saekit.errors import PluginError
+from saekit.registered import RegisteredComponent
+from saekit.testing import registry_of
 
 BASE = """
     from __future__ import annotations
@@ -75,8 +77,8 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-def component(target: Any) -> Component:
-    return Component("it", target, kind="loss", plugin="test")
+def component(target: Any) -> RegisteredComponent:
+    return registry_of(loss=Component("it", target)).find("loss", "it")
 
 
 @pytest.mark.parametrize(

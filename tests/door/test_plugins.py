@@ -14,6 +14,7 @@ import saekit
 from saekit.component import Component
 from saekit.errors import PluginError, UsageError
 from saekit.plugins import DISABLE_VARIABLE, Plugin, Registry
+from saekit.testing import registry_of
 
 DECLARES = """
     from saekit import Component, hookimpl
@@ -178,7 +179,7 @@ BROKEN = {
     ),
     "misspells a hook": (
         "from saekit import hookimpl\n@hookimpl\ndef saekit_loses():\n    return []",
-        "'saekit_loses' is no hook of saekit. Did you mean 'saekit_losses'",
+        "'saekit_loses' is not a hook of saekit. Did you mean 'saekit_losses'",
     ),
     "forgets the decorator": ("def saekit_losses():\n    return []", "lacks the decorator @saekit.hookimpl"),
     "takes unknown arguments": (
@@ -187,7 +188,7 @@ BROKEN = {
     ),
     "puts a lifecycle hook into the module": (
         "from saekit import hookimpl\n@hookimpl\ndef step_ended(trainer):\n    pass",
-        "'step_ended' is no hook of a plugin's module",
+        "'step_ended' is not a hook of a plugin's module",
     ),
     "yields something else": (
         "from saekit import hookimpl\n@hookimpl\ndef saekit_losses():\n    yield 'mse'",
@@ -203,7 +204,7 @@ BROKEN = {
     ),
     "has a bad name": (
         "from saekit import Component, hookimpl\n@hookimpl\ndef saekit_losses():\n    yield Component('My Loss', 'a:b')",
-        "'My Loss' is no name",
+        "'My Loss' is not a name",
     ),
     "needs a list": (
         "from saekit import Component, hookimpl\n@hookimpl\ndef saekit_losses():\n    yield Component('x', 'a:b', needs=['y'])",
@@ -426,7 +427,7 @@ def test_options_are_the_keyword_only_parameters() -> None:
     def loss(step, unused=3, *, weight_of_it: float = 2.0, names: list[str] = ["a"], other: int):  # noqa: B006
         return step
 
-    component = Component("loss", loss, kind="loss", plugin="test")
+    component = registry_of(loss=Component("loss", loss)).find("loss", "loss")
     fields = component.options_model().model_fields
     assert list(fields) == ["other", "weight_of_it", "names"]
     assert component.validate({"other": 3}, "loss.loss") == {"weight_of_it": 2.0, "names": ["a"], "other": 3}
@@ -445,7 +446,7 @@ def test_options_are_the_keyword_only_parameters() -> None:
 def test_the_public_names_are_there() -> None:
     for name in saekit.__all__:
         assert getattr(saekit, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'Stepp'"):
+    with pytest.raises(AttributeError, match="No saekit attribute Stepp"):
         saekit.Stepp  # noqa: B018
 
 

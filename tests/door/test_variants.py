@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from helpers import Outcome
 
-from saekit.config import RunConfig, override, parse_config
+from saekit.config import RunConfig
 from saekit.errors import UsageError
 from saekit.plugins import Registry
+from saekit.run_file import override, parse_config, parse_override
 from saekit.runner.plan import plan_run
+from saekit.variants import run_configs
 
 FILE = """
 [source]
@@ -45,18 +47,18 @@ lr = 1e-3
 def config(*variants: str, overrides: tuple[str, ...] = ()) -> RunConfig:
     table = tomllib.loads(FILE + "".join(f"\n[[variant]]\n{text}\n" for text in variants))
     for assignment in overrides:
-        override(table, assignment)
+        override(table, parse_override(assignment))
     return parse_config(table, "run.toml")
 
 
 def member(text: str, *overrides: str) -> RunConfig:
     """What a variant called "v" comes to."""
-    return config(f'name = "v"\n{text}', overrides=overrides).members()["v"]
+    return run_configs(config(f'name = "v"\n{text}', overrides=overrides))["v"]
 
 
 def test_without_variants_the_run_is_its_own_only_member() -> None:
     alone = config()
-    assert alone.members() == {"": alone}
+    assert run_configs(alone) == {"": alone}
 
 
 def test_what_a_variant_does_not_name_is_the_runs() -> None:
@@ -106,12 +108,12 @@ def test_an_override_reaches_into_a_variant(text: str, assignment: str, read: Ca
 
 
 def test_an_override_of_the_run_reaches_every_variant_that_has_no_value_of_its_own() -> None:
-    both = config('name = "a"', 'name = "b"\nloss.l1.weight = 3', overrides=("loss.l1.weight=9",)).members()
+    both = run_configs(config('name = "a"', 'name = "b"\nloss.l1.weight = 3', overrides=("loss.l1.weight=9",)))
     assert [own.loss[1].weight for own in both.values()] == [9, 3]
 
 
 MISTAKES = {
-    "tokens": ("training.tokens = 5", ("variant.v.training.tokens", "same for all variants", "a run of its own")),
+    "tokens": ("training.tokens = 5", ("variant.v.training.tokens", "same for all variants", "a separate run")),
     "batch": ("training.batch_size = 5", ("variant.v.training.batch_size", "same for all variants")),
     "normalize": ("training.normalize = false", ("variant.v.training.normalize", "same for all variants")),
     "the order": ("training.data_seed = 5", ("variant.v.training.data_seed", "same for all variants")),
@@ -151,9 +153,7 @@ def test_two_variants_of_a_name_are_refused(twin: str) -> None:
 
 
 def test_variants_that_are_no_list_are_refused() -> None:
-    with pytest.raises(
-        UsageError, match=r"write each variant as \[\[variant\]\]|Write each variant as \[\[variant\]\]"
-    ):
+    with pytest.raises(UsageError, match=r"Write each entry as \[\[variant\]\].* name = "):
         parse_config({**tomllib.loads(FILE), "variant": {"name": "v"}}, "run.toml")
 
 
@@ -170,7 +170,7 @@ def test_every_variant_is_planned_and_the_resolved_file_plans_the_same() -> None
     written = config('name = "a"\nmetric = [{use = "cosine"}]', 'name = "b"\nloss.l1.weight = 3\ntraining.seed = 1')
     plan = plan_run(written, Registry())
     assert [one.variant for one in plan.members] == ["a", "b"]
-    metrics = [[part.label for part in one.metrics] for one in plan.members]
+    metrics = [[part.label for part in one.sections["metric"]] for one in plan.members]
     assert metrics == [
         ["explained_variance", "l0", "density", "dead", "cosine"],
         ["explained_variance", "l0", "density", "dead"],

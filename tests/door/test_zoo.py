@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from helpers import Fakes, Outcome, python
 
+from saekit.compatibility import CONTRACT, OLDEST
 from saekit.plugins import Registry
 
 ONE = """
@@ -101,7 +102,7 @@ ZOO = {
     "misspelt": Animal(
         loss("misspelt", "thing").replace("saekit_losses", "saekit_loses"),
         names("loss", "misspelt.thing"),
-        ("'saekit_loses' is no hook", "Did you mean 'saekit_losses'", "upgrade saekit-misspelt"),
+        ("'saekit_loses' is not a hook", "Did you mean 'saekit_losses'", "upgrade saekit-misspelt"),
         loads=False,
     ),
     "argument": Animal(
@@ -113,13 +114,13 @@ ZOO = {
     "newer": Animal(
         "SAEKIT_CONTRACT = 99\n" + loss("newer", "newer_thing"),
         names("loss", "newer.newer_thing"),
-        ("made for contract 99", "this saekit has contract 1", "Upgrade saekit, install an earlier saekit-newer"),
+        ("made for contract 99", f"this saekit has contract {CONTRACT}", "Upgrade saekit, install an earlier saekit-newer"),
         loads=False,
     ),
     "older": Animal(
         "SAEKIT_CONTRACT = 0\n" + loss("older", "older_thing"),
         names("loss", "older.older_thing"),
-        ("made for contract 0", "supports 1 to 1", "Contract 1: The first version.", "upgrade saekit-older"),
+        ("made for contract 0", f"supports {OLDEST} to {CONTRACT}", "Contract 1: The first version.", "upgrade saekit-older"),
         loads=False,
     ),
     "words": Animal(

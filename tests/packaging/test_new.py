@@ -18,7 +18,7 @@ from helpers import Outcome, python
 
 import saekit
 from saekit.cli.new import KINDS_WITH_TEMPLATES, package_files
-from saekit.component import KINDS
+from saekit.kinds import KINDS
 
 NAMES = {kind: f"my_{kind}_2" for kind in KINDS_WITH_TEMPLATES}
 Command = Callable[..., Outcome]

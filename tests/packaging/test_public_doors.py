@@ -18,7 +18,7 @@ PUBLIC = {
     *(f"saekit.organism.{name}" for name in saekit.organism.__all__),
     *(f"saekit.testing.{name}" for name in saekit.testing.__all__),
 }
-"""See docs/stability.md; besides, all of `saekit.protocols`."""
+"""See docs/compatibility.md; besides, all of `saekit.protocols`."""
 INSIDE = "saekit-bench"
 """It times the internals of saekit, and each release of it requires one release of saekit."""
 FILES = sorted(path for path in ROOT.glob("plugins/*/src/**/*.py") if INSIDE not in path.parts)

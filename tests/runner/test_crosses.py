@@ -24,9 +24,10 @@ from helpers import NARROW_MODULE, logged
 
 import saekit
 from saekit.component import Component
-from saekit.config import parse_config
 from saekit.errors import UsageError
-from saekit.plugins import OWN_DISTRIBUTION, Registry
+from saekit.plugins import Registry
+from saekit.registered import OWN_DISTRIBUTION
+from saekit.run_file import parse_config
 from saekit.runner.plan import ALWAYS_PROVIDED, make_plan
 from saekit.testing.fixtures import few_active
 
@@ -179,7 +180,7 @@ def test_every_triple_is_planned_or_refused(
         if not missing:
             plan = make_plan(parse_config(given, "run.toml"), REGISTRY)
             assert (plan.source.component, plan.architecture.component) == (source, architecture)
-            assert loss in [part.component for part in plan.losses]
+            assert loss in [part.component for part in plan.sections["loss"]]
             continue
         with pytest.raises(UsageError, match=rf"^loss\.{loss.name}: .* needs '({'|'.join(missing)})', which "):
             carried_out(given, tmp_path)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field
 
-from saekit import Choice, Component, ComponentError, Kind, OptionError, UsageError, hookimpl
+from saekit import Component, ComponentError, ComponentOption, OfKind, OptionError, UsageError, hookimpl
 from saekit.builtin.architectures.topk import TopK
 from saekit.builtin.sources import SyntheticSource
 from saekit.errors import under_key
@@ -140,12 +140,12 @@ def section(kind: str) -> tuple[dict[str, Any], str]:
 def test_the_key_is_the_run_files(kind: str, target: type, tmp_path: Path) -> None:
     table, key = section(kind)
     with pytest.raises(UsageError) as caught:
-        tiny_run(tmp_path / "run", registry=registry_of(Component("picky", target, kind=kind)), **table)
+        tiny_run(tmp_path / "run", registry=registry_of(**{kind: Component("picky", target)}), **table)
     assert str(caught.value) == f"{key}.few: is too few. Give more."
 
 
 def test_the_variant_stands_before_the_key(tmp_path: Path) -> None:
-    registry = registry_of(Component("picky", OnCall, kind="loss"))
+    registry = registry_of(loss=Component("picky", OnCall))
     variants = [{"name": "a"}, {"name": "b", "loss": [{"use": "mse"}, {"use": "picky", "name": "other"}]}]
     with pytest.raises(UsageError, match=r"^variant 'b': loss\.other\.few: is too few"):
         tiny_run(tmp_path / "run", registry=registry, variant=variants)
@@ -155,14 +155,16 @@ def test_a_component_that_cannot_work_at_all_is_named_by_its_key(tmp_path: Path)
     def analyzer(context: Any) -> Any:
         raise ComponentError("the SAE is a transcoder. Use an SAE.")
 
-    registry = registry_of(Component("picky", analyzer, kind="analyzer"))
+    registry = registry_of(analyzer=Component("picky", analyzer))
     with pytest.raises(UsageError, match=r"^analyzer\.other: the SAE is a transcoder"):
         tiny_run(tmp_path / "run", registry=registry, analyzer=[{"use": "picky", "name": "other"}])
 
 
 class Outer:
     def __init__(
-        self, *, inner: Annotated[Choice, Kind("loss"), Field(description="What it is made of.")] = Choice(use="picky")
+        self,
+        *,
+        inner: Annotated[ComponentOption, OfKind("loss"), Field(description="What it is made of.")] = ComponentOption(use="picky"),
     ) -> None:
         inner.build()
 
@@ -170,7 +172,7 @@ class Outer:
 
 
 def test_the_option_of_a_component_that_an_option_names(tmp_path: Path) -> None:
-    registry = registry_of(Component("picky", OnBuild, kind="loss"), Component("outer", Outer, kind="loss"))
+    registry = registry_of(loss=[Component("picky", OnBuild), Component("outer", Outer)])
     with pytest.raises(UsageError, match=r"^loss\.other\.inner\.few: is too few"):
         tiny_run(tmp_path / "run", registry=registry, loss=[{"use": "outer", "name": "other"}])
 

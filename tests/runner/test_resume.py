@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from saekit.config import parse_config
 from saekit.errors import UsageError
+from saekit.run_file import parse_config
 from saekit.runner.resume import decisive, refuse_other, what_changed
 from saekit.training.state import RunState
 

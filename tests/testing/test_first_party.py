@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from helpers import NARROW_MODULE
 
-from saekit.component import KINDS, Component
+from saekit.component import Component
+from saekit.kinds import KINDS
 from saekit.plugins import Registry
 from saekit.testing import checks_of
 from saekit.testing.kit import Check

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,8 @@ from saekit import (
     hookimpl,
 )
 from saekit.plugins import Registry
-from saekit.testing import check, registry_of
+from saekit.testing import Failed, check, registry_of
+from saekit.testing.checks.any_kind import words_are_known
 from saekit.testing.checks.architectures import activations, built
 from saekit.testing.checks.commands import check_command
 from saekit.testing.kit import Report, Subject
@@ -731,7 +733,7 @@ def failing(report: Report) -> set[str]:
 
 
 def checked(kind: str, name: str, target: Callable[..., Any], **declared: Any) -> Report:
-    registry = registry_of(Component(name, target, kind=kind, **declared))
+    registry = registry_of(**{kind: Component(name, target, **declared)})
     report = check(kind, name, registry=registry)
     for outcome in report.failures:
         assert outcome.message, outcome.check
@@ -742,6 +744,24 @@ def checked(kind: str, name: str, target: Callable[..., Any], **declared: Any) -
 def test_losses(name: str) -> None:
     target, expected, declared = LOSSES[name]
     assert failing(checked("loss", name, target, **declared)) == expected
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"needs": ("lables",)}, "needs 'lables', which nothing installed provides. Did you mean 'labels'"),
+        ({"provides": ("subject-model",)}, "provides 'subject-model', which nothing needs. Did you mean 'subject_model'?"),
+        ({"needs": ("labels", "graph", "activations"), "provides": ("horoscope",)}, None),
+    ],
+)
+def test_misspelt_needs_and_provides(declared: dict[str, tuple[str, ...]], message: str | None) -> None:
+    registry = registry_of(loss=Component("spelt", lambda step: step.x.sum(), "A loss.", **declared))
+    subject = Subject(registry.find("loss", "spelt"), {}, registry, Path())
+    if message is None:
+        words_are_known(subject)
+        return
+    with pytest.raises(Failed, match=re.escape(message)):
+        words_are_known(subject)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -766,7 +786,7 @@ def test_an_architecture_under_a_name_of_sae_lens_that_computes_something_else()
 
 
 def test_an_option_that_options_does_not_tell() -> None:
-    registry = registry_of(Component("forgets", ForgetsAnOption, kind="architecture"))
+    registry = registry_of(architecture=Component("forgets", ForgetsAnOption))
     report = check("architecture", "forgets", options={"floor": 0.3}, registry=registry)
     assert failing(report) == {"options_rebuild", "saved_and_loaded"}
 
@@ -823,8 +843,8 @@ def test_a_metric_that_needs_a_graph_is_given_one() -> None:
         def compute(self):
             return {"edges": float(self.edges) if self.rows else None}
 
-    builder = Component("often_together", often_together, kind="graph_builder")
-    registry = registry_of(builder, Component("edges", Edges, kind="metric", needs=("graph",)))
+    builder = Component("often_together", often_together)
+    registry = registry_of(graph_builder=builder, metric=Component("edges", Edges, needs=("graph",)))
     assert failing(check("metric", "edges", registry=registry)) == set()
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from saekit import SparseAutoencoder, Step
 from saekit.activations.batch import Activations
-from saekit.component import Component
 from saekit.config import TrainingConfig
 from saekit.errors import PluginError, RunError
 from saekit.listeners import Listeners
 from saekit.plugins import Registry
+from saekit.registered import RegisteredComponent
 from saekit.schedules import Linear
 from saekit.training.firing import FiringStatistics
 from saekit.training.losses import Term
@@ -56,7 +56,8 @@ def term(name: str, weight: Any = 1.0, **options: Any) -> Term:
 
 
 def own_term(label: str, function: Any, weight: Any = 1.0) -> Term:
-    return Term(label, function, weight, Component(label, "test:x", kind="loss", plugin="test", distribution="test", version="1"))
+    origin = {"kind": "loss", "plugin": "test", "distribution": "test", "version": "1", "registry": REGISTRY}
+    return Term(label, function, weight, RegisteredComponent(label, "test:x", **origin))
 
 
 def new_trainer(sae: SparseAutoencoder, terms: list[Term], *, scale: float = 1.0, **training: Any) -> Trainer:

@@ -27,7 +27,7 @@ KILLED = """
 import dataclasses, os, signal
 from pathlib import Path
 import torch
-from saekit.config import parse_config, read_toml
+from saekit.run_file import parse_config, read_toml
 from saekit.plugins import Registry
 from saekit.runner.plan import plan_run
 from saekit.testing.tiny import TinyRun

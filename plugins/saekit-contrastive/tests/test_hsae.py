@@ -244,7 +244,7 @@ def three_at_once(place: Path, base: str, concept: list[dict[str, Any]]) -> dict
     sparsity = [{"use": "l1", "weight": 0.01}] if base == "standard" else []
     run = tiny_run(
         place,
-        registry=registry_of(Component("silence", Silence, "Silences latents.", kind="callback")),
+        registry=registry_of(callback=Component("silence", Silence, "Silences latents.")),
         source={**PLANTED, "held_out": 4096},
         architecture={"use": "hsae", "d_sae": 128, "base": {"use": base, **({"k": 5} if base == "topk" else {})}},
         loss=[{"use": "mse"}, *sparsity, *concept],

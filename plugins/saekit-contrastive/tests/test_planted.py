@@ -8,7 +8,7 @@ from saekit_contrastive.concept import Concept
 from saekit_contrastive.concept_auroc import ConceptAUROC
 
 from saekit import Registry, RunContext, Step
-from saekit.config import parse_config
+from saekit.run_file import parse_config
 from saekit.testing.fixtures import build_sae
 from saekit.testing.tiny import tiny_table
 

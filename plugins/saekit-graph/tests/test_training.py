@@ -12,7 +12,7 @@ from saekit_graph.cluster import Cluster, cluster_of
 from saekit_graph.refresh import RefreshGraph
 from torch import Tensor
 
-from saekit import Choice, FeatureGraph, Registry, Step, UsageError, hookimpl
+from saekit import ComponentOption, FeatureGraph, Registry, Step, UsageError, hookimpl
 from saekit.testing import make_step, tiny_run
 
 LATENT, OTHERS = 5, [6, 7, 8]  # the graph of make_step is a ring: a latent's neighbours are the next three
@@ -176,7 +176,7 @@ def test_an_empty_graph_is_told(tmp_path: Path) -> None:
 
 def test_its_state_is_what_it_was_in_the_middle_of_gathering_codes() -> None:
     component = Registry().find("graph_builder", "coactivation")
-    choice = Choice(use="coactivation")
+    choice = ComponentOption(use="coactivation")
     choice._component, choice._options = component, component.validate({}, "builder")
     callback = RefreshGraph(builder=choice, start=3, every=4, batches=2)
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saekit.component import Component
 from saekit.errors import PluginError, UsageError, near_names
-from saekit.plugins import OWN_DISTRIBUTION, Registry
+from saekit.plugins import Registry
+from saekit.registered import OWN_DISTRIBUTION, RegisteredComponent
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.formats import SavedSAE, check_widths, fill
 from saekit.sae.saelens_format import SaeLensFormat
@@ -67,9 +67,9 @@ def take_in(foreign: Foreign, registry: Registry) -> SavedSAE:
     return SavedSAE(sae, component.qualified_name, {k: v for k, v in foreign.metadata.items() if v is not None})
 
 
-def _component(foreign: Foreign, registry: Registry) -> Component:
+def _component(foreign: Foreign, registry: Registry) -> RegisteredComponent:
     """The installed architecture that claims the library's name; a third party's comes before a built-in one."""
-    found: list[Component] = []
+    found: list[RegisteredComponent] = []
     known: set[str] = set()
     for component in registry.components("architecture"):
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from saekit.component import KINDS
 from saekit.errors import UsageError, near_names
+from saekit.kinds import KINDS
 from saekit.testing.kit import Check
 
 _MODULES = {

@@ -1,7 +1,8 @@
-"""What is asked of every component, whatever its kind: how it is declared, and its options."""
+"""The checks of every component, of any kind: how it is declared, and its options."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.metadata
 import json
@@ -9,18 +10,19 @@ import subprocess
 import sys
 from typing import Any
 
-from saekit.errors import PluginError
+from saekit.errors import PluginError, near_names
 from saekit.hookspecs import PROJECT
 from saekit.plugins import HEAVY
+from saekit.runner.plan import ALWAYS_PROVIDED, GRAPH
 from saekit.testing.kit import Check, Failed, NotApplicable, Subject
 
 _DECLARE = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from saekit.plugins import Plugin, _declared
-import importlib
-module = importlib.import_module(sys.argv[2])
-_declared(module, Plugin(sys.argv[3], "", ""))
+from saekit.plugins import Registry
+plugin = next(plugin for plugin in Registry(disabled=sys.argv[3:]).plugins if plugin.name == sys.argv[2])
+if plugin.error:
+    sys.exit(plugin.error)
 print(json.dumps(sorted(sys.modules)))
 """
 
@@ -32,6 +34,24 @@ def has_summary(subject: Subject) -> None:
         raise Failed("it has no summary. Give Component a third argument: one line for `saekit plugins`.")
     if "\n" in summary:
         raise Failed("its summary has several lines. Keep it to one, and say the rest in the target's docstring.")
+
+
+def words_are_known(subject: Subject) -> None:
+    """What it needs is provided by something; what it provides is not a misspelt word of another component."""
+    component = subject.component
+    others = [other for other in subject.registry.components() if other != component]
+    provided = {*ALWAYS_PROVIDED, GRAPH}.union(*(other.provides for other in others))
+    for need in component.needs:
+        if need not in provided:
+            raise Failed(
+                f"it needs {need!r}, which nothing installed provides.{near_names(need, provided)} Correct the word, "
+                "or install the plugin that provides it."
+            )
+    known = provided.union(*(other.needs for other in others))
+    for word in component.provides:
+        near = difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+        if near and word not in known:
+            raise Failed(f"it provides {word!r}, which nothing needs. Did you mean {near[0]!r}?")
 
 
 def options_documented(subject: Subject) -> None:
@@ -72,7 +92,7 @@ def light_to_declare(subject: Subject) -> None:
     """Declaring and naming it imports nothing heavy, and not its target."""
     component = subject.component
     if not isinstance(component.target, str):
-        raise NotApplicable("it was handed over as an object, by a file or a test; nothing is imported by its name.")
+        raise NotApplicable("its target is an object, given by a file or a test, so nothing is imported by name.")
     modules = _modules_after_declaring(component.plugin)
     heavy = [name for name in HEAVY if name in modules]
     if heavy:
@@ -95,8 +115,9 @@ def _entry_point(plugin: str) -> Any:
 @functools.cache
 def _modules_after_declaring(plugin: str) -> frozenset[str]:
     """The modules that a fresh interpreter holds once the plugin has declared its components."""
+    others = {entry_point.name for entry_point in importlib.metadata.entry_points(group=PROJECT)} - {plugin}
     done = subprocess.run(
-        [sys.executable, "-c", _DECLARE, json.dumps(sys.path), _entry_point(plugin).module, plugin],
+        [sys.executable, "-c", _DECLARE, json.dumps(sys.path), plugin, *sorted(others)],
         capture_output=True,
         text=True,
         check=False,
@@ -108,6 +129,11 @@ def _modules_after_declaring(plugin: str) -> frozenset[str]:
 
 CHECKS: tuple[Check, ...] = (
     Check("has_summary", "It has a summary of one line.", has_summary),
+    Check(
+        "words_are_known",
+        "Something provides what it needs, and what it provides is not a misspelt word of another component.",
+        words_are_known,
+    ),
     Check("options_documented", "Every option has a type and a description.", options_documented),
     Check("defaults_are_valid", "The default of every option is within its own limits.", defaults_are_valid),
     Check(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saekit.choice import fits
+from saekit.component_option import fits
 from saekit.errors import UsageError
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code, DenseCode

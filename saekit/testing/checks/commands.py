@@ -6,15 +6,15 @@ import tempfile
 from pathlib import Path
 
 from saekit import commands
-from saekit.component import Component
 from saekit.plugins import Plugin, Registry
+from saekit.registered import RegisteredComponent
 from saekit.testing.checks import any_kind
 from saekit.testing.kit import Check, Failed, Report, Subject, carry_out
 
 
 def check_command(command: commands.Command, plugin: Plugin, registry: Registry) -> Report:
     """Run every check on a command of a plugin."""
-    declared = Component(
+    declared = RegisteredComponent(
         command.name,
         command.target,
         command.summary,
@@ -22,6 +22,7 @@ def check_command(command: commands.Command, plugin: Plugin, registry: Registry)
         plugin=plugin.name,
         distribution=plugin.distribution,
         version=plugin.version,
+        registry=registry,
     )
     with tempfile.TemporaryDirectory(prefix="saekit-check-") as place:
         subject = Subject(declared, {}, registry, Path(place))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saekit.config import parse_config
+from saekit.run_file import parse_config
 from saekit.runner.context import RunContext
 from saekit.runner.plan import plan_run
 from saekit.sae.base import SparseAutoencoder

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from saekit.config import parse_config, read_toml
 from saekit.errors import SaekitError
+from saekit.run_file import parse_config, read_toml
 from saekit.runner.compose import recipe_path
 from saekit.runner.plan import plan_run
 from saekit.testing.checks import any_kind

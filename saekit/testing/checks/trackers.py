@@ -60,7 +60,7 @@ def changes_nothing(subject: Subject) -> None:
 
 def _lifecycle(place: RunDirectory, subject: Subject) -> list[tuple[str, dict[str, Any]]]:
     """Every lifecycle hook once with its arguments, in the order of a run in `place`."""
-    from saekit.config import parse_config
+    from saekit.run_file import parse_config
     from saekit.runner.plan import plan_run
 
     config = parse_config(table_for((), subject.registry), "the tiny run")

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from saekit.activations.sites import run_to_site
-from saekit.runner.plan import Plan
+from saekit.runner.plan import SAEPlan
 from saekit_bench.timing import alternate
 
 
-def time_harvest(plan: Plan, device: torch.device, *, tokens: int, rounds: int) -> dict[str, Any]:
+def time_harvest(plan: SAEPlan, device: torch.device, *, tokens: int, rounds: int) -> dict[str, Any]:
     """Tokens per second of a block of `tokens` activations from the plan's source, and of the bare forward.
 
     The bare forward runs the model up to the hook point on prepared rows and keeps nothing. The harvest also takes its

@@ -30,7 +30,7 @@ from saekit.activations.batch import Activations
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
 from saekit.plugins import Registry
-from saekit.runner.plan import Plan
+from saekit.runner.plan import SAEPlan
 from saekit.sae.base import SparseAutoencoder
 from saekit.seeds import seed_for
 from saekit.training.losses import Term
@@ -97,7 +97,7 @@ class Data:
         return self.train.shape[1]
 
 
-def harvest(plan: Plan, tokens: int, held_out: int) -> Data:
+def harvest(plan: SAEPlan, tokens: int, held_out: int) -> Data:
     """Shuffled training activations and held-out ones of the plan's source."""
     source = plan.build_source()
     source.open(device=torch.device("cpu"), dtype=torch.float32)
@@ -212,7 +212,7 @@ def train_theirs(
 
 
 def compare(
-    plan: Plan,
+    plan: SAEPlan,
     registry: Registry,
     *,
     architectures: Sequence[str],

@@ -10,7 +10,7 @@ from torch import Tensor
 from saekit.activations.batch import Activations
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
-from saekit.runner.plan import Plan
+from saekit.runner.plan import SAEPlan
 from saekit.training.losses import Term
 from saekit.training.trainer import Trainer
 from saekit_bench.memory import PeakMemory
@@ -22,7 +22,7 @@ WARM_UP = 20
 
 
 def time_step(
-    plan: Plan,
+    plan: SAEPlan,
     device: torch.device,
     *,
     d_in: int,
@@ -93,11 +93,11 @@ def _lower_bias(trainer: Trainer, x: Tensor, l0: float) -> float:
     return low
 
 
-def _trainer(plan: Plan, device: torch.device, d_in: int, batch: int, sample: Tensor) -> Trainer:
+def _trainer(plan: SAEPlan, device: torch.device, d_in: int, batch: int, sample: Tensor) -> Trainer:
     sae = plan.architecture.build(d_in, plan.config.architecture.d_sae)
     sae.initialise(torch.Generator().manual_seed(0), sample.cpu())
     sae.to(device)
-    terms = [Term(p.label, p.build(), p.entry.weight, p.component) for p in plan.losses]  # type: ignore[attr-defined]
+    terms = [Term(p.label, p.build(), p.entry.weight, p.component) for p in plan.sections["loss"]]  # type: ignore[attr-defined]
     own = plan.config.training.model_dump()
     config = TrainingConfig(**{**own, "batch_size": batch, "tokens": batch * 10**6, "lr": LEARNING_RATE})
     return Trainer(sae, terms, config, total_steps=10**6, scale=1.0, device=device, listeners=Listeners())

@@ -12,14 +12,13 @@ import torch
 
 from saekit.activations.batch import Activations
 from saekit.activations.shuffle import ShuffledBatches
-from saekit.config import RunConfig
+from saekit.config import RunConfig, Variant
 from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.run_directory import RunDirectory
 from saekit.runner.plan import plan_run
 from saekit.runner.run import Run
 from saekit.runner.sae_run import SAERun
-from saekit.variants import Variant
 from saekit_bench.timing import alternate
 
 SEEDS = 4

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from saekit import Choice, ComponentError, Kind, OptionError, RunContext, SaeLensFormat, SparseAutoencoder
+from saekit import ComponentError, ComponentOption, OfKind, OptionError, RunContext, SaeLensFormat, SparseAutoencoder
 from saekit_contrastive.vectors import METHODS, checked, concept_columns, read_vectors, vectors_of
 
 
@@ -29,7 +29,7 @@ class HSAE(SparseAutoencoder):
     fixed: Tensor
     _latents: Tensor
 
-    def __new__(cls, *args: Any, base: Choice | None = None, **options: Any) -> HSAE:
+    def __new__(cls, *args: Any, base: ComponentOption | None = None, **options: Any) -> HSAE:
         """Without `base`, torch or `copy` is making an instance of a class that already derives from both."""
         return super().__new__(cls if base is None else _over(base.component.load()))
 
@@ -40,8 +40,8 @@ class HSAE(SparseAutoencoder):
         d_out: int | None = None,
         *,
         base: Annotated[
-            Choice, Kind("architecture"), Field(description="The architecture whose rows are fixed, with its options.")
-        ] = Choice(use="topk"),
+            ComponentOption, OfKind("architecture"), Field(description="The architecture whose rows are fixed, with its options.")
+        ] = ComponentOption(use="topk"),
         fixed_vectors: Annotated[
             str,
             Field(

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit import Choice, Code, FeatureGraph, Kind, Pattern, SparseCode, Training, hookimpl
+from saekit import Code, ComponentOption, FeatureGraph, OfKind, Pattern, SparseCode, Training, hookimpl
 
 Kept = tuple[Tensor, Tensor, Tensor, int]
 """A code's entries that are not zero, (rows, latents, values), and how many rows it has."""
@@ -26,10 +26,10 @@ class RefreshGraph:
         self,
         *,
         builder: Annotated[
-            Choice,
-            Kind("graph_builder"),
+            ComponentOption,
+            OfKind("graph_builder"),
             Field(description='What builds it: a graph builder by name, or {use = "cosine", k = 10}.'),
-        ] = Choice(use="cosine"),
+        ] = ComponentOption(use="cosine"),
         every: Annotated[int, Field(gt=0, description="Steps between refreshes.")] = 500,
         start: Annotated[int, Field(gt=0, description="Steps of training before the first graph.")] = 100,
         batches: Annotated[int, Field(gt=0, description="Of how many of the last steps the builder is given the codes.")] = 8,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from saekit import Component, hookimpl
 
-SAEKIT_CONTRACT = 1  # the version of saekit's contract that this is written for
+SAEKIT_CONTRACT = 2  # the version of saekit's contract that this is written for
 
 
 @hookimpl

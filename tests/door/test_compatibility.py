@@ -11,7 +11,7 @@ import pytest
 from helpers import Fakes, Outcome, listener_plugin
 
 import saekit
-from saekit import stability
+from saekit import compatibility
 from saekit.component import Component
 from saekit.errors import PluginError
 from saekit.hookspecs import Declaring, Lifecycle, hookimpl, hookspec
@@ -35,13 +35,13 @@ class NextLifecycle(Lifecycle):
     def step_ended(self, trainer, number, batch):
         """It has gained `batch`."""
 
-    @hookspec(warn_on_impl=stability.deprecated("The hook gradients_ready", since=2, instead="Use step_ended."))
+    @hookspec(warn_on_impl=compatibility.deprecated("The hook gradients_ready", since=2, instead="Use step_ended."))
     def gradients_ready(self, trainer, number):
         """It is to go."""
 
     @hookspec(
         warn_on_impl_args={
-            "number": stability.deprecated("number of step_started", since=2, instead="Read trainer.number.")
+            "number": compatibility.deprecated("number of step_started", since=2, instead="Read trainer.number.")
         }
     )
     def step_started(self, trainer, number):
@@ -51,16 +51,20 @@ class NextLifecycle(Lifecycle):
 class NextDeclaring(Declaring):
     """As a later version may have it: losses are declared in another way."""
 
-    @hookspec(warn_on_impl=stability.deprecated("The hook saekit_losses", since=2, instead="Use saekit_terms."))
+    @hookspec(warn_on_impl=compatibility.deprecated("The hook saekit_losses", since=2, instead="Use saekit_terms."))
     def saekit_losses(self):
         """It is to go."""
 
 
+NOW = compatibility.CONTRACT
+NEXT = NOW + 1
+
+
 @pytest.fixture
-def contract_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were a second version of the contract."""
-    monkeypatch.setattr(stability, "CONTRACT", 2)
-    monkeypatch.setitem(stability.CHANGES, 2, "step_ended has gained batch.")
+def next_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were one more version of the contract."""
+    monkeypatch.setattr(compatibility, "CONTRACT", NEXT)
+    monkeypatch.setitem(compatibility.CHANGES, NEXT, "step_ended has gained batch.")
 
 
 def install(fakes: Fakes, contract: str = "") -> None:
@@ -77,51 +81,57 @@ def only(registry: Registry, name: str) -> Plugin:
 
 
 def test_the_version_is_public_and_each_has_its_changes() -> None:
-    assert stability.CONTRACT == saekit.CONTRACT
-    assert sorted(stability.CHANGES) == list(range(1, stability.CONTRACT + 1))
-    assert 1 <= stability.OLDEST <= stability.CONTRACT
+    assert compatibility.CONTRACT == saekit.CONTRACT
+    assert sorted(compatibility.CHANGES) == list(range(1, compatibility.CONTRACT + 1))
+    assert 1 <= compatibility.OLDEST <= compatibility.CONTRACT
 
 
 def test_a_plugin_that_is_up_to_date_or_says_nothing_is_left_in_peace(fakes: Fakes) -> None:
-    install(fakes, f"SAEKIT_CONTRACT = {stability.CONTRACT}")
+    install(fakes, f"SAEKIT_CONTRACT = {compatibility.CONTRACT}")
     registry = Registry()
-    assert only(registry, "acme").contract == stability.CONTRACT
+    assert only(registry, "acme").contract == compatibility.CONTRACT
     registry.find("loss", "thing")
     assert registry.warnings == [] and only(registry, "acme").warnings == []
     assert only(registry, "builtin").contract is None
 
 
 def test_one_that_was_made_for_an_earlier_version_is_told_what_changed(
-    fakes: Fakes, contract_two: None, command: Callable[..., Outcome], run_file: Callable[..., Path]
+    fakes: Fakes, next_contract: None, command: Callable[..., Outcome], run_file: Callable[..., Path]
 ) -> None:
-    install(fakes, "SAEKIT_CONTRACT = 1")
+    install(fakes, f"SAEKIT_CONTRACT = {NOW}")
     listed = {p["name"]: p for p in json.loads(command("plugins", "--json").out)["plugins"]}
-    assert listed["acme"]["contract"] == 1 and listed["acme"]["error"] is None
-    assert "Contract 2: step_ended has gained batch." in listed["acme"]["warnings"][0]
-    assert "plugin 'acme' (saekit-acme 0.3.1): was made for contract 1" in command("plugins").out
+    assert listed["acme"]["contract"] == NOW and listed["acme"]["error"] is None
+    assert f"Contract {NEXT}: step_ended has gained batch." in listed["acme"]["warnings"][0]
+    assert f"plugin 'acme' (saekit-acme 0.3.1): was made for contract {NOW}" in command("plugins").out
     plan = json.loads(command("run", run_file(loss=[{"use": "thing"}]), "--dry-run", "--json").out)
     (warning,) = plan["warnings"]
-    for words in ("plugin 'acme' (saekit-acme 0.3.1)", "contract 1", "now 2", "gained batch", "Upgrade saekit-acme"):
+    for words in ("plugin 'acme' (saekit-acme 0.3.1)", f"contract {NOW}", f"now {NEXT}", "gained batch", "Upgrade saekit-acme"):
         assert words in warning
     assert json.loads(command("run", run_file(), "--dry-run", "--json").out)["warnings"] == []
 
 
 def test_one_that_is_too_old_or_too_new_is_refused_where_it_is_named(
-    fakes: Fakes, contract_two: None, monkeypatch: pytest.MonkeyPatch
+    fakes: Fakes, next_contract: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stability, "OLDEST", 2)
-    install(fakes, "SAEKIT_CONTRACT = 1")
+    monkeypatch.setattr(compatibility, "OLDEST", NEXT)
+    install(fakes, f"SAEKIT_CONTRACT = {NOW}")
     with pytest.raises(
         PluginError,
-        match=r"saekit-acme 0\.3\.1.*contract 1, and saekit supports 2 to 2.*gained batch.*upgrade saekit-acme",
+        match=rf"saekit-acme 0\.3\.1.*contract {NOW}, and saekit supports {NEXT} to {NEXT}.*gained batch.*upgrade saekit-acme",
     ):
         Registry().find("loss", "thing")
     assert Registry().find("loss", "mse").plugin == "builtin"
-    monkeypatch.setattr(stability, "OLDEST", 1)
-    monkeypatch.setattr(stability, "CONTRACT", 0)
+    monkeypatch.setattr(compatibility, "OLDEST", 1)
+    monkeypatch.setattr(compatibility, "CONTRACT", NOW - 1)
     with pytest.raises(
-        PluginError, match=r"made for contract 1, but this saekit has contract 0\. Upgrade saekit, install an earlier"
+        PluginError, match=rf"made for contract {NOW}, but this saekit has contract {NOW - 1}\. Upgrade saekit, install an earlier"
     ):
+        Registry().find("loss", "thing")
+
+
+def test_a_plugin_of_the_first_contract_is_told_what_to_change(fakes: Fakes) -> None:
+    install(fakes, "SAEKIT_CONTRACT = 1")
+    with pytest.raises(PluginError, match=r"made for contract 1, .*Contract 2: .*saekit\.protocols.*upgrade saekit-acme"):
         Registry().find("loss", "thing")
 
 
@@ -209,7 +219,7 @@ def test_a_deprecated_field_of_a_component_works_and_names_plugin_and_distributi
 ) -> None:
     source = DECLARES.format(contract="").replace('"A loss."', '"A loss.", provides=("moonlight",)')
     fakes.install("saekit-acme", "0.3.1", "acme", "acme_plugin", acme_plugin=source)
-    monkeypatch.setitem(stability.DEPRECATED_FIELDS, "provides", "Say it in gives.")
+    monkeypatch.setitem(compatibility.DEPRECATED_FIELDS, "provides", "Say it in gives.")
     registry = Registry()
     assert registry.find("loss", "thing").provides == ("moonlight",)
     (told,) = only(registry, "acme").warnings
@@ -218,4 +228,4 @@ def test_a_deprecated_field_of_a_component_works_and_names_plugin_and_distributi
 
 
 def test_what_is_called_deprecated_is_there() -> None:
-    assert stability.DEPRECATED_FIELDS.keys() <= {field.name for field in dataclasses.fields(Component)}
+    assert compatibility.DEPRECATED_FIELDS.keys() <= {field.name for field in dataclasses.fields(Component)}

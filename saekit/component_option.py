@@ -1,8 +1,7 @@
-"""`Choice`: an option that itself names a component, with options of its own."""
+"""`ComponentOption`: an option that itself names a component, which has options itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
@@ -10,19 +9,14 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 from saekit.errors import ComponentError, UsageError
 
 if TYPE_CHECKING:
-    from saekit.component import Component
     from saekit.plugins import Registry
+    from saekit.registered import RegisteredComponent
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Stands in the type of an option beside `Choice` and says of which kind the component is: `Kind("architecture")`."""
+class ComponentOption(BaseModel):
+    """The type of an option that names a component.
 
-    name: str
-
-
-class Choice(BaseModel):
-    """The type of an option that names a component: `base: Annotated[Choice, Kind("architecture")] = Choice(use="topk")`.
+    `base: Annotated[ComponentOption, OfKind("architecture")] = ComponentOption(use="topk")`
 
     A run file says `base = "topk"`, or `base = {use = "topk", k = 32}`. The target is given it with the component found and
     its options checked. `needs` of that component are checked with the others', and what it `provides` counts.
@@ -36,7 +30,7 @@ class Choice(BaseModel):
     )
 
     use: str
-    _component: Component | None = PrivateAttr(default=None)
+    _component: RegisteredComponent | None = PrivateAttr(default=None)
     _options: dict[str, Any] = PrivateAttr(default_factory=dict)
     _option: str = PrivateAttr(default="")
 
@@ -46,7 +40,7 @@ class Choice(BaseModel):
         return {"use": given} if isinstance(given, str) else given
 
     @property
-    def component(self) -> Component:
+    def component(self) -> RegisteredComponent:
         """The component that is named."""
         if self._component is None:
             raise UsageError(f"{self.use!r} has not been looked up yet: it is, where options are validated.")
@@ -58,35 +52,34 @@ class Choice(BaseModel):
         return self._options
 
     def build(self, *args: Any) -> Any:
-        """The component at work, as `Component.build` gives it."""
+        """The component, ready to use; see `RegisteredComponent.build`."""
         try:
             return self.component.build(self.options, *args)
         except ComponentError as error:
             raise error.within(self._option) from error
 
-    def resolved(self, registry: Registry, kind: str, where: str) -> Choice:
-        """The same with the component found; UsageError or PluginError as for one that stands in the run file itself."""
+    def resolved(self, registry: Registry, kind: str, where: str) -> ComponentOption:
+        """The same with the component found. UsageError or PluginError, as for a component that the run file names."""
         component = registry.find(kind, self.use, where=where)
         given = self.model_extra or {}
-        found = Choice(use=self.use, **given)
+        found = ComponentOption(use=self.use, **given)
         found._component, found._options = component, component.validate(given, where)
         found._option = where.rpartition(".")[2]
         return found
 
     def fits(self, made: Any) -> bool:
-        """Whether something built with `made`, as `to_dict` gives it, is what this names: the component, and every option
-        that is stated here."""
+        """Whether `made`, a `to_dict()` that was saved, has this component and every option that is given here."""
         if not isinstance(made, dict) or made.get("use") != self.component.qualified_name:
             return False
         stated = {name: self.options[name] for name in self.model_extra or {}}
         return all(fits(value, made[name]) for name, value in stated.items() if name in made)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that say the same in a file: the qualified name and every option."""
-        plain = {name: value.to_dict() if isinstance(value, Choice) else value for name, value in self.options.items()}
+        """Plain values for a file: the qualified name and every option."""
+        plain = {name: value.to_dict() if isinstance(value, ComponentOption) else value for name, value in self.options.items()}
         return {"use": self.component.qualified_name, **plain}
 
 
 def fits(option: Any, made: Any) -> bool:
-    """Whether an option as it was given is what something was made with, which keeps a `Choice` in its plain form."""
-    return option.fits(made) if isinstance(option, Choice) else option == made
+    """Whether an option equals what was saved of it; a `ComponentOption` is saved as its `to_dict()`."""
+    return option.fits(made) if isinstance(option, ComponentOption) else option == made

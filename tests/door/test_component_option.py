@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 
 import saekit
-from saekit import Choice, Component, Kind, UsageError
-from saekit.config import parse_config
+from saekit import Component, ComponentOption, OfKind, UsageError
+from saekit.run_file import parse_config
 from saekit.runner.plan import plan_run
 from saekit.runner.provenance import plugins_used
 from saekit.testing import registry_of
@@ -28,7 +28,7 @@ class Wrapped(saekit.SparseAutoencoder):
         d_sae: int,
         d_out: int | None = None,
         *,
-        base: Annotated[Choice, Kind("architecture"), Field(description="What gates.")] = Choice(use="topk"),
+        base: Annotated[ComponentOption, OfKind("architecture"), Field(description="What gates.")] = ComponentOption(use="topk"),
     ) -> None:
         super().__init__(d_in, d_sae, d_out)
         self.base = base
@@ -46,8 +46,8 @@ def wanting(step: saekit.Step) -> torch.Tensor:
 
 
 REGISTRY = registry_of(
-    Component("wrapped", Wrapped, "An SAE around another.", kind="architecture"),
-    Component("wanting", wanting, "A loss.", needs=("l0_gradient",), kind="loss"),
+    architecture=Component("wrapped", Wrapped, "An SAE around another."),
+    loss=Component("wanting", wanting, "A loss.", needs=("l0_gradient",)),
     plugin="mine",
 )
 
