@@ -163,7 +163,7 @@ def build_sae(
     return sae
 
 
-def few_active(component: Component, l0: int = 8) -> dict[str, int]:
+def few_active(component: RegisteredComponent, l0: int = 8) -> dict[str, int]:
     """The options with which about `l0` latents of an architecture are active; none if no option sets that."""
     option = getattr(component.load(), "l0_option", None)
     return {} if option is None else {option: l0}
