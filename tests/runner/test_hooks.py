@@ -109,7 +109,7 @@ def recorded(place: Path, **sections: Any) -> list[Recorder]:
             super().__init__()
             made.append(self)
 
-    registry = registry_of(Component("recorder", Own, "Writes down.", kind="callback"))
+    registry = registry_of(callback=Component("recorder", Own, "Writes down."))
     view = Recorder()
     carried_out({**tiny_table(), "callback": [{"use": "recorder"}], **sections}, place, registry, view)
     assert made

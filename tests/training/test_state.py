@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from saekit import Activations
-from saekit.component import Component
 from saekit.config import TrainingConfig
 from saekit.hookspecs import hookimpl
 from saekit.listeners import Listener, Listeners
+from saekit.plugins import Registry
 from saekit.testing import make_step
 from saekit.training.losses import Term
 from saekit.training.state import RunState
@@ -43,8 +43,7 @@ class Noise:
 def trainer_of(variant: str, seed: int) -> Trainer:
     listeners = Listeners()
     listeners.add(Listener("callback.noise", Noise(), "callback 'noise'", vital=True))
-    component = Component("mse", "test:x", kind="loss", plugin="test", distribution="test", version="1")
-    term = Term("mse", lambda step: step.error.square().mean(), 1.0, component)
+    term = Term("mse", lambda step: step.error.square().mean(), 1.0, Registry().find("loss", "mse"))
     config = TrainingConfig(tokens=BATCH * 50, batch_size=BATCH, seed=seed)
     sae = make_step(seed=seed).sae
     return Trainer(
