@@ -34,15 +34,15 @@ class Mixing(nn.Module):
 
 
 class Plain(nn.Module):
-    """A module that is of nobody's kind: tokens [n, T] -> [n, T, 320]."""
+    """A model of no known kind, with no list of blocks, no cache, and a head it does not name: [n, T] -> [n, T, vocabulary]."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int = 320) -> None:
         super().__init__()
-        self.embed = nn.Embedding(320, D)
+        self.embed = nn.Embedding(vocabulary, D)
         self.layers = nn.Sequential(Mixing(), Mixing(), Mixing())
-        self.head = nn.Linear(D, 320)
+        self.head = nn.Linear(D, vocabulary)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.head(self.layers(self.embed(tokens)))
 
 

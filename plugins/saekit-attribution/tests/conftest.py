@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from interventions.models import D_SAE, D, Plain
 from saekit_attribution.labelled_data.teacher_forcing import Sample
 from torch import Tensor, nn
 
@@ -18,33 +19,8 @@ from saekit.builtin.architectures.standard import Standard
 from saekit.builtin.architectures.topk import TopK
 from saekit.testing.tiny import in_float64, tiny_network
 
-D, D_SAE, VOCABULARY = 32, 48, 120
+VOCABULARY = 120
 MODELS = ["gpt2", "llama", "gemma2", "plain"]
-
-
-class Mixing(nn.Module):
-    """A residual block that sees the mean of what came before: causal, like attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        counts = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
-        return x + torch.tanh(self.linear(x.cumsum(1) / counts))
-
-
-class Plain(nn.Module):
-    """A model of no known kind: no list of blocks, no cache, and a head that the model does not name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, D)
-        self.layers = nn.Sequential(Mixing(), Mixing(), Mixing())
-        self.head = nn.Linear(D, VOCABULARY)
-
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.head(self.layers(self.embed(tokens)))
 
 
 def make_model(kind: str) -> nn.Module:
@@ -52,7 +28,7 @@ def make_model(kind: str) -> nn.Module:
     if kind == "plain":
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return Plain().eval().double()
+            return Plain(VOCABULARY).eval().double()
     caps = {"sliding_window": 8, "final_logit_softcapping": 3.0} if kind == "gemma2" else {}
     return in_float64(tiny_network(kind, VOCABULARY, pad_token_id=1, initializer_range=0.2, **caps).eval())
 
