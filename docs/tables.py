@@ -24,7 +24,6 @@ import saekit
 import saekit.testing
 from saekit.cli import COMMANDS
 from saekit.cli.new import KINDS_WITH_TEMPLATES, package_files
-from saekit.commands import summaries
 from saekit.compatibility import CHANGES
 from saekit.component_option import ComponentOption
 from saekit.config import (
@@ -39,6 +38,7 @@ from saekit.config import (
     Variant,
 )
 from saekit.kinds import HOOKS, KINDS
+from saekit.plugin_commands import summaries
 from saekit.plugins import Registry
 from saekit.registered import OWN_DISTRIBUTION, RegisteredComponent
 from saekit.schedules import SCHEDULES
@@ -69,8 +69,8 @@ def homes(package: types.ModuleType) -> dict[str, str]:
 API = {
     "Running": ("saekit.api",),
     "Plugins": (
-        "saekit.commands", "saekit.component", "saekit.component_option", "saekit.hookspecs", "saekit.plugins", "saekit.protocols",
-        "saekit.compatibility",
+        "saekit.component", "saekit.component_option", "saekit.hookspecs", "saekit.plugins", "saekit.plugin_commands",
+        "saekit.protocols", "saekit.compatibility",
     ),
     "In a run": ("saekit.training", "saekit.runner", "saekit.result"),
     "The SAE and its code": ("saekit.sae",),
@@ -78,7 +78,7 @@ API = {
     "Interventions": ("saekit.interventions", "saekit.numerics"),
     "Activations": ("saekit.activations",),
     "Files": ("saekit.files", "saekit.report"),
-    "Errors": ("saekit.errors", "saekit.memory"),
+    "Errors": ("saekit.errors", "saekit.out_of_memory"),
     "Testing": ("saekit.testing",),
 }
 """The sections of the API page, with the modules whose public names stand in each."""

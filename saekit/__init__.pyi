@@ -5,7 +5,6 @@ from .activations.huggingface import load_subject as load_subject
 from .activations.sites import hook_points as hook_points
 from .activations.subject import Subject as Subject
 from .api import run as run
-from .commands import Command as Command
 from .compatibility import CONTRACT as CONTRACT
 from .component import Component as Component
 from .component import OfKind as OfKind
@@ -37,9 +36,10 @@ from .interventions.generation import paired_generation as paired_generation
 from .interventions.replay import Recording as Recording
 from .interventions.replay import Replay as Replay
 from .interventions.replay import own_forward as own_forward
-from .memory import is_out_of_memory as is_out_of_memory
 from .numerics import own_numerics as own_numerics
 from .numerics import seeded as seeded
+from .out_of_memory import is_out_of_memory as is_out_of_memory
+from .plugin_commands import Command as Command
 from .plugins import Registry as Registry
 from .plugins import named_function as named_function
 from .protocols import RunInfo as RunInfo
@@ -56,4 +56,4 @@ from .sae.formats import load_sae as load_sae
 from .sae.formats import save_sae as save_sae
 from .sae.kernels import Pattern as Pattern
 from .sae.saelens_format import SaeLensFormat as SaeLensFormat
-from .training.step import Step as Step
+from .training.loss_input import Step as Step

@@ -36,8 +36,8 @@ import pluggy
 from saekit.errors import PluginError, near_names
 
 if TYPE_CHECKING:
-    from saekit.commands import Command
     from saekit.component import Component
+    from saekit.plugin_commands import Command
     from saekit.protocols import RunInfo, Training
     from saekit.result import Result
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import pluggy
 
-from saekit import commands, compatibility
+from saekit import compatibility, plugin_commands
 from saekit.component import Component
 from saekit.errors import OptionError, PluginError, UsageError, near_names
 from saekit.hookspecs import PROJECT, Declaring, check_arguments
@@ -53,7 +53,7 @@ class Plugin:
     distribution: str
     version: str
     components: list[RegisteredComponent] = field(default_factory=list)
-    commands: list[commands.Command] = field(default_factory=list)
+    commands: list[plugin_commands.Command] = field(default_factory=list)
     error: str | None = None
     disabled: bool = False
     file: Path | None = None
@@ -263,7 +263,7 @@ def _declared(module: Any, plugin: Plugin, registry: Registry) -> list[Registere
     """The components that a plugin's module declares. PluginError for anything that would silently do nothing."""
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(Declaring)
-    known = {**{hook: kind for kind, hook in HOOKS.items()}, commands.HOOK: "command"}
+    known = {**{hook: kind for kind, hook in HOOKS.items()}, plugin_commands.HOOK: "command"}
     for name, value in vars(module).items():
         if name.startswith("saekit_") and inspect.isroutine(value) and name not in known:
             raise PluginError(f"{name!r} is not a hook of saekit.{near_names(name, known)}")
@@ -290,10 +290,10 @@ def _declared(module: Any, plugin: Plugin, registry: Registry) -> list[Registere
             if not isinstance(declared, Iterable):
                 what = "commands" if kind == "command" else "components"
                 raise PluginError(f"{hook_name} must return or yield {what}, not {type(declared).__name__}.")
-            if hook_name == commands.HOOK:
+            if hook_name == plugin_commands.HOOK:
                 if plugin.file is not None:
                     raise PluginError(f"a file cannot add a command, only an installed plugin can. Take {hook_name} out.")
-                plugin.commands = list(commands.checked(declared))
+                plugin.commands = list(plugin_commands.checked(declared))
             else:
                 found += [_registered(c, hook_name, kind, plugin, registry) for c in declared]
     for kind in KINDS:

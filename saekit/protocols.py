@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from saekit.sae.base import SparseAutoencoder
     from saekit.sae.code import Code
     from saekit.training.firing import FiringStatistics
-    from saekit.training.step import Step
+    from saekit.training.loss_input import Step
 
 # --- what listeners are given ------------------------------------------------------------------------------------
 

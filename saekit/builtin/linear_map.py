@@ -11,7 +11,7 @@ from torch import Tensor
 from saekit.activations.batch import Activations
 from saekit.builtin.metrics import Summed
 from saekit.runner.context import RunContext
-from saekit.training.step import Step
+from saekit.training.loss_input import Step
 
 _MOST = 200_000  # activations that the fit takes by default
 _FEW = 10  # with fewer activations per coefficient the comparison is not fair

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from saekit.sae.code import SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse
-from saekit.training.step import Step
+from saekit.training.loss_input import Step
 
 
 def mse(step: Step) -> torch.Tensor:

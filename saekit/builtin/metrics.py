@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saekit.training.step import Step
+from saekit.training.loss_input import Step
 
 
 class Summed:

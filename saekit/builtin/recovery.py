@@ -11,7 +11,7 @@ from torch.nn import functional
 from saekit.builtin.metrics import Summed
 from saekit.runner.context import RunContext
 from saekit.seeds import derived_seed
-from saekit.training.step import Step
+from saekit.training.loss_input import Step
 
 _SAME = 0.9  # from this cosine on, a direction counts as found
 _PIECE = 512  # rows of one product

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saekit.builtin.metrics import Summed
 from saekit.runner.context import RunContext
-from saekit.training.step import Step
+from saekit.training.loss_input import Step
 
 CLASSES: dict[str, str] = {
     "word_initial": "tokens that begin with a space and hold letters",

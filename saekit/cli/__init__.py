@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from saekit import commands
+from saekit import plugin_commands
 from saekit.errors import ExitCode, SaekitError
 
 COMMANDS = {
@@ -33,12 +33,12 @@ class LazyGroup(click.Group):
     """Knows its commands, and those of plugins, by name and one line, so that `--help` imports none of them."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [*COMMANDS, *commands.summaries(_registry(), COMMANDS)]
+        return [*COMMANDS, *plugin_commands.summaries(_registry(), COMMANDS)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             try:
-                return commands.find(name, _registry(), COMMANDS)
+                return plugin_commands.find(name, _registry(), COMMANDS)
             except SaekitError:
                 if context.resilient_parsing:  # while the shell completes
                     return None
@@ -49,8 +49,8 @@ class LazyGroup(click.Group):
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         registry = _registry()
         with formatter.section("Commands"):
-            formatter.write_dl([*COMMANDS.items(), *commands.summaries(registry, COMMANDS).items()])
-        for problem in commands.clashes(registry, COMMANDS).values():
+            formatter.write_dl([*COMMANDS.items(), *plugin_commands.summaries(registry, COMMANDS).items()])
+        for problem in plugin_commands.clashes(registry, COMMANDS).values():
             formatter.write_paragraph()
             formatter.write_text(problem)
 

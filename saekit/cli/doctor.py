@@ -16,8 +16,8 @@ from typing import Any
 import click
 
 from saekit.cli import COMMANDS
-from saekit.commands import clashes
 from saekit.errors import ExitCode
+from saekit.plugin_commands import clashes
 from saekit.plugins import HEAVY, Plugin, Registry
 from saekit.registered import OWN_DISTRIBUTION
 

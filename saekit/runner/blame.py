@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from saekit.errors import ComponentError, PluginError, RunError, SaekitError, under_key
-from saekit.memory import is_out_of_memory
+from saekit.out_of_memory import is_out_of_memory
 from saekit.registered import OWN_DISTRIBUTION
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saekit.training.step import Step
+from saekit.training.loss_input import Step
 
 if TYPE_CHECKING:
     import torch

@@ -26,7 +26,7 @@ from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.formats import SavedSAE, load_sae, open_sae, save_sae
 from saekit.seeds import seed_for
-from saekit.training.losses import Term
+from saekit.training.loss_terms import Term
 from saekit.training.randomness import OwnRandomness
 from saekit.training.state import RunState
 from saekit.training.trainer import Trainer

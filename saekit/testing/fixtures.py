@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from saekit.graph import FeatureGraph
     from saekit.sae.base import SparseAutoencoder
     from saekit.sae.code import SparseCode
-    from saekit.training.step import Step
+    from saekit.training.loss_input import Step
 
 D_IN, D_SAE, CONCEPTS = 16, 64, 2
 """The widths of everything made here, and how many concepts its labels have."""
@@ -63,7 +63,7 @@ def make_step(
 
     from saekit.activations.batch import Activations
     from saekit.sae.code import DenseCode
-    from saekit.training.step import Step
+    from saekit.training.loss_input import Step
 
     draws = torch.Generator().manual_seed(seed)
     if sae is not None:

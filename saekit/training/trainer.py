@@ -17,7 +17,8 @@ from saekit.sae.base import SparseAutoencoder
 from saekit.schedules import value_at
 from saekit.seeds import seed_for
 from saekit.training.firing import FiringStatistics
-from saekit.training.losses import (
+from saekit.training.loss_input import Step
+from saekit.training.loss_terms import (
     GradientGuard,
     Term,
     failed_backward,
@@ -25,7 +26,6 @@ from saekit.training.losses import (
     refuse_non_finite_gradient,
 )
 from saekit.training.optimiser import Adam
-from saekit.training.step import Step
 
 
 class Trainer(Training):

@@ -71,7 +71,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheels: dict[str, Path]) -> N
         metadata = wheel.read(next(name for name in held if name.endswith(".dist-info/METADATA"))).decode()
     wanted = {line for line in listed.stdout.splitlines() if (ROOT / line).is_file()}
     assert wanted - held == set()
-    for part in ("organism/weights/base/model.safetensors", "report/templates/page.html", "builtin/recipes/quickstart.toml"):
+    for part in ("organism/weights/base/model.safetensors", "report/templates/layout.html", "builtin/recipes/quickstart.toml"):
         assert f"saekit/{part}" in held
     assert {"saekit/py.typed", "saekit/cli/templates/loss/loss.py.txt"} < held
     assert not [name for name in held if name.startswith(("tests", "docs", "plugins"))]

@@ -17,7 +17,7 @@ from saekit.builtin.losses import AuxK, gate_sum, gated_aux, l1, mse
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
 from saekit.sae.code import Code, SparseCode
-from saekit.training.losses import Term
+from saekit.training.loss_terms import Term
 from saekit.training.trainer import Trainer
 
 D, F, BATCH, STEPS = 16, 64, 64, 200

@@ -13,7 +13,7 @@ from saekit.hookspecs import hookimpl
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
 from saekit.testing import make_step
-from saekit.training.losses import Term
+from saekit.training.loss_terms import Term
 from saekit.training.state import RunState
 from saekit.training.trainer import Trainer
 

@@ -20,7 +20,7 @@ from saekit.plugins import Registry
 from saekit.registered import RegisteredComponent
 from saekit.schedules import Linear
 from saekit.training.firing import FiringStatistics
-from saekit.training.losses import Term
+from saekit.training.loss_terms import Term
 from saekit.training.state import state_of
 from saekit.training.trainer import Trainer
 

@@ -16,7 +16,7 @@ from saekit.builtin.architectures.topk import TopK
 from saekit.builtin.losses import mse
 from saekit.config import TrainingConfig
 from saekit.listeners import Listener, Listeners
-from saekit.training.losses import Term
+from saekit.training.loss_terms import Term
 from saekit.training.state import restore, state_of
 from saekit.training.trainer import Trainer
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from saekit import commands
+from saekit import plugin_commands
 from saekit.plugins import Plugin, Registry
 from saekit.registered import RegisteredComponent
 from saekit.testing.checks import any_kind
 from saekit.testing.kit import Check, Failed, Report, Subject, carry_out
 
 
-def check_command(command: commands.Command, plugin: Plugin, registry: Registry) -> Report:
+def check_command(command: plugin_commands.Command, plugin: Plugin, registry: Registry) -> Report:
     """Run every check on a command of a plugin."""
     declared = RegisteredComponent(
         command.name,
@@ -34,7 +34,7 @@ def shows_its_help(subject: Subject) -> None:
 
     declared = subject.component
     plugin = next(plugin for plugin in subject.registry.plugins if plugin.name == declared.plugin)
-    target = commands.load(commands.Command(declared.name, str(declared.target), declared.summary), plugin)
+    target = plugin_commands.load(plugin_commands.Command(declared.name, str(declared.target), declared.summary), plugin)
     done = CliRunner().invoke(target, ["--help"])
     if done.exit_code:
         raise Failed(f"`saekit {declared.name} --help` ends with exit code {done.exit_code}: {done.exception!r}. Mend the command.")

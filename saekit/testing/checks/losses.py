@@ -18,7 +18,7 @@ from saekit.testing.checks.shared import changed, copied, same, saved_and_loaded
 from saekit.testing.fixtures import build_sae, make_step
 from saekit.testing.kit import Check, Failed, NotApplicable, Subject
 from saekit.testing.tiny import table_for
-from saekit.training.step import Step
+from saekit.training.loss_input import Step
 
 _DEAD = 8
 _WITHHELD = ("labels", "tokens", "logits", "sequences", "graph")

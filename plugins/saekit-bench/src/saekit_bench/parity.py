@@ -33,7 +33,7 @@ from saekit.plugins import Registry
 from saekit.runner.plan import SAEPlan
 from saekit.sae.base import SparseAutoencoder
 from saekit.seeds import seed_for
-from saekit.training.losses import Term
+from saekit.training.loss_terms import Term
 from saekit.training.trainer import Trainer
 from saekit_bench.peers import sae_lens_sae, sae_lens_trainer
 

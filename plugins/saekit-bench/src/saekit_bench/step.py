@@ -11,7 +11,7 @@ from saekit.activations.batch import Activations
 from saekit.config import TrainingConfig
 from saekit.listeners import Listeners
 from saekit.runner.plan import SAEPlan
-from saekit.training.losses import Term
+from saekit.training.loss_terms import Term
 from saekit.training.trainer import Trainer
 from saekit_bench.memory import PeakMemory
 from saekit_bench.peers import LEARNING_RATE, peer_steps

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saekit.errors import PluginError, RunError, SaekitError, under_key
 from saekit.registered import RegisteredComponent
 from saekit.schedules import value_at
-from saekit.training.step import Step
+from saekit.training.loss_input import Step
 
 
 @dataclass
