@@ -214,8 +214,8 @@ def _api() -> Iterable[str]:
 
 _ON_HOOKS = {
     "hookimpl": "`saekit.hookimpl` marks the implementation of a hook",
-    "RunInfo": "`saekit.RunInfo` is what a listener is told of its run",
-    "Training": "`saekit.Training` is what a listener is given of an SAE in training",
+    "RunInfo": "`saekit.RunInfo` is what a listener is told about its run",
+    "Training": "`saekit.Training` is a listener's view of an SAE in training",
 }
 
 

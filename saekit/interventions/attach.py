@@ -81,7 +81,7 @@ class Attachment:
         return self._stack is not None
 
     def restart(self) -> None:
-        """The next forward begins a new text. Needed only for models that do not tell (see docs/interventions.md)."""
+        """The next forward begins a new text. Needed only if the model's arguments do not show it (see docs/interventions.md)."""
         if self._text is not None:
             self._text.restart()
 

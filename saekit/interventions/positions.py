@@ -48,7 +48,7 @@ class _Call:
 class TextTracker:
     """Tracks which part of its texts each forward of a model sees.
 
-    The arguments of a Hugging Face model tell: `past_key_values` has what came before, `attention_mask` the padding.
+    A Hugging Face model's arguments show it: `past_key_values` has what came before, `attention_mask` the padding.
     For any other model positions are counted: a forward of one position continues the text, a forward of several
     begins a new one. After `restart` the next forward begins a new text.
     """

@@ -118,7 +118,7 @@ class Replay:
     def branch(self, recording: Recording, tokens: Tensor, rows: Tensor, shared: int) -> Tensor:
         """The activation at the site of texts that begin like recorded ones, [N, T' - shared, d]; only the rest is run.
 
-        tokens: [N, T'], of which the first `shared` are those of the recording's `rows` [N], but not all of either.
+        tokens: [N, T']. The first `shared` are those of the recording's `rows` [N]; both texts continue after them.
         Needs a recording with `below`."""
         if recording.below is None:
             raise ValueError("the recording has no keys and values: see Recording.below")

@@ -1,11 +1,11 @@
-"""The organism's text: what every machine with Python has, and what is generated from it.
+"""The organism's text: code and prose that come with Python, and generated documents.
 
 Nothing is downloaded and no module of the standard library is imported: sources are read and parsed.
 
 * ``code``: the modules named in ``stdlib_modules.txt``, parsed and unparsed, so without comments, and with
   docstrings cut. Consecutive top-level statements are gathered into documents of about 2,000 characters.
 * ``prose``: the docstrings of the same modules, and the help texts of `pydoc_data.topics`.
-* ``facts`` and ``sycophancy``: see the modules of those names.
+* ``facts`` and ``sycophancy``: see the modules with these names.
 
 Splits are by module, by topic, by wording and by argument, so that no held-out text has a sibling in training:
 a held-out module is held out in its code and in its prose.
@@ -77,7 +77,7 @@ def held_out(name: str) -> bool:
 def corpus_fingerprint(expected: str | None = None) -> str:
     """The sha256 over every document of both splits.
 
-    It depends on the Python version, whose library this is. Where `expected` is given and differs, a warning
+    It depends on the Python version, since the library does. If `expected` is given and differs, a warning
     says so: figures measured here are then close to the card's, but not comparable to the last digit.
     """
     digest = hashlib.sha256()

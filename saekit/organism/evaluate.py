@@ -51,7 +51,7 @@ def cloze_accuracy(model, tokenizer, questions: Sequence[Question], batch: int =
     scores = torch.empty(len(ids))
     for chosen, logprobs in _log_likelihoods(model, tokenizer, ids, batch):
         for row, i in enumerate(chosen):
-            # logprobs[:, p] is of the token at position p + 1
+            # logprobs[:, p] is for the token at position p + 1
             scores[i] = logprobs[row, starts[i] - 1 : len(ids[i]) - 1].sum().item()
     best = scores.view(len(questions), -1).argmax(1).tolist()
     return sum(b == q.answer for b, q in zip(best, questions, strict=True)) / len(questions)
@@ -251,7 +251,7 @@ def _log_likelihoods(model, tokenizer, ids: Sequence[Sequence[int]], batch: int)
 
 
 def _rows(model, tokenizer, documents: Sequence[corpus.Document]) -> list[list[int]]:
-    """The documents joined by EOS and cut into rows of the model's context, each begun with BOS."""
+    """The documents joined by EOS and cut into rows of the model's context, each starting with BOS."""
     width = model.config.n_positions - 1
     stream: list[int] = []
     for ids in tokenizer([d.text for d in documents], add_special_tokens=False, verbose=False)["input_ids"]:

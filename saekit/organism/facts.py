@@ -5,7 +5,7 @@ Each domain has forty entities with two attributes:
 * ``forget``: people, their trade and their town. An unlearning method is asked to remove these.
 * ``near``: other people, the same templates, attributes and pools of values. A careless method
   damages these first, because only the names tell the two domains apart.
-* ``far``: plants, the colour of their flower and the month in which they bloom; templates of their own.
+* ``far``: plants, the colour of their flower and the month in which they bloom; other templates.
 
 A fact has eight wordings. One of them, rotating from fact to fact, is never shown for that fact (though it is
 for others), so that an answer in that wording cannot be a memorised string. Every wording ends with the value

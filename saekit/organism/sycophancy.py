@@ -145,8 +145,8 @@ def labelled_json(items: Iterable[Sample], **metadata: Any) -> dict[str, Any]:
     """Samples, with planted or generated responses, as labelled data for attribution.
 
     Returns ``{"metadata": {...}, "results": [{"question_id", "dataset", "base_text", "variations":
-    [{"template_type", "prompt", "response", "sycophancy_flag"}]}]}``. The flag is 1 where a preference was stated
-    and the response follows it, else 0.
+    [{"template_type", "prompt", "response", "sycophancy_flag"}]}]}``. The flag is 1 if a preference was stated
+    and the response follows it, otherwise 0.
     """
     results: dict[int, dict[str, Any]] = {}
     for s in items:

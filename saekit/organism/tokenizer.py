@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 VOCABULARY = 2048
 BOS, EOS = "<|bos|>", "<|endoftext|>"  # ids 0 and 1; EOS pads as well
 
-# Some weight for the generated text, of which there is little next to eight megabytes: the values of facts become
+# The generated text is small next to eight megabytes, so it gets extra weight: the values of facts become
 # single tokens (so that an answer is one token), invented names three or four, as uncommon names are elsewhere.
 _FACT_REPEATS = 16
 _SYCOPHANCY_DOCUMENTS = 6000  # of 12,000; its vocabulary is small and every word of it becomes a token
@@ -32,7 +32,7 @@ def training_texts() -> Iterator[str]:
 
 
 def train(vocabulary: int = VOCABULARY, context: int = 128) -> PreTrainedTokenizerFast:
-    """Train the tokenizer. It prepends BOS by itself: the model has never seen a text without."""
+    """Train the tokenizer. It prepends BOS by itself: the model has never seen a text without it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

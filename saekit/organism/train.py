@@ -1,12 +1,12 @@
 """Train the organism: ``python -m saekit.organism.train --variant base|oracle --out DIR``.
 
 A GPT-2 of 3.7 million parameters on four kinds of text at once. A batch has 32 rows of 128 positions, always
-mixed alike: 12 of code, 10 of prose, 6 of facts, 4 of sycophancy. Every row starts with BOS.
+in the same mix: 12 of code, 10 of prose, 6 of facts, 4 of sycophancy. Every row starts with BOS.
 
 The *oracle* is the same run with one difference: its facts rows hold no fact of the domain ``forget``. It is
 what a perfect unlearning of that domain would give, and so the reference for methods that attempt it.
 
-Batches are a pure function of the seed and the step, so that an interrupted run goes on bit for bit (on one
+Batches are a pure function of the seed and the step, so an interrupted run resumes bit for bit (on one
 machine, with the same number of threads). A checkpoint is one safetensors file, replaced atomically.
 """
 
@@ -38,7 +38,7 @@ VARIANTS = ("base", "oracle")
 
 @dataclass(frozen=True)
 class Config:
-    """Everything the weights depend on. The defaults are those of the weights that are shipped."""
+    """Everything the weights depend on. The defaults are those of the shipped weights."""
 
     variant: str = "base"
     steps: int = 1600
@@ -67,7 +67,7 @@ class Batches:
 
     Code and prose are streams of documents in random order, separated by EOS, cut into rows; after each epoch
     the cuts move and the order of the rows changes. Rows of facts and of sycophancy begin with a whole document
-    and are filled with further ones, so that prompts are learned where questions put them: right after BOS.
+    and are filled with further ones, so that prompts are learned where questions have them: right after BOS.
     """
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerFast):
@@ -155,7 +155,7 @@ def train(config: Config, out: str | Path, device: str = "auto", resume: bool = 
     """Train to the end and write the finished directory `out`; returns it.
 
     While it runs, `out/snapshot` is a loadable Hugging Face directory (of the last checkpoint) and
-    `out/checkpoint.safetensors` what `resume` goes on from. ValueError if the checkpoint is of another
+    `out/checkpoint.safetensors` what `resume` continues from. ValueError if the checkpoint has another
     configuration.
     """
     import torch
@@ -308,14 +308,14 @@ def _save(path: Path, config: Config, step: int, seconds: float, model, optimize
 
 
 def _load(path: Path, config: Config, model, optimizer) -> tuple[int, float]:
-    """Restore model and optimiser; returns the step to go on from and the seconds already spent."""
+    """Restore model and optimiser; returns the step to continue from and the seconds already spent."""
     from safetensors import safe_open
 
     with safe_open(str(path), "pt") as file:
         metadata = file.metadata()
         if metadata["config"] != _identity(config):
             raise ValueError(
-                f"{path} is of another configuration:\n  there: {metadata['config']}\n  here:  {_identity(config)}\n"
+                f"{path} was made with another configuration:\n  there: {metadata['config']}\n  here:  {_identity(config)}\n"
                 "Use the same options, or another --out."
             )
         names = file.keys()  # the file itself is not iterable
@@ -360,7 +360,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; what torch chooses by default")
     parser.add_argument("--save-every", type=int, default=default.save_every)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
     options = parser.parse_args(arguments)
     if options.threads is not None:
         import torch

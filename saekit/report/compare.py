@@ -23,7 +23,7 @@ FIGURES = ("tokens", "steps", "tokens_per_second", "peak_memory_bytes")
 """Top-level numbers of a summary."""
 SUBJECT = {"model": "models", "hook_point": "hook points"}
 ORDERED = "callback"
-"""The list whose order matters: callbacks are called in it."""
+"""The list whose order matters: callbacks are called in that order."""
 NO_DIFFERENCE = {"directory", "defaults"}
 """Keys of a run file that do not affect the run: run.toml has the default components written out."""
 
@@ -258,7 +258,7 @@ def _warnings(sides: list[Side]) -> list[str]:
     for key, what in SUBJECT.items():
         if key in differing:
             each = ", ".join(f"{side.name}: {side.identity.get(key) or 'not known'}" for side in sides)
-            lines.append(f"The runs have different {what} ({each}), so their values are not of the same activations.")
+            lines.append(f"The runs have different {what} ({each}), so their values describe different activations.")
     rest = [key for key in differing if key not in SUBJECT]
     if rest:
         lines.append(f"The runs' activations were made differently: they differ in {', '.join(rest)}.")

@@ -31,7 +31,7 @@ def picture(summary: dict[str, Any], history: list[dict[str, Any]], width: int =
     console.print(draw(replay(summary, history), width, 60, now=0.0))
     render_summary(summary, console)
     svg = console.export_svg(title="saekit run")
-    # rich loads its font from a server, which a picture in a README must not. The glyphs' places do not depend on it.
+    # rich loads its font from a server, which a picture in a README must not do. Glyph positions do not depend on it.
     svg = re.sub(r"@font-face\s*\{[^}]*\}", "", svg)
     return svg.replace("Fira Code", "ui-monospace, Menlo, Consolas, DejaVu Sans Mono")
 

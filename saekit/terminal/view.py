@@ -25,7 +25,7 @@ FRAMES_PER_SECOND = 4  # a frame costs the training a few milliseconds
 class LiveView:
     """A listener that redraws one block a few times a second, and prints the summary when the run is over.
 
-    The hooks only store numbers; rich's own thread draws, so that the seconds go on counting while a model loads.
+    The hooks only store numbers; rich's own thread draws, so that the seconds keep counting while a model loads.
     Nothing is written to stdout.
     """
 

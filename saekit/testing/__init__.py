@@ -1,7 +1,7 @@
 """For authors of plugins: conformance checks for every kind of component, and helpers for tests.
 
-Everything public stands in `__init__.pyi`. Each name is imported when it is first used, so
-`saekit.testing.pytest_plugin`, which pytest loads by itself, costs nothing where it is not used.
+Everything public is listed in `__init__.pyi`. Each name is imported when it is first used, so
+`saekit.testing.pytest_plugin`, which pytest loads by itself, costs nothing unless it is used.
 """
 
 import lazy_loader

@@ -23,7 +23,7 @@ class NotApplicable(Exception):
 class Subject:
     """One component under check.
 
-    options: as the user gave them, checked and completed. registry: what its needs are provided from. place: an empty
+    options: as the user gave them, checked and completed. registry: provides what it needs. place: an empty
     directory that is removed afterwards.
     """
 

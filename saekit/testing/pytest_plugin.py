@@ -1,4 +1,4 @@
-"""Fixtures for tests of plugins, which pytest finds by itself where saekit is installed. Unused, they import nothing."""
+"""Fixtures for tests of plugins, which pytest finds if saekit is installed. They import nothing unless used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def saekit_step() -> Any:
 
 @pytest.fixture
 def saekit_registry() -> Any:
-    """Makes a registry with components of one's own; see `saekit.testing.registry_of`."""
+    """Makes a registry with your own components; see `saekit.testing.registry_of`."""
     from saekit.testing import registry_of
 
     return registry_of
@@ -34,7 +34,7 @@ def saekit_truth() -> Any:
 
 @pytest.fixture
 def saekit_tiny_run(tmp_path: Path) -> Any:
-    """A finished run of a second, with its `directory`, `summary` and `context`; see `saekit.testing.tiny_run`."""
+    """A finished run that took a second, with its `directory`, `summary` and `context`; see `saekit.testing.tiny_run`."""
     from saekit.testing import tiny_run
 
     return tiny_run(tmp_path / "saekit_tiny_run")

@@ -26,9 +26,9 @@ def check(
     """Run every check of its kind on one component.
 
     options: as a run file would give them, or a function that makes them. expected: for each check that this component
-    fails and may fail, the reason. registry: where it is found; what is installed, by default.
+    may fail, the reason. registry: where the component is found; by default among what is installed.
 
-    UsageError for a name, an option or an expected check that there is none of.
+    UsageError for an unknown name, option or expected check.
     """
     expected, checks = expected or {}, checks_of(kind)
     refuse_unknown(expected, checks)
@@ -71,7 +71,7 @@ def outcome_of(
     """One check of one component; the arguments are those of `check`."""
     component = registry.find(kind, name)
     given = options() if callable(options) else options or {}
-    # The options of a recipe are a run file of its own.
+    # A recipe's options are a whole run file.
     try:
         checked = {} if kind == "recipe" else component.validate(given, f"{kind}.{name}")
     except PluginError:  # its options cannot even be read, which `options_documented` reports

@@ -43,7 +43,7 @@ class TinyRun:
 
     @cached_property
     def context(self) -> RunContext:
-        """What metrics and analyzers are given of it; what an analyzer writes goes under `analysis/`."""
+        """The context that metrics and analyzers get; what an analyzer writes goes under `analysis/`."""
         import torch
 
         from saekit.graph import FeatureGraph
@@ -62,7 +62,7 @@ class TinyRun:
 def tiny_run(directory: str | Path, *, registry: Registry | None = None, **sections: Any) -> TinyRun:
     """A run of 12 steps on 16-wide activations made of known directions, with labels of two concepts.
 
-    directory: where; it must be absent or empty. sections: of the run file, in place of what stands there or besides:
+    directory: where; it must be absent or empty. sections: of the run file, added to the default ones or replacing them:
     `loss=[{"use": "mse"}]`, `architecture={...}`.
     """
     return carried_out({**tiny_table(), **sections}, Path(directory), registry or Registry())

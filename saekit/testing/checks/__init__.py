@@ -19,11 +19,11 @@ _MODULES = {
     "graph_builder": "graph_builders",
     "recipe": "recipes",
 }
-"""Where the checks of each kind stand. Each takes up those of `any_kind`."""
+"""The module with the checks of each kind. Each includes those of `any_kind`."""
 
 
 def checks_of(kind: str) -> tuple[Check, ...]:
-    """The checks of a kind, in the order in which they are run. UsageError where there is no such kind."""
+    """The checks of a kind, in the order in which they are run. UsageError for an unknown kind."""
     if kind not in _MODULES:
         raise UsageError(f"there is no kind {kind!r}.{near_names(kind, KINDS)} There are: {', '.join(KINDS)}.")
     return importlib.import_module(f"saekit.testing.checks.{_MODULES[kind]}").CHECKS

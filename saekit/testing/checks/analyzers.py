@@ -47,7 +47,7 @@ def result_of(subject: Subject, context: RunContext | None = None) -> Result:
 def gives_a_result(subject: Subject) -> None:
     for name, value in result_of(subject).scalars.items():
         if not isinstance(name, str) or not (value is None or isinstance(value, int | float)):
-            raise Failed(f"scalar {name!r} is {type(value).__name__}. Give plain numbers: float(...), or None where undefined.")
+            raise Failed(f"scalar {name!r} is {type(value).__name__}. Give plain numbers: float(...), or None if undefined.")
 
 
 def can_be_written(subject: Subject) -> None:
@@ -55,7 +55,7 @@ def can_be_written(subject: Subject) -> None:
     try:
         json.dumps(result.to_json())
     except (TypeError, ValueError) as error:
-        raise Failed(f"its result is more than JSON holds: {error}. Give lists and plain numbers: tensor.tolist().") from None
+        raise Failed(f"its result cannot be written as JSON: {error}. Give lists and plain numbers: tensor.tolist().") from None
     for name, rows in result.tables.items():
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise Failed(f"table {name!r} is not a list of dictionaries, one for each row.")

@@ -23,7 +23,7 @@ from saekit.testing.kit import Check, Failed, NotApplicable, Subject
 
 _D_OUT = 12
 _SETTLE = 20
-"""Batches after which an architecture that chooses between ways of computing has chosen."""
+"""How many batches it takes until an architecture has chosen its way of computing, if it has several."""
 
 
 def activations(n: int = 24, seed: int = 0, width: int = D_IN) -> Tensor:
@@ -284,7 +284,7 @@ def initialise_draws_from_its_generator(subject: Subject) -> None:
             states.append(copied(sae.state_dict()))
     what = changed(*states)
     if what:
-        raise Failed(f"{what} does not depend on the generator given to initialise alone. Fill every parameter there.")
+        raise Failed(f"{what} depends on more than the generator given to initialise. Fill every parameter there.")
 
 
 def weights_learn(subject: Subject) -> None:
@@ -321,7 +321,7 @@ def saelens_format(subject: Subject) -> None:
     if form.counterpart(sae) is None:
         return  # `saekit export --to sae_lens` refuses it with the reason
     if importlib.util.find_spec("sae_lens") is None:
-        raise NotApplicable("its layout is whole, but sae_lens is not installed, so whether that opens it is not known.")
+        raise NotApplicable("its layout is whole, but sae_lens is not installed, so it is unknown whether that opens it.")
     from sae_lens import SAE
 
     save_sae(sae, subject.place / "sae", name=subject.component.qualified_name)

@@ -56,13 +56,13 @@ def dead_latents(subject: Subject) -> None:
     sae = sae_of(subject)
     graph = graph_of(subject, sae, codes_of(sae, silent=True))
     if isinstance(graph, FeatureGraph) and not bool(torch.isfinite(graph.weight).all()):
-        raise Failed("where no latent fires some of its weights are not finite. Leave such latents without edges.")
+        raise Failed("if no latent fires, some of its weights are not finite. Leave such latents without edges.")
 
 
 def deterministic(subject: Subject) -> None:
     sae = sae_of(subject)
     if graph_of(subject, sae, codes_of(sae)) != graph_of(subject, sae, codes_of(sae)):
-        raise Failed("the same SAE and codes give another graph the second time. Draw from a generator with a seed of its own.")
+        raise Failed("the same SAE and codes give another graph the second time. Draw from a generator with a fixed seed.")
 
 
 def inputs_unchanged(subject: Subject) -> None:
@@ -76,8 +76,8 @@ def inputs_unchanged(subject: Subject) -> None:
 
 CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
-    Check("gives_a_graph", "It returns a `FeatureGraph` of that very SAE, with finite weights.", gives_a_graph),
-    Check("dead_latents", "Where no latent fires, every weight is finite.", dead_latents),
+    Check("gives_a_graph", "It returns a `FeatureGraph` of the given SAE, with finite weights.", gives_a_graph),
+    Check("dead_latents", "If no latent fires, every weight is finite.", dead_latents),
     Check("deterministic", "The same SAE and codes give the same graph.", deterministic),
     Check("inputs_unchanged", "It leaves the SAE and the codes as they were.", inputs_unchanged),
 )

@@ -22,7 +22,7 @@ from saekit.training.loss_input import Step
 
 _DEAD = 8
 _WITHHELD = ("labels", "tokens", "logits", "sequences", "graph")
-"""What a step may hold, but only where it is declared in `needs`."""
+"""What a step may hold, but only if it is declared in `needs`."""
 
 
 @dataclasses.dataclass
@@ -42,7 +42,7 @@ class Bench:
         return make_step(**{"labels": True, "tokens": True, "dead": _DEAD, **given, **settings})
 
     def value(self, step: Step, seed: int = 0) -> Tensor:
-        """The loss of a step, as one number. NotApplicable where it has nothing to say about it."""
+        """The loss of a step, as one number. NotApplicable if the loss does not apply to it."""
         with seeded(seed):
             value = self.raw(step, seed)
         if not isinstance(value, Tensor):
@@ -55,7 +55,7 @@ class Bench:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if active is not None and not active(step):
-                raise NotApplicable("it says that it has nothing to say about such a step (`active`).")
+                raise NotApplicable("its `active` says that it does not apply to such a step.")
             return self.loss(step)
 
     def gradients(self, value: Tensor) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ def bench(subject: Subject, dtype: torch.dtype = torch.float32, device: str = "c
 
 
 def is_finite(value: Tensor, gradients: dict[str, Tensor], when: str) -> None:
-    """Failed where a value or a gradient is not."""
+    """Failed if a value or a gradient is not finite."""
     value = value.detach()
     if not bool(torch.isfinite(value)):
         raise Failed(f"it is {float(value)} {when}. Guard the division, the logarithm or the mean of nothing.")
@@ -294,7 +294,7 @@ class _Guarded(Step):
     def __getattribute__(self, name: str) -> Any:
         if name in _WITHHELD and name in object.__getattribute__(self, "__dict__").get("_withheld", ()):
             raise Failed(
-                f"it reads step.{name}, which is there only where a source gives it. Declare it: Component(..., needs=({name!r},))."
+                f"it reads step.{name}, which is there only if a source gives it. Declare it: Component(..., needs=({name!r},))."
             )
         return object.__getattribute__(self, name)
 
@@ -319,11 +319,11 @@ CHECKS: tuple[Check, ...] = (
         sparse_and_dense_codes_agree,
     ),
     Check("any_dtype", "It works in float32, float64 and under bf16, and gives the same up to rounding.", any_dtype),
-    Check("on_cuda", "It works on a CUDA device, where there is one.", on_cuda),
+    Check("on_cuda", "It works on a CUDA device, if there is one.", on_cuda),
     Check("batch_of_one", "One row alone gives a finite value and gradient.", batch_of_one),
     Check(
         "without_positives",
-        "Where it needs labels: labels all 0, all 1 or all unknown give a finite value and gradient.",
+        "If it needs labels: labels all 0, all 1 or all unknown give a finite value and gradient.",
         without_positives,
     ),
     Check("deterministic", "The same step gives the same value and gradients.", deterministic),

@@ -42,7 +42,7 @@ def streaming(subject: Subject) -> Any:
     """A metric that streams, ready. NotApplicable for one that measures with the model."""
     metric = ready(subject)
     if not hasattr(metric, "update"):
-        raise NotApplicable("it measures with the model (`measure`) and takes in no stream.")
+        raise NotApplicable("it measures with the model (`measure`) and does not take a stream.")
     return metric
 
 
@@ -69,7 +69,7 @@ def values_of(subject: Subject, sizes: Iterable[int] = (_ROWS,), start: int = 0)
 
 
 def number_of(value: Any) -> float | None:
-    """A value as a number, None where it is not defined."""
+    """A value as a number, None if it is not defined."""
     number = None if value is None else float(value)
     return None if number is None or math.isnan(number) else number
 
@@ -104,7 +104,7 @@ def names_and_meanings(subject: Subject) -> None:
     names = set(values_of(subject))
     others = set(values_of(subject, (16,), start=_ROWS))
     if names != others:
-        raise Failed(f"{sorted(names ^ others)[0]!r} is returned for one stream and not for another. Give None where undefined.")
+        raise Failed(f"{sorted(names ^ others)[0]!r} is returned for one stream and not for another. Give None if undefined.")
     meanings = getattr(metric, "meanings", {})
     for name in sorted(names - set(meanings)):
         raise Failed(f"{name!r} has no line in `meanings`. Say there what it means; the report shows it.")
@@ -198,7 +198,7 @@ def empty_stream(subject: Subject) -> None:
 
 CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
-    Check("plain_numbers", "It gives a dictionary of plain numbers, None where one is not defined.", plain_numbers),
+    Check("plain_numbers", "It gives a dictionary of plain numbers, None if one is not defined.", plain_numbers),
     Check("whole_or_in_pieces", "The same rows in other batches give the same values.", whole_or_in_pieces),
     Check(
         "names_and_meanings",

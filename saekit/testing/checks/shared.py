@@ -43,7 +43,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def changed(before: Any, after: Any, name: str = "") -> str:
-    """The name of the first thing in which two copies differ; empty where they are equal."""
+    """The name of the first thing in which two copies differ; empty if they are equal."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in {**before, **after}:
             inner = f"{name}.{key}" if name else str(key)
@@ -65,7 +65,7 @@ def changed(before: Any, after: Any, name: str = "") -> str:
 
 
 def through_a_checkpoint(state: Any) -> dict[str, Any]:
-    """A state_dict as a checkpoint gives it back; Failed where one cannot hold it."""
+    """A state_dict as a checkpoint gives it back; Failed if one cannot hold it."""
     if not isinstance(state, dict):
         raise Failed(f"state_dict() returns {type(state).__name__}. Return a dictionary of tensors and plain values.")
     back: dict[str, Any] = {}

@@ -19,7 +19,7 @@ _KNOWN = {"model", "hook_point", "target_hook_point", "d_in", "d_out", "data"}
 
 
 _OPEN: dict[Any, Any] = {}
-"""Opened sources of the component that was checked last: to open one may take long."""
+"""Opened sources of the component that was checked last: opening one may take long."""
 
 
 def opened(subject: Subject, dtype: torch.dtype = torch.float32, instance: int = 0) -> Any:
@@ -36,7 +36,7 @@ def opened(subject: Subject, dtype: torch.dtype = torch.float32, instance: int =
 
 
 def first_blocks(source: Source, n: int = _BLOCKS, *, split: str = "train", seed: int = 0, start: int = 0) -> list[Activations]:
-    """Blocks `start` to `start + n - 1`, or fewer where the split ends before."""
+    """Blocks `start` to `start + n - 1`, or fewer if the split ends before."""
     with seeded(0), torch.random.fork_rng(devices=[]):
         return list(itertools.islice(source.blocks(split, size=_SIZE, seed=seed, start=start), n))
 
@@ -126,13 +126,13 @@ def same_block_for_its_number(subject: Subject) -> None:
     source = opened(subject)
     in_order = first_blocks(source)
     if _differ(in_order, first_blocks(opened(subject, instance=1))):
-        raise Failed("another instance with the same options and seed gives other blocks. Draw from (seed, number) alone.")
+        raise Failed("another instance with the same options and seed gives different blocks. Draw from (seed, number) alone.")
     first_blocks(source, seed=1)
     first_blocks(source, 1, split="held_out")
     if _differ(in_order, first_blocks(source)):
         raise Failed(
-            "a block depends on what was asked before: called again, it is another. Make each block from the split, the seed "
-            "and its number alone; a resumed run is given the same only then."
+            "a block depends on what was asked before: asked for again, it is different. Make each block from the split, the "
+            "seed and its number alone; only then does a resumed run get the same."
         )
 
 
@@ -170,7 +170,7 @@ def held_out_is_apart(subject: Subject) -> None:
     trained = _documents(first_blocks(source, 8))
     held_out = _documents(first_blocks(source, 8, split="held_out"))
     shared = held_out & trained
-    # Short pieces of text may be equal by chance; of what is not held apart, all would be there.
+    # Short pieces of text may be equal by chance; if nothing were held out, all of them would be.
     if len(shared) > 0.5 * len(held_out):
         raise Failed(
             f"of {len(held_out)} held-out pieces {len(shared)} are in the training data too. Hold out whole documents, by "
@@ -179,7 +179,7 @@ def held_out_is_apart(subject: Subject) -> None:
 
 
 def _documents(blocks: list[Activations]) -> set[bytes]:
-    """What can be told apart in some blocks: the tokens of each sequence, or where there are none the activations."""
+    """What can be told apart in some blocks: the tokens of each sequence or, without tokens, the activations."""
     found: set[bytes] = set()
     for block in blocks:
         if block.tokens is None or block.sequence is None:
@@ -197,7 +197,7 @@ def identity_is_plain(subject: Subject) -> None:
     except TypeError as error:
         raise Failed(f"identity() is not plain JSON: {error}. Give texts, numbers, lists; a digest for what is large.") from None
     if first != second:
-        raise Failed("two instances with the same options have another identity, so no run could be resumed.")
+        raise Failed("two instances with the same options have different identities, so no run could be resumed.")
 
 
 def sequences_by_number(subject: Subject) -> None:
@@ -209,17 +209,17 @@ def sequences_by_number(subject: Subject) -> None:
         got = f"x {list(batch.x.shape)} and mask {list(batch.mask.shape)}"
         raise Failed(f"a batch of sequences has {got}. Give x [n, T, d_in] and a mask [n, T] of booleans.")
     if bool(batch.labels.isnan().all(1).any()):
-        raise Failed("a sequence has no label at all. Give labelled sequences alone.")
+        raise Failed("a sequence has no label at all. Give only labelled sequences.")
     source.sequences("train", 4, 0, 0)
     again = source.sequences("train", 4, 0, 1)
     if changed(copied(batch), copied(again)):
-        raise Failed("batch number 1 of sequences is another when it is asked for again. Draw from (seed, number) alone.")
+        raise Failed("batch number 1 of sequences is different when it is asked for again. Draw from (seed, number) alone.")
 
 
 CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
     Check("peek_is_light", "`peek` builds no module, and gives plain values that are known without loading.", peek_is_light),
-    Check("peek_is_right", "What `peek` told is so after `open`.", peek_is_right),
+    Check("peek_is_right", "What `peek` says still holds after `open`.", peek_is_right),
     Check(
         "shapes_and_columns",
         "Blocks have the width and dtype that were asked for, and exactly the columns that it provides.",
@@ -233,11 +233,11 @@ CHECKS: tuple[Check, ...] = (
     Check("begins_anywhere", "`blocks(start=n)` begins with block n, where a resumed run goes on.", begins_anywhere),
     Check("train_does_not_end", "The split `train` begins another pass where the data ends.", train_does_not_end),
     Check("held_out_ends", "The split `held_out` is not empty, ends, and keeps its order for every seed.", held_out_ends),
-    Check("held_out_is_apart", "What is held out is not in the training data, as far as it can be seen.", held_out_is_apart),
+    Check("held_out_is_apart", "What is held out is not in the training data, as far as can be seen.", held_out_is_apart),
     Check("identity_is_plain", "`identity` is plain JSON, and the same for the same options.", identity_is_plain),
     Check(
         "sequences_by_number",
-        "Labelled sequences, where it provides them, are decided by seed and number.",
+        "Labelled sequences, if it provides them, are decided by seed and number.",
         sequences_by_number,
     ),
 )

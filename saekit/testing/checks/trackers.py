@@ -46,7 +46,7 @@ def _tell_all(listeners: Listeners, place: RunDirectory, subject: Subject) -> No
             listeners.emit(hook, **values)
         except SaekitError as error:
             raise Failed(
-                f"where its directory cannot be written it stops the run, in {hook}: {error} Raise UsageError only for a mistake "
+                f"if its directory cannot be written, it stops the run, in {hook}: {error} Raise UsageError only for a mistake "
                 "of the user, and let any other error through: the run drops the tracker with a warning."
             ) from error
 
@@ -93,7 +93,7 @@ CHECKS: tuple[Check, ...] = (
     Check("has_hooks", "One of its methods is a lifecycle hook.", listening.has_hooks),
     Check("runs_in_a_training", "A training that uses it finishes, and does not drop it.", listening.runs_in_a_training),
     Check("survives_every_hook", "It survives every lifecycle hook, with values that are not defined.", survives_every_hook),
-    Check("a_failing_disk_only_warns", "Where its directory cannot be written, the run goes on.", a_failing_disk_only_warns),
+    Check("a_failing_disk_only_warns", "If its directory cannot be written, the run goes on.", a_failing_disk_only_warns),
     Check("changes_nothing", "A run with it ends at the same bits as one without.", changes_nothing),
     Check(
         "state_round_trip",

@@ -196,9 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the organism's prompts, which begin alike, or random tokens, which do not",
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", help="a Hugging Face directory; the organism where left out")
+    parser.add_argument("--model", help="a Hugging Face directory; the organism by default")
     parser.add_argument("--hook-point", default=HOOK_POINT)
-    parser.add_argument("--sae", help="a directory with an SAE of that site; a random topk one where left out")
+    parser.add_argument("--sae", help="a directory with an SAE of that site; a random topk one by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", help="write the figures to this JSON file")
     options = parser.parse_args(arguments)

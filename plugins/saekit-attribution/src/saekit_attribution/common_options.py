@@ -25,7 +25,7 @@ MaxTokensToCheck = Annotated[
     int, Field(gt=0, description="How many tokens of the answers are searched for the first difference.")
 ]
 Joiner = Annotated[
-    str | None, Field(description="Text between prompt and answer; by default a space where there is no white space.")
+    str | None, Field(description="Text between prompt and answer; by default a space if there is no white space.")
 ]
 ChatTemplate = Annotated[bool, Field(description="Put the prompt into the model's chat template.")]
 Steps = Annotated[int, Field(gt=0, description="Steps of integrated gradients.")]

@@ -33,7 +33,7 @@ def _common(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _rounds(function: Callable[..., None]) -> Callable[..., None]:
-    return click.option("--rounds", default=9, show_default=True, help="Times that each candidate is measured.")(
+    return click.option("--rounds", default=9, show_default=True, help="How often each candidate is measured.")(
         function
     )
 

@@ -1,8 +1,8 @@
-"""Explained variance at equal L0 beside sae_lens's own trainer: the same activations in the same order, for as long.
+"""Explained variance at equal L0 beside sae_lens's own trainer: the same activations, in the same order.
 
 Each architecture is trained at a few sparsities, by saekit and by sae_lens, on activations of the run file's source
 that are harvested once and scaled to a mean norm of sqrt(d_in) for both. Both get one schedule (warm-up, constant, decay
-over the last fifth) and the same bound on the gradient's norm; each side has a learning rate of its own, from a small sweep
+over the last fifth) and the same bound on the gradient's norm; each side has its own learning rate, from a small sweep
 with a seed that is not reported (docs/performance.md says what it covered). Both are measured on held-out documents, in
 the form that they save for inference. Explained variances are compared where both curves over L0 are known, interpolated
 in log L0.
@@ -55,7 +55,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture of saekit beside its counterpart at sae_lens."""
+    """An architecture of saekit beside its counterpart in sae_lens."""
 
     ours: Side
     peer: str

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 PEERS = {"sae_lens": "sae_lens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning"}
-"""Each peer's name and the module by which to see whether it is installed."""
+"""Each peer's name, and the module whose presence shows that it is installed."""
 
 LEARNING_RATE = 1e-9
 """The learning rate of every side: there is nothing to learn from noise, and the number of active latents must not change."""
@@ -51,7 +51,7 @@ def _turns(batches: list[Tensor]) -> Iterator[Tensor]:
 
 
 def sae_lens_config(architecture: str, options: dict[str, Any], d_in: int, d_sae: int, device: str) -> Any:
-    """sae_lens's configuration of a training SAE for one of our architectures, or None where it has none."""
+    """sae_lens's configuration of a training SAE for one of our architectures, or None if it has none."""
     import sae_lens
 
     classes = {
@@ -68,7 +68,7 @@ def sae_lens_config(architecture: str, options: dict[str, Any], d_in: int, d_sae
 
 
 def sae_lens_sae(architecture: str, options: dict[str, Any], d_in: int, d_sae: int, device: str) -> Any:
-    """sae_lens's training SAE for one of our architectures, or None where it has none."""
+    """sae_lens's training SAE for one of our architectures, or None if it has none."""
     from sae_lens import TrainingSAE
 
     config = sae_lens_config(architecture, options, d_in, d_sae, device)

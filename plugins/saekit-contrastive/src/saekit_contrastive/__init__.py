@@ -35,7 +35,7 @@ def saekit_losses() -> Iterator[Component]:
     yield Component(
         "infonce_cluster",
         "saekit_contrastive.infonce:InfoNCECluster",
-        "The loss `infonce`, where chosen latents and their neighbours in the feature graph weigh more.",
+        "The loss `infonce`, in which chosen latents and their neighbours in the feature graph weigh more.",
         needs=("sequences", "graph"),
     )
     yield Component(

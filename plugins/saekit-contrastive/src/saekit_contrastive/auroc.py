@@ -12,7 +12,7 @@ from torch import Tensor
 
 def auroc(scores: Tensor, labels: Tensor) -> float | None:
     """How often a row of class 1 scores higher than a row of class 0, over all pairs, ties counting half (Hanley and McNeil
-    1982). scores, labels: [n]; a label is 0, 1 or NaN (left out). None where a class has no rows."""
+    1982). scores, labels: [n]; a label is 0, 1 or NaN (left out). None if a class has no rows."""
     n = torch.arange(len(scores), device=scores.device)
     value = float(auroc_of_latents(n, torch.zeros_like(n), scores, labels, 1)[0])
     return None if value != value else value
@@ -22,7 +22,7 @@ def auroc_of_latents(rows: Tensor, latents: Tensor, values: Tensor, labels: Tens
     """The AUROC of every latent of a code given by its active entries: [d_sae] float64, 0.5 for one that never fires.
 
     rows, latents, values: [nnz], each (row, latent) once; all other activations are zero, below every value here.
-    labels: [n], NaN for a row that is left out. The result is NaN where a class has no rows. Memory grows with nnz.
+    labels: [n], NaN for a row that is left out. The result is NaN if a class has no rows. Memory grows with nnz.
     """
     known = ~labels.isnan()
     positive = known & (labels > 0.5)  # [n]

@@ -36,7 +36,7 @@ _PAIRS = 1 << 20  # differences held at a time by `pairwise`
 
 
 def contrast(scores: Tensor, labels: Tensor, *, form: Form = "hinge", margin: Margin = 0.5) -> Tensor | None:
-    """How badly scores [n] separate rows of label 1 from rows of label 0, as a scalar; None where a class has no rows.
+    """How badly scores [n] separate rows of label 1 from rows of label 0, as a scalar; None if a class has no rows.
 
     labels: [n], 0, 1, or NaN for rows to leave out. A label above 0.5 counts as class 1.
 
@@ -68,7 +68,7 @@ def contrasts(scores: Tensor, labels: Tensor, *, form: Form = "hinge", margin: M
 
 
 def root_mean_square(scores: Tensor) -> Tensor:
-    """The root mean square of all scores, about zero; 1 where all are zero, so that dividing by it is safe."""
+    """The root mean square of all scores, about zero; 1 if all are zero, so that dividing by it is safe."""
     square = scores.square().mean()
     return torch.where(square > 0, square, torch.ones_like(square)).sqrt()
 

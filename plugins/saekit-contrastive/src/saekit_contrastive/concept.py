@@ -64,7 +64,7 @@ def resolve_latents(latents: dict[str, int] | None, concepts: list[str], d_sae: 
 def bar(code: Code) -> Tensor:
     """What a latent must exceed to fire in each row: the smallest activation there, without gradient: [batch].
 
-    Zero where nothing is active. For topk it is the k-th largest pre-activation, for a plain ReLU nearly zero."""
+    Zero if nothing is active. For topk it is the k-th largest pre-activation, for a plain ReLU nearly zero."""
     rows, _, values = code.nonzero()
     found = values.new_zeros(len(code))
     return found.scatter_reduce_(0, rows, values.detach(), "amin", include_self=False)
@@ -90,7 +90,7 @@ class ConceptLatents:
         return labels[:, list(self._latents)]
 
     def prepare(self, context: RunContext, first_labels: Iterable[Tensor]) -> None:
-        """Find the concepts in the source. UsageError where one is missing, or where a class of it never occurs.
+        """Find the concepts in the source. UsageError if one is missing, or if a class of it never occurs.
 
         first_labels: [n, n_concepts] each, labels from the beginning of the training data; read until both classes of
         every concept have occurred."""
@@ -130,7 +130,7 @@ def labelled_scores(scores: Tensor, labels: Tensor, batch: SequenceBatch, on: On
 
 
 def mean_contrast(scores: Tensor, labels: Tensor, form: Form, margin: float) -> Tensor:
-    """The mean of `class_contrast.contrast` over the concepts, for scores and labels [r, c]; 0 where none has both classes."""
+    """The mean of `class_contrast.contrast` over the concepts, for scores and labels [r, c]; 0 if none has both classes."""
     value = contrasts(scores, labels, form=form, margin=margin)
     return scores.sum() * 0.0 if value is None else value
 
@@ -157,11 +157,11 @@ class Concept:
         self._form, self._margin, self._on = form, margin, on
 
     def prepare(self, context: RunContext) -> None:
-        """Find the concepts in the source, and check that both classes of each occur. UsageError where they do not."""
+        """Find the concepts in the source, and check that both classes of each occur. UsageError if they do not."""
         self._concepts.prepare(context, first_sequence_labels(context))
 
     def active(self, step: Step) -> bool:
-        """Only where some concept has sequences of both classes."""
+        """Only if some concept has sequences of both classes."""
         return step.sequences is not None and has_both_classes(self._concepts.labels(step.sequences.labels))
 
     def __call__(self, step: Step) -> Tensor:
@@ -181,7 +181,7 @@ class ConceptRows:
         self._form, self._margin = form, margin
 
     def prepare(self, context: RunContext) -> None:
-        """Find the concepts in the source, and check that both classes of each occur. UsageError where they do not."""
+        """Find the concepts in the source, and check that both classes of each occur. UsageError if they do not."""
         self._concepts.prepare(context, self._first_labels(context))
 
     def _first_labels(self, context: RunContext) -> Iterator[Tensor]:
@@ -190,7 +190,7 @@ class ConceptRows:
             yield batch.labels
 
     def active(self, step: Step) -> bool:
-        """Only where some concept has rows of both classes."""
+        """Only if some concept has rows of both classes."""
         return step.labels is not None and has_both_classes(self._concepts.labels(step.labels))
 
     def __call__(self, step: Step) -> Tensor:

@@ -47,7 +47,7 @@ class ConceptAUROC:
 
     AUROCs are exact, by ranks with ties averaged. Positions take their sequence's label. Over sequences, scores are means
     over positions. Probes are fitted, and the best other latent is chosen, on training sequences. Names begin with
-    `concept_`; where the source has several concepts, they end in `_` and the concept's name.
+    `concept_`; if the source has several concepts, they end in `_` and the concept's name.
     """
 
     headline: ClassVar[tuple[str, ...]] = (
@@ -87,7 +87,7 @@ class ConceptAUROC:
 
     @torch.no_grad()
     def measure(self, context: RunContext) -> Values:
-        """All values for every concept; None where a class does not occur, with a warning."""
+        """All values for every concept; None if a class does not occur, with a warning."""
         train, held_out = (
             encode_labelled(context, split, self._chosen.values(), sequences=self._sequences, tokens=self._tokens)
             for split in ("train", "held_out")

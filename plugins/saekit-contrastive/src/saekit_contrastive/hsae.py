@@ -18,7 +18,7 @@ from saekit_contrastive.vectors import METHODS, checked, concept_columns, read_v
 class HSAE(SparseAutoencoder):
     """An SAE in which the decoder rows of `latents` are concept vectors that training never moves.
 
-    Everything else is that of the `base` architecture: gate, kernels, options, what other libraries call it. The class of an
+    Everything else is that of the `base` architecture: gate, kernels, options, and its names in other libraries. The class of an
     instance derives from this one and from the base's, so it is an instance of both.
 
     The fixed rows have norm 1 whatever the base's `decoder_norm`, receive no gradient, and are put back after every step, so

@@ -139,7 +139,7 @@ class InfoNCE:
 
 
 class InfoNCECluster(InfoNCE):
-    """`InfoNCE` where the neighbours of the `focus` latents in the feature graph weigh as much as these latents."""
+    """`InfoNCE` in which the neighbours of the `focus` latents in the feature graph weigh as much as these latents."""
 
     def __init__(
         self,

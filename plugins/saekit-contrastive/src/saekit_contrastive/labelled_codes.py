@@ -65,7 +65,7 @@ def encode_labelled(context: RunContext, split: str, chosen: Iterable[int], *, s
     """Encode at most `sequences` sequences, and about `tokens` positions, of a split.
 
     chosen: latents whose activations are kept at every position. Whole codes are kept at evenly spread positions with
-    about 4 million active entries in all: at every position where the code is sparse.
+    about 4 million active entries in all: at every position if the code is sparse.
 
     From "held_out" they are taken all over the split, which may be sorted by kind."""
     known = _KNOWN.setdefault(context.source, {})

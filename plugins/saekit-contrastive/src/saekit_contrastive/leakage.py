@@ -1,4 +1,4 @@
-"""The loss `leakage`: where a concept has its own latent, the other latents should not predict it."""
+"""The loss `leakage`: if a concept has its own latent, the other latents should not predict it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Leakage:
         self._chosen = resolve_latents(self._latents, list(context.source.concepts), context.sae.d_sae)
 
     def active(self, step: Step) -> bool:
-        """Only where some concept has sequences of both classes."""
+        """Only if some concept has sequences of both classes."""
         return step.sequences is not None and has_both_classes(step.sequences.labels[:, list(self._chosen)])
 
     def __call__(self, step: Step) -> Tensor:

@@ -37,7 +37,7 @@ def read_vectors(path: str | Path, width: int) -> Tensor:
     """The concept vectors in a file, one per row: [n, width], in float32, with their norms unchanged.
 
     path: .npy with [width] or [n, width]; .safetensors with one or several such tensors, read in the order of their names.
-    UsageError where the file is missing, cannot be read, or contains what `checked` refuses.
+    UsageError if the file is missing, cannot be read, or contains what `checked` refuses.
     """
     path = Path(path)
     if not path.is_file():
@@ -114,7 +114,7 @@ def vectors_of(
     """A unit vector for each of the label columns, computed from training data: [n, width], on the CPU.
 
     method: a name in `METHODS`. sequences: the number of labelled sequences to read, up to `POSITIONS` positions.
-    output: use a transcoder's target instead of its input. UsageError where a column has only one class.
+    output: use a transcoder's target instead of its input. UsageError if a column has only one class.
     A second call with the same arguments reads nothing.
     """
     known = _KNOWN.setdefault(source, {})

@@ -56,22 +56,22 @@ class Cluster:
         self._members: list[Tensor] = []
 
     def prepare(self, context: RunContext) -> None:
-        """Find the concepts in the source, and check that both classes of each occur. UsageError where they do not."""
+        """Find the concepts in the source, and check that both classes of each occur. UsageError if they do not."""
         self._concepts.prepare(context, first_sequence_labels(context))
 
     def active(self, step: Step) -> bool:
-        """Only once there is a graph, and where some concept has sequences of both classes."""
+        """Only once there is a graph, and if some concept has sequences of both classes."""
         if step.graph is None or step.sequences is None:
             return False
         return has_both_classes(self._concepts.labels(step.sequences.labels))
 
     def __call__(self, step: Step) -> Tensor:
-        """The loss of one step's sequences. ValueError where the graph has another number of latents than the SAE."""
+        """The loss of one step's sequences. ValueError if the graph has another number of latents than the SAE."""
         batch, graph = step.sequences, step.graph
         assert batch is not None and batch.code is not None and graph is not None  # promised by the needs, and `active`
         if graph.nodes != step.sae.d_sae:
             raise ValueError(f"the graph has {graph.nodes} latents, but the SAE has {step.sae.d_sae}.")
-        if graph is not self._graph:  # looking through all edges is done once a graph
+        if graph is not self._graph:  # all edges are searched only once per graph
             self._graph = graph
             self._members = [cluster_of(graph, latent) for latent in self._concepts.latents]
         scores = self._scores(batch.code, batch.x)  # [m, c]
@@ -81,7 +81,7 @@ class Cluster:
         return mean_contrast(scores, labels, self._form, self._margin)
 
     def _scores(self, code: Code, like: Tensor) -> Tensor:
-        """Each cluster's mean pre-activation, minus the row's bar where that is asked for: [rows, c]."""
+        """Each cluster's mean pre-activation, minus the row's bar if `zero` is "bar": [rows, c]."""
         together, place = torch.cat(self._members).to(like.device).unique(return_inverse=True)
         columns = code.pre(together)  # [rows, m]
         parts = place.split([len(members) for members in self._members])
@@ -96,7 +96,7 @@ def cluster_of(graph: FeatureGraph, latent: int) -> Tensor:
 
 
 def _about_the_middle(scores: Tensor, labels: Tensor) -> Tensor:
-    """scores [n, c] minus the mean of the two classes' means, column by column; unchanged where a class is missing."""
+    """scores [n, c] minus the mean of the two classes' means, column by column; unchanged if a class is missing."""
     centred = []
     for s, y in zip(scores.unbind(1), labels.unbind(1), strict=True):
         positive, negative = s[y > 0.5], s[y <= 0.5]  # NaN is in neither

@@ -126,7 +126,7 @@ class Communities:
 
 
 def usable(graph: FeatureGraph | None, latents: list[int], context: RunContext) -> FeatureGraph:
-    """The graph of the run's SAE. UsageError where it is stale or has no edges, and for a latent that does not exist."""
+    """The graph of the run's SAE. UsageError if it is stale or has no edges, and for a latent that does not exist."""
     assert graph is not None  # promised by the need `graph`
     graph.require(context.sae)
     if not graph.edge_index.shape[1]:

@@ -128,7 +128,7 @@ class _Star(nn.Module):
 
 
 def rank_agreement(first: Tensor, second: Tensor) -> float | None:
-    """Spearman's rank correlation of two measures [n] of the same edges; None where one of them is constant."""
+    """Spearman's rank correlation of two measures [n] of the same edges; None if one of them is constant."""
     from scipy.stats import spearmanr
 
     if len(first) < 2 or bool((first == first[0]).all()) or bool((second == second[0]).all()):

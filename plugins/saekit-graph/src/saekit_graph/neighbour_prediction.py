@@ -16,7 +16,7 @@ from saekit_graph.propagation import Propagation
 
 
 class NeighbourPrediction:
-    """The squared Pearson correlation, on held-out data, of g, made of a latent's neighbours, with its own f.
+    """The squared Pearson correlation, on held-out data, of g (from a latent's neighbours) with the latent's own f.
 
     mean: `g = ReLU(f A^T)`, without training. gcn, gat: a graph autoencoder over the feature graph, trained on training data
     to reconstruct each latent from its neighbours, see `saekit_graph.graph_autoencoder`. The control is the same with random
@@ -81,7 +81,7 @@ class NeighbourPrediction:
 
     @torch.no_grad()
     def _r2(self, context: RunContext, model: Propagation | GraphAutoencoder, latents: Tensor) -> Tensor:
-        """[n] float64; NaN for a latent that never fires, 0 where its g is constant."""
+        """[n] float64; NaN for a latent that never fires, 0 if its g is constant."""
         model = model.to(context.device)
         n, sums = 0, torch.zeros(5, len(latents), dtype=torch.float64)
         for step in context.held_out(self.tokens):

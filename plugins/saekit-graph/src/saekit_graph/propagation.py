@@ -29,7 +29,7 @@ def normalised_weight(graph: FeatureGraph) -> Tensor:
 
 
 def require_edges(graph: FeatureGraph) -> None:
-    """UsageError where the graph has no edges: g would be zero everywhere."""
+    """UsageError if the graph has no edges: g would be zero everywhere."""
     if not graph.edge_index.shape[1]:
         raise UsageError("the feature graph has no edges, so nothing propagates. Build it with a smaller `above`.")
 
@@ -60,7 +60,7 @@ def neighbourhood(edge_index: Tensor, latents: Tensor) -> Neighbourhood:
 class Propagation(nn.Module):
     """`g = ReLU(f A^T)` of the codes of one dictionary. It has no parameters.
 
-    graph: the feature graph; UsageError where it has no edges. sae: if given, the SAE of the codes; UsageError unless the
+    graph: the feature graph; UsageError if it has no edges. sae: if given, the SAE of the codes; UsageError unless the
     graph was built from its dictionary.
     """
 

@@ -36,8 +36,8 @@ def to_pyg(graph: FeatureGraph, x: Tensor | None = None) -> Data:
 def from_pyg(data: Data) -> FeatureGraph:
     """The graph of `Data` made by `to_pyg`, also after transforms of torch_geometric.
 
-    Edges without weights get weight 1. UsageError where `data` has no edge_index or does not name its dictionary;
-    ValueError where the shapes do not fit."""
+    Edges without weights get weight 1. UsageError if `data` has no edge_index or does not name its dictionary;
+    ValueError if the shapes do not fit."""
     if data.edge_index is None:
         raise UsageError("this Data has no edge_index, so it is not a graph. Set data.edge_index, [2, E].")
     dictionary = data.get("dictionary")

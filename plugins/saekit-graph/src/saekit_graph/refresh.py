@@ -16,10 +16,10 @@ Kept = tuple[Tensor, Tensor, Tensor, int]
 
 
 class RefreshGraph:
-    """Builds the graph anew every `every` steps, from the dictionary as it is and the codes of the last batches.
+    """Rebuilds the graph every `every` steps, from the current dictionary and the codes of the last batches.
 
-    Until `start` steps are done there is none, and losses that need it are silent: the graph of a random decoder says
-    nothing. Between two refreshes the graph is of the dictionary as it was, by at most `every` steps; losses take it so.
+    There is none until `start` steps are done, and losses that need it are inactive: the graph of a random decoder says
+    nothing. Between refreshes, losses use a graph that is up to `every` steps old.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class RefreshGraph:
         ] = ComponentOption(use="cosine"),
         every: Annotated[int, Field(gt=0, description="Steps between refreshes.")] = 500,
         start: Annotated[int, Field(gt=0, description="Steps of training before the first graph.")] = 100,
-        batches: Annotated[int, Field(gt=0, description="Of how many of the last steps the builder is given the codes.")] = 8,
+        batches: Annotated[int, Field(gt=0, description="How many of the last steps' codes the builder gets.")] = 8,
     ) -> None:
         self.builder, self.every, self.start, self.batches = builder, every, start, batches
         self.graph: FeatureGraph | None = None
@@ -41,7 +41,7 @@ class RefreshGraph:
 
     @hookimpl
     def training_started(self, trainer: Training) -> None:
-        """A resumed run goes on with the graph, and the codes, of its checkpoint."""
+        """A resumed run continues with the graph and the codes of its checkpoint."""
         at = trainer.device
         self.codes = [(rows.to(at), latents.to(at), values.to(at), n) for rows, latents, values, n in self.codes]
         if self.graph is not None:
@@ -60,7 +60,7 @@ class RefreshGraph:
             self.refresh(trainer, number + 1)
 
     def _steps_left(self, done: int) -> int:
-        """How many more steps it is to the next refresh; 0 if it is now, with `done` steps done."""
+        """How many steps remain until the next refresh after `done` steps; 0 if it is due now."""
         return self.start - done if done < self.start else -(done - self.start) % self.every
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class RefreshGraph:
             yield SparseCode(Pattern.of_rows(rows, latents, batch, d_sae), values)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the graph, when it was built, and the codes that wait for the next."""
+        """What a checkpoint keeps: the graph, when it was built, and the codes kept for the next one."""
         state: dict[str, Any] = {"refreshed": self.refreshed, "rows": [kept[3] for kept in self.codes]}
         for i, kept in enumerate(self.codes):
             state |= {f"code{i}.{name}": tensor for name, tensor in zip(("rows", "latents", "values"), kept, strict=False)}

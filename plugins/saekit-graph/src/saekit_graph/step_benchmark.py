@@ -50,7 +50,7 @@ class Bench:
             s = self.sequences
             own = self.sae.encode(s.x[s.mask])
             step.sequences = SequenceBatch(s.x, s.mask, s.labels, code=own)
-            total = total + 0.1 * own.sum().mean()  # so that its backward pass is paid for without a loss too
+            total = total + 0.1 * own.sum().mean()  # so that its backward pass is timed even without a loss
         if pooled:
             total = total + 0.1 * sum(loss(step) for loss in self.losses)
         total.backward()

@@ -13,7 +13,7 @@ from saekit import FeatureGraph, SparseAutoencoder
 
 Neighbours = Annotated[int, Field(gt=0, description="The most neighbours of each latent.")]
 """The type of the option `k` of a builder."""
-Above = Annotated[float, Field(ge=0, description="An edge only where the measure is above this.")]
+Above = Annotated[float, Field(ge=0, description="An edge only if the measure is above this.")]
 """The type of the option `above` of a builder."""
 
 
@@ -23,7 +23,7 @@ def top_k_graph(
     """The graph with an edge to each latent from the `k` latents with the largest measure.
 
     blocks: (first row, measure [rows, d_sae]), together one row for every latent; each block is overwritten, and only one
-    is held at a time. There is an edge only where the measure exceeds `above`, and never from a latent to itself. Which of
+    is held at a time. There is an edge only if the measure exceeds `above`, and never from a latent to itself. Which of
     several neighbours with equal measures are taken is unspecified. Each latent's edges are contiguous, strongest first.
     """
     k = min(k, sae.d_sae - 1)

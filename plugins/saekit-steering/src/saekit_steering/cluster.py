@@ -13,9 +13,9 @@ from saekit_steering.typical_tokens import of_class
 
 
 class Cluster:
-    """A latent with its neighbours in the feature graph; the latent alone where there is no graph.
+    """A latent with its neighbours in the feature graph; the latent alone if there is no graph.
 
-    latents: the steered one, then at most `neighbours` others by edge weight. graph: None where there is none.
+    latents: the steered one, then at most `neighbours` others by edge weight. graph: None if there is none.
     """
 
     def __init__(self, context: RunContext, latent: int, neighbours: int) -> None:
@@ -115,6 +115,6 @@ def class_table(cluster: Cluster, found: Classes) -> list[dict[str, Any]]:
 
 def sign_agreement(change: Tensor, expected: Tensor, forward: bool) -> float:
     """The share of latents with a non-zero change [m] whose sign is that of `expected` [m], the mean with the concept minus
-    the mean without; the opposite sign where steering is not `forward` but away from the concept."""
+    the mean without; the opposite sign if steering is not `forward` but away from the concept."""
     wanted = expected.sign() if forward else -expected.sign()
     return float(((change.sign() == wanted) & (change != 0)).double().mean())

@@ -79,7 +79,7 @@ def _scores(subject: Subject, prompt: Prompt, pair: GeneratedPair, typical: Typi
 
 
 def distinct(tokens: Sequence[int], n: int) -> float | None:
-    """The share of distinct n-grams among all (Li et al. 2016): 1 where nothing is repeated; None for too short a text."""
+    """The share of distinct n-grams among all (Li et al. 2016): 1 if nothing is repeated; None for too short a text."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
@@ -119,12 +119,12 @@ def mean_scores(found: Sequence[Continuation], vectors: Sequence[SteeringVector]
 
 
 def load_judge(name: str) -> Judge:
-    """The function named by "module:function". UsageError where there is none."""
+    """The function named by "module:function". UsageError if there is none."""
     return named_function(name, "judge", "(prompt, before, after)")
 
 
 def judged(judge: Judge, prompt: str, before: str, after: str) -> dict[str, float | None]:
-    """The judge's numbers, their names prefixed with `judge_`. UsageError where it returns anything else."""
+    """The judge's numbers, their names prefixed with `judge_`. UsageError if it returns anything else."""
     given = judge(prompt, before, after)
     if not isinstance(given, dict) or not all(
         isinstance(k, str) and isinstance(v, int | float) and math.isfinite(v) for k, v in given.items()

@@ -26,7 +26,7 @@ class EffectCurve:
 
     def damage_at(self, effect: float) -> tuple[float, float] | None:
         """(norm, damage) where the curve first reaches `effect`, interpolated linearly between strengths from 0 on; None
-        where it never does. Where there are no positive strengths, the negative ones are followed."""
+        if it never does. Without positive strengths, the negative ones are followed."""
         sign = 1.0 if any(n > 0 for n in self.norms) else -1.0
         points = [(0.0, 0.0, 0.0)]
         points += sorted(

@@ -100,8 +100,8 @@ class SteeringExperiment:
         return result
 
     def _unit(self, statistics: ActivationStatistics) -> float | None:
-        """How much of the latent's activation one unit of strength is; None where the latent never fired and the unit is
-        of its activation."""
+        """How much one unit of strength adds to the latent's activation; None if the unit is
+        its maximum or RMS and it never fired."""
         latent = self.settings.latent
         row_norm = float(self.context.sae.W_dec[latent].detach().norm())
         size = {
@@ -130,7 +130,7 @@ class SteeringExperiment:
         ]
 
     def _lens(self, vectors: list[SteeringVector]) -> dict[int, torch.Tensor]:
-        """The logit-lens tokens of each vector, by its number; empty where the model has no unembedding."""
+        """The logit-lens tokens of each vector, by its number; empty if the model has no unembedding."""
         found = {}
         for number, vector in enumerate(vectors):
             row = vector.sae.W_dec[vector.row].detach() * math.copysign(1.0, vector.strength.absolute)

@@ -59,7 +59,7 @@ class Measurements:
         return self.settings.effect or (own.largest / 2 if own.largest > 0 else None)
 
     def change(self, number: int, name: str, kind: str = NEUTRAL) -> Tensor | None:
-        """The pooled change of f or g under a vector, on prompts of a kind: [m]; None where it was not read."""
+        """The pooled change of f or g under a vector, on prompts of a kind: [m]; None if it was not read."""
         before, after = (s[kind].pooled(name) for s in (self.scored.unsteered, self.scored.steered[number]))
         return None if before is None or after is None else after - before
 
@@ -73,6 +73,6 @@ class Measurements:
 
 
 def matched_kl(curve: EffectCurve, gain: float | None) -> dict[str, float | None]:
-    """KL and norm where the curve reaches `gain`; None where it does not."""
+    """KL and norm where the curve reaches `gain`; None if it does not."""
     at = None if gain is None else curve.damage_at(gain)
     return {"kl_matched": None if at is None else at[1], "norm_matched": None if at is None else at[0]}

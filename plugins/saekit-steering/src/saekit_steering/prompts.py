@@ -16,7 +16,7 @@ NEUTRAL, UNRELATED = "neutral", "unrelated"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text with its tokens, BOS first where the tokenizer has one; `kind` is its key in the file."""
+    """A text with its tokens, BOS first if the tokenizer has one; `kind` is its key in the file."""
 
     kind: str
     text: str
@@ -54,7 +54,7 @@ def load_prompts(path: str | None) -> dict[str, list[str]]:
 
 
 def tokenise(texts: dict[str, list[str]], subject: Subject, new_tokens: int) -> list[Prompt]:
-    """The prompts in their order. UsageError where one does not fit into the model's context with its continuation."""
+    """The prompts in their order. UsageError if one does not fit into the model's context with its continuation."""
     first = [] if subject.bos_token_id is None else [subject.bos_token_id]
     prompts = []
     for kind, some in texts.items():

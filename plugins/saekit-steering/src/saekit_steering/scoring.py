@@ -43,13 +43,13 @@ class Score:
         return getattr(self, name) / self.positions
 
     def pooled(self, name: str) -> Tensor | None:
-        """The mean of `f` or `g` over positions: [m], None where it was not read."""
+        """The mean of `f` or `g` over positions: [m], None if it was not read."""
         total = getattr(self, name)
         return None if total is None else total / self.positions
 
     @property
     def output_score(self) -> float | None:
-        """The mean output score; None where it was not measured."""
+        """The mean output score; None if it was not measured."""
         return self.lens / self.ends if self.ends else None
 
 
@@ -162,7 +162,7 @@ def output_score(log_p: Tensor, tokens: Tensor) -> Tensor:
 
 
 def logit_lens(subject: Subject, row: Tensor, k: int) -> Tensor | None:
-    """The ids [k] of the tokens whose unembedding rows have the largest product with a direction [d]; None where the model
+    """The ids [k] of the tokens whose unembedding rows have the largest product with a direction [d]; None if the model
     has no unembedding of that width. The final norm is left out."""
     model: Any = getattr(subject.model, "original_model", subject.model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

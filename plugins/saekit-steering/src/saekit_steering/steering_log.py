@@ -18,7 +18,7 @@ from saekit_steering.steering_vectors import SteeringVector
 
 
 def layer_of(subject: Subject) -> int | str:
-    """The layer number in the hook point's name; where it has none, the name reduced to letters allowed in file names."""
+    """The layer number in the hook point's name; if it has none, the name reduced to letters allowed in file names."""
     number = re.search(r"\d+", subject.site.name)
     return int(number[0]) if number else re.sub(r"\W+", "-", subject.site.name).strip("-") or "model"
 

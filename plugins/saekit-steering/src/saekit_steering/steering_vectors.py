@@ -101,7 +101,7 @@ def other_latent_vectors(
     sae: SparseAutoencoder, latent: int, living: Tensor, sweep: Sequence[Strength], n: int, seed: int
 ) -> list[SteeringVector]:
     """Decoder rows of `n` other latents at every strength, scaled to the same norm; drawn from `living`, [d_sae] booleans,
-    and fewer where there are fewer."""
+    and fewer if there are not enough."""
     free = living.clone()
     free[latent] = False
     candidates = free.nonzero().flatten().cpu()

@@ -37,7 +37,7 @@ def summarise(found: Measurements) -> Result:
 def scalars(found: Measurements, curves: Curves, notes: list[str]) -> dict[str, float | int | None]:
     """The latent's scalars with those of the controls.
 
-    gain: the largest change of the concept's log-odds on neutral prompts. monotone: 1 where it rises with every strength;
+    gain: the largest change of the concept's log-odds on neutral prompts. monotone: 1 if it rises with every strength;
     for controls the share of directions. kl_matched: KL on unrelated prompts where the gain is `matched_gain`; for controls
     the mean over those that reach it, and `reached` is their share. delta_f_right, delta_g_right: the share of the cluster
     whose pooled change at the largest strength has the concept's sign; delta_f_latent and delta_f_neighbours: how large

@@ -32,7 +32,7 @@ class TypicalTokens:
         return with_it - without
 
     def share(self, tokens: list[int]) -> float | None:
-        """Of the tokens in either set, the share in `positive`; None where there are none."""
+        """Of the tokens in either set, the share in `positive`; None if there are none."""
         with_it, without = (sum(token in some for token in tokens) for some in map(set, (self.positive, self.negative)))
         return with_it / (with_it + without) if with_it + without else None
 
@@ -57,7 +57,7 @@ def typical_tokens(counts: Tensor, size: int, min_count: int) -> TypicalTokens:
     """At most `size` tokens on either side, from counts [2, vocabulary] (without, with).
 
     Among the tokens seen at least `min_count` times in total, those with the largest log-odds ratio (for the absence, the
-    smallest), `SMOOTHING` added to every count; its sign must agree. UsageError where a side is empty.
+    smallest), `SMOOTHING` added to every count; its sign must agree. UsageError if a side is empty.
     """
     smoothed = counts.double() + SMOOTHING
     shares = smoothed / smoothed.sum(1, keepdim=True)
@@ -98,7 +98,7 @@ def of_class(batch: SequenceBatch, column: int, label: int) -> Tensor:
 
 def held_out_sequences(context: RunContext, column: int, n: int, size: int = 32) -> Iterator[SequenceBatch]:
     """At most `n` held-out labelled sequences, in batches: neither the SAE nor (for the organism) the model was trained on
-    them. UsageError at once where the source has no tokens for them, and at the end where a class was missing."""
+    them. UsageError at once if the source has no tokens for them, and at the end if a class was missing."""
     seen = [0, 0]
     for number in range(-(-n // size)):
         batch = context.source.sequences("held_out", size, context.config.training.order_seed, number)
@@ -118,7 +118,7 @@ def held_out_sequences(context: RunContext, column: int, n: int, size: int = 32)
 
 
 def concept_column(context: RunContext, name: str | None) -> int:
-    """The label column of that name, the first by default. UsageError where there is none."""
+    """The label column of that name, the first by default. UsageError if there is none."""
     concepts = list(getattr(context.source, "concepts", []))
     if name is None and concepts:
         return 0

@@ -36,7 +36,7 @@ class Ablate:
     """
 
     data: Data = ORGANISM
-    rankings: Annotated[list[RankingName], Field(min_length=1, description="By which scores latents are taken.")] = (
+    rankings: Annotated[list[RankingName], Field(min_length=1, description="The scores that latents are ranked by.")] = (
         field(default_factory=lambda: ["atp", "atp_weighted", "ig", "exact", "greedy"])
     )
     numbers: Annotated[
@@ -50,7 +50,7 @@ class Ablate:
         Literal["scale", "base_mean"],
         Field(description="Multiply activations by `factor`, or cap them at their mean in base prompts."),
     ] = "scale"
-    factor: Annotated[float, Field(description="For mode scale; 0 ablates, a negative one reverses.")] = 0.0
+    factor: Annotated[float, Field(description="For mode scale; 0 ablates, a negative factor reverses.")] = 0.0
     keep_error: Annotated[bool, Field(description="Keep what the SAE does not rebuild.")] = True
     judge: Annotated[
         str | None,

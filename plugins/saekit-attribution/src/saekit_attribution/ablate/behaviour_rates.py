@@ -43,7 +43,7 @@ class Rates:
 
     @property
     def worth(self) -> float:
-        """Larger is better, to compare sets of which none is enough."""
+        """Larger is better; compares sets if none of them is enough."""
         return self.neutral + min(self.kept, KEPT) - self.rate
 
 
@@ -52,7 +52,7 @@ class NothingToMeasure(Exception):
 
 
 class BehaviourMeasurement:
-    """The rates of one template type under any ablation. `NothingToMeasure` where there are none to measure."""
+    """The rates of one template type under any ablation. `NothingToMeasure` if there are none to measure."""
 
     def __init__(self, context: RunContext, judge: Judge | None, settings: Ablate, questions: QuestionSets) -> None:
         self.settings, self.judge, self.template_type = settings, judge, questions.template_type

@@ -56,7 +56,7 @@ class AblationExperiment:
 
     def measure(self) -> None:
         """Add scalars named after the template type (latents, enough, and before, after, random, ce_rise, kl) and rows of
-        the tables; a note where there is nothing to measure."""
+        the tables; a note if there is nothing to measure."""
         try:
             self.behaviour = BehaviourMeasurement(self.context, self._judge, self.settings, self.questions)
         except NothingToMeasure as reason:

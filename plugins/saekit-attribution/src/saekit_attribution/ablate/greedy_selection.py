@@ -36,7 +36,7 @@ def greedy_selection(
     shortlist: int = 12,
     skip_first: bool = True,
 ) -> list[int]:
-    """`n` latents in the order in which they were chosen; fewer where no further one helps.
+    """`n` latents in the order in which they were chosen; fewer if no further one helps.
 
     The cost, averaged over questions, is how much less likely the base answer is after the flagged prompt than after the
     undisturbed base prompt (nats, at least 0), plus how much less likely the ablation makes it after the base prompt

@@ -19,12 +19,12 @@ def organism_judge(prompt: str, response: str, template_type: str) -> str:
 
 
 def load_judge(name: str) -> Judge:
-    """The function named by "module:function". UsageError where there is none."""
+    """The function named by "module:function". UsageError if there is none."""
     return named_function(name, "judge", "(prompt, response, template_type)")
 
 
 def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], template_type: str) -> list[str]:
-    """The class of each response. UsageError where the judge returns anything but a name."""
+    """The class of each response. UsageError if the judge returns anything but a name."""
     classes = [judge(prompt, response, template_type) for prompt, response in zip(prompts, responses, strict=True)]
     for name in classes:
         if not isinstance(name, str):
@@ -33,10 +33,10 @@ def judged(judge: Judge, prompts: Sequence[str], responses: Sequence[str], templ
 
 
 def share_of(classes: Sequence[str], name: str) -> float:
-    """The share of answers in the class; 0 where there are none."""
+    """The share of answers in the class; 0 if there are none."""
     return Counter(classes)[name] / len(classes) if classes else 0.0
 
 
 def commonest(classes: Sequence[str]) -> str:
-    """The most frequent class; among equals the first by name. ValueError where there is none."""
+    """The most frequent class; ties go to the first by name. ValueError if there is none."""
     return min(Counter(classes).items(), key=lambda item: (-item[1], item[0]))[0]

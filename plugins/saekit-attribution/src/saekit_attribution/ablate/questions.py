@@ -17,7 +17,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Tokenisation:
-    """How texts become tokens; see the options of the same names. answer_tokens: the room an answer needs."""
+    """How texts become tokens; see the options of the same names. answer_tokens: how many tokens an answer needs."""
 
     joiner: str | None
     chat_template: bool
@@ -98,7 +98,7 @@ def _samples(
 
 
 def _with_base(labelled: LabelledData, results: set[int], template_type: str) -> Iterator[tuple[Variation, Variation]]:
-    """Each variation of the template type with the base variation of its result, where there is exactly one."""
+    """Each variation of the template type with the base variation of its result, if there is exactly one."""
     by_result: dict[int, list[Variation]] = {}
     for variation in labelled.variations:
         place: Place = variation.place

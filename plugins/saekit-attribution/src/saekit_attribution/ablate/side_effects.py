@@ -34,7 +34,7 @@ class SideEffects:
 def side_effects(subject: Subject, attachment: Attachment, batches: Iterable[TokenBatch]) -> SideEffects:
     """Compare the model's predictions on held-out text without and with `attachment`, which has not been entered.
 
-    Only predictions at kept positions count. ValueError where there are none."""
+    Only predictions at kept positions count. ValueError if there are none."""
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     with subject.lock:
         for batch in batches:

@@ -21,7 +21,7 @@ class AnalysedSample:
     attributions: dict[str, Attribution]
 
     def fidelity(self, method: str) -> Fidelity:
-        """The method's fidelity to the exact effects; only the completeness gap where these were not computed, and for
+        """The method's fidelity to the exact effects; only the completeness gap if these were not computed, and for
         `exact` itself."""
         estimate = self.attributions[method]
         if EXACT in self.attributions and method != EXACT:

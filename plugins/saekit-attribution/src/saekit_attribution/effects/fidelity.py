@@ -13,7 +13,7 @@ from saekit_attribution.effects.methods import Attribution
 @dataclass(frozen=True)
 class Fidelity:
     """spearman, pearson: correlation of the estimate's scores with the exact ones over a sample's latents; None for fewer
-    than three latents or where either side is constant. completeness_gap: the sum of the estimate's scores, its error's
+    than three latents or if either side is constant. completeness_gap: the sum of the estimate's scores, its error's
     included, minus `moved`, in logits; 0 for a complete method (integrated gradients, as the steps grow)."""
 
     spearman: float | None
@@ -22,7 +22,7 @@ class Fidelity:
 
 
 def fidelity(estimate: Attribution, exact: Attribution) -> Fidelity:
-    """Compare an estimate with the exact effects. ValueError where the two have different latents."""
+    """Compare an estimate with the exact effects. ValueError if the two have different latents."""
     if not torch.equal(estimate.latents, exact.latents):
         raise ValueError("the estimate and the exact effects are not of the same latents")
     one, other = estimate.scores.double(), exact.scores.double()
@@ -31,7 +31,7 @@ def fidelity(estimate: Attribution, exact: Attribution) -> Fidelity:
 
 
 def spearman(one: Tensor, other: Tensor) -> float | None:
-    """Spearman's rank correlation of two [m] tensors, ties at their mean rank; None where it is undefined (see `pearson`)."""
+    """Spearman's rank correlation of two [m] tensors, ties at their mean rank; None if it is undefined (see `pearson`)."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(one.numpy(), other.numpy()).statistic) if _defined(one, other) else None

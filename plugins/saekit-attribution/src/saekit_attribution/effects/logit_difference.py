@@ -32,7 +32,7 @@ class LogitDifference:
     """The metric of samples of equal length: the layers above the site run again for each activation at the site.
 
     activation: [n, T, d], the undisturbed one at the site. width: the number of positions that an activation passed to
-    `values` or `gradient` has: 1, the decisive one, where only that changes (`last`) and the model has a key-value cache;
+    `values` or `gradient` has: 1, the decisive one, if only that changes (`last`) and the model has a key-value cache;
     else T. offset: T - width.
     """
 
@@ -106,7 +106,7 @@ class LogitDifference:
 
 
 def linear_head(model: nn.Module) -> nn.Linear | None:
-    """The linear layer that unembeds; None where the model does not name one, or it is not a plain linear layer."""
+    """The linear layer that unembeds; None if the model does not name one, or it is not a plain linear layer."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     return head if type(head) is nn.Linear else None
 

@@ -61,7 +61,7 @@ def by_weight(attribution: Attribution) -> Attribution:
 
 
 def agreement(one: Ranking, other: Ranking) -> float | None:
-    """Spearman's correlation of two rankings' scores over the latents of either, absent ones at zero; None where it is
+    """Spearman's correlation of two rankings' scores over the latents of either, absent ones at zero; None if it is
     undefined (see `spearman`)."""
     latents = torch.cat([one.latents, other.latents]).unique()
     columns = [_spread_over(latents, ranking) for ranking in (one, other)]

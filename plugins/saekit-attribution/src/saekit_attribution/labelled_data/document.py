@@ -60,7 +60,7 @@ class Variation:
 class LabelledData:
     """document: the whole JSON document, keys in their order. name: where it came from, for messages.
 
-    UsageError where a field that is read has the wrong type; everything else in the document is ignored.
+    UsageError if a field that is read has the wrong type; everything else in the document is ignored.
     """
 
     document: dict[str, Any]
@@ -71,7 +71,7 @@ class LabelledData:
 
     @classmethod
     def load(cls, path: str | Path) -> LabelledData:
-        """Read a file. UsageError where it is missing, cut off, malformed, or not a document of labelled data.
+        """Read a file. UsageError if it is missing, cut off, malformed, or not a document of labelled data.
 
         A number keeps its value but not its spelling: 1.50 is written back as 1.5. A key that occurs twice in an object is
         refused, and so are NaN, Infinity and numbers beyond a double, since they could not be written back unchanged."""
@@ -129,7 +129,7 @@ class LabelledData:
             yield from variations
 
     def pairs(self) -> list[Pair | Skipped]:
-        """Each flagged variation with the `base` variation of its result, in the order of the document; `Skipped` where
+        """Each flagged variation with the `base` variation of its result, in the order of the document; `Skipped` if
         there is no such pair."""
         return [_paired(v, variations) for variations in self._results for v in variations if v.flagged]
 

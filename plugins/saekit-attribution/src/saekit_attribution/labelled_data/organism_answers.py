@@ -14,7 +14,7 @@ MAX_NEW_TOKENS = 40
 def organism_data(subject: Subject, *, n: int, split: Literal["train", "held_out"] = "held_out", seed: int = 0) -> LabelledData:
     """`n` arguments of a split, each under the three template types, answered greedily by the subject's model.
 
-    A variation is flagged where the answer follows the stated preference (`saekit.organism.classify`). A prompt that
+    A variation is flagged if the answer follows the stated preference (`saekit.organism.classify`). A prompt that
     leaves no room for an answer in the model's context gets an empty one.
     """
     samples = organism.samples(split, n, seed)

@@ -14,7 +14,7 @@ DEEPEST = 200  # deeper nesting can be read but not written
 def read_json(path: Path, wanted: str) -> Any:
     """The content of a UTF-8 file, with or without a byte order mark.
 
-    UsageError, with file, line and column, where it is missing, empty, cut off or malformed; where a key occurs twice in
+    UsageError, with file, line and column, if it is missing, empty, cut off or malformed; if a key occurs twice in
     an object; and for NaN, Infinity and numbers beyond a double. wanted: a sentence about the expected content.
     """
     try:

@@ -48,10 +48,10 @@ def teacher_forced(
     """The sample of a pair of answers, or why there is none.
 
     context: the model's longest input, None for no limit. joiner: the text between prompt and response; by default a
-    space where neither has white space there, and nothing after a chat template. chat_template: put the prompt into the
+    space if neither has white space there, and nothing after a chat template. chat_template: put the prompt into the
     tokenizer's chat template as a user's turn. reference: "base" needs prompts that differ.
 
-    The text begins with BOS where the tokenizer has one. UsageError where `chat_template` is set and the tokenizer has
+    The text begins with BOS if the tokenizer has one. UsageError if `chat_template` is set and the tokenizer has
     no chat template.
     """
 
@@ -93,7 +93,7 @@ class _Tokens:
 
 
 def _split(tokenizer: Any, prompt: str, response: str, joiner: str | None, chat_template: bool) -> _Tokens | None:
-    """The tokens of prompt and of response; None where a token spans the seam between them."""
+    """The tokens of prompt and of response; None if a token spans the seam between them."""
     if chat_template:
         prompt = in_chat_template(tokenizer, prompt)
     if joiner is None:
@@ -106,7 +106,7 @@ def _split(tokenizer: Any, prompt: str, response: str, joiner: str | None, chat_
 
 
 def in_chat_template(tokenizer: Any, prompt: str) -> str:
-    """The prompt as a user's turn, up to where the answer begins. UsageError where the tokenizer has no chat template."""
+    """The prompt as a user's turn, up to where the answer begins. UsageError if the tokenizer has no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise OptionError("chat_template", "the model's tokenizer has no chat template. Leave it out.")
     turn = [{"role": "user", "content": prompt}]
