@@ -206,7 +206,7 @@ class RunState:
         return failed
 
     def shown_phases(self) -> list[Phase]:
-        """Phases without those that were skipped: a waiting phase before one that has begun will not come."""
+        """The phases without skipped ones: a waiting phase before one that has begun will not run."""
         phases = list(self.phases.values())
         reached = max((i for i, phase in enumerate(phases) if phase.status != "waiting"), default=-1)
         return [phase for i, phase in enumerate(phases) if phase.status != "waiting" or i > reached]

@@ -40,7 +40,7 @@ def check(
 def conformance(
     kind: str, name: str, *, options: Options | None = None, expected: Mapping[str, str] | None = None
 ) -> Callable[..., None]:
-    """A test for pytest that runs every check of its kind on one installed component, each as a test of its own.
+    """A test for pytest that runs every check of its kind on one installed component, each as a separate test.
 
         test_conformance = saekit.testing.conformance("loss", "hoyer", expected={"batch_of_one": "it compares rows"})
 

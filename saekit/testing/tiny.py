@@ -156,7 +156,7 @@ _FINISHED: dict[Any, tuple[TinyRun, dict[str, Any]]] = {}
 
 
 def finished_run(needs: Iterable[str], registry: Registry) -> TinyRun:
-    """A finished tiny run that provides `needs`, made once a process. Its SAE is given back its weights each time, in case
+    """A finished tiny run that provides `needs`, made once per process. Its SAE's weights are restored each time, in case
     a component has changed them."""
     from saekit.run_file import parse_config
     from saekit.runner.plan import plan_run
@@ -182,7 +182,7 @@ def _own_place() -> Path:
 
 @functools.cache
 def _language_files() -> Path:
-    """The directory with the tiny model and its texts, made once a process."""
+    """The directory with the tiny model and its texts, made once per process."""
     place = _own_place() / "language"
     save_tiny_model(place / "model")
     lines = [

@@ -1,4 +1,4 @@
-"""The conformance checks: for each kind of component a list, in a module of its own."""
+"""The conformance checks: one list for each kind of component, each in its own module."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _modules_after_declaring(plugin: str) -> frozenset[str]:
         check=False,
     )
     if done.returncode:
-        raise Failed(f"a fresh interpreter cannot declare it: {done.stderr.strip().splitlines()[-1]}. Mend the plugin's module.")
+        raise Failed(f"a fresh interpreter cannot declare it: {done.stderr.strip().splitlines()[-1]}. Fix the plugin's module.")
     return frozenset(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -69,10 +69,10 @@ def shapes(subject: Subject) -> None:
         if not isinstance(code, Code):
             raise Failed(f"encode gives {type(code).__name__}. Return self.sparse_code(...) or self.dense_code(...).")
         if (len(code), code.d_sae) != (len(x), D_SAE):
-            raise Failed(f"the code is [{len(code)}, {code.d_sae}] for {what}, not [{len(x)}, {D_SAE}]. Mend `gate`.")
+            raise Failed(f"the code is [{len(code)}, {code.d_sae}] for {what}, not [{len(x)}, {D_SAE}]. Fix `gate`.")
         rebuilt, wanted = sae.reconstruct(x, code), [len(x), d_out or D_IN]
         if list(rebuilt.shape) != wanted:
-            raise Failed(f"the reconstruction is {list(rebuilt.shape)} for {what}, not {wanted}. Mend `decode`.")
+            raise Failed(f"the reconstruction is {list(rebuilt.shape)} for {what}, not {wanted}. Fix `decode`.")
         sae.eval()
         if not close(sae(x), sae.reconstruct(x, sae.encode(x))):
             raise Failed("forward(x) is not reconstruct(x, encode(x)). Leave `forward` to SparseAutoencoder.")
@@ -142,7 +142,7 @@ def decodes_either_form(subject: Subject) -> None:
             pair = [g.get(name, torch.zeros_like(getattr(sae, name, first))) for g in (gradients, others)]
             if not close(pair[0], pair[1], exact=True):
                 raise Failed(
-                    f"the gradient to {name} through a sparse code differs from that through the same code made dense. Mend "
+                    f"the gradient to {name} through a sparse code differs from that through the same code made dense. Fix "
                     "the gradient of `decode`."
                 )
 
@@ -154,7 +154,7 @@ def batch_of_one(subject: Subject) -> None:
         sae.train(training)
         rebuilt = sae(x)
         if list(rebuilt.shape) != [1, D_IN] or not bool(torch.isfinite(rebuilt).all()):
-            raise Failed(f"one row alone gives {list(rebuilt.shape)}, or is not finite. Mend `gate` for a batch of one.")
+            raise Failed(f"one row alone gives {list(rebuilt.shape)}, or is not finite. Fix `gate` for a batch of one.")
     sae.train()
     (x - sae(x)).square().mean().backward()
     for name, parameter in sae.named_parameters():
@@ -207,7 +207,7 @@ def saved_and_loaded(subject: Subject) -> None:
         back = load_sae(place, registry=subject.registry)
         what = changed(copied(sae.state_dict()), copied(back.state_dict()))
         if what:
-            raise Failed(f"{what} is different after save_sae and load_sae. Mend `to` and `state` of its SaeLensFormat.")
+            raise Failed(f"{what} is different after save_sae and load_sae. Fix `to` and `state` of its SaeLensFormat.")
         x = activations()
         if not close(back(x), sae(x)):
             raise Failed("after save_sae and load_sae it computes something else. Is an option left out of options()?")

@@ -37,7 +37,7 @@ def shows_its_help(subject: Subject) -> None:
     target = plugin_commands.load(plugin_commands.Command(declared.name, str(declared.target), declared.summary), plugin)
     done = CliRunner().invoke(target, ["--help"])
     if done.exit_code:
-        raise Failed(f"`saekit {declared.name} --help` ends with exit code {done.exit_code}: {done.exception!r}. Mend the command.")
+        raise Failed(f"`saekit {declared.name} --help` ends with exit code {done.exit_code}: {done.exception!r}. Fix the command.")
     if not target.help:
         raise Failed(f"`saekit {declared.name} --help` does not say what it does. Give the function a docstring.")
 

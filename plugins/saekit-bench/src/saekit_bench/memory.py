@@ -13,7 +13,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """`with PeakMemory(device) as memory: ...`, then `memory.bytes`: how far memory rose above its level before.
 
-    None if the system does not tell. On a CPU this includes memory that the allocator has not returned yet.
+    None if the system does not report it. On a CPU this includes memory that the allocator has not returned yet.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -30,7 +30,7 @@ def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: 
 
     All in one Python thread, so that no harvest runs in parallel with a step. Trackers are left out."""
     if not config.training.tokens:
-        raise UsageError("training.tokens: is 0, so that there is no step to time. Give a run file that trains.")
+        raise UsageError("training.tokens: is 0, so there is no step to time. Give a run file that trains.")
     variants = config.variant or [Variant(name=f"seed{n}", training={"seed": n}) for n in range(SEEDS)]
     variants = [variant.model_copy(update={"tracker": None}) for variant in variants]
     config = config.model_copy(update={"variant": variants, "tracker": [], "defaults": False})

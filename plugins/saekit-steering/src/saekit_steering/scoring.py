@@ -19,7 +19,7 @@ from saekit_steering.typical_tokens import TypicalTokens
 HELD_OUT = "held-out text"
 """The kind of the batches of the source's held-out text, as opposed to prompts."""
 Readings = dict[int, tuple[Tensor, "Tensor | None"]]
-"""By the prompt's number: f and g [T - 1, m] at its positions but the first; g is None without a graph."""
+"""By the prompt's number: f and g [T - 1, m] at all its positions but the first; g is None without a graph."""
 
 
 @dataclass

@@ -88,7 +88,7 @@ def nodes_of(
     if positions == "all":
         begun = torch.tensor([s.tokens[0] == subject.bos_token_id for s in samples], device=activation.device)
         considered[:] = True
-        considered[:, 0] &= ~begun | (length == 1)  # SAEs are not trained on it; kept where it is the only position
+        considered[:, 0] &= ~begun | (length == 1)  # SAEs are not trained on it; kept if it is the only position
     base, known = base_activation(metric, samples, considered)
     wide = torch.promote_types(activation.dtype, sae.W_dec.dtype)
     x, base, considered, known = (t[:, offset:] for t in (activation.to(wide), base.to(wide), considered, known))
