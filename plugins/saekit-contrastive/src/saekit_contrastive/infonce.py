@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -34,6 +35,7 @@ Queue = Annotated[int, Field(ge=0, description="How many codes of earlier steps 
 _NO_PARTNER = 1 << 40  # the group of queued codes where only halves of one sequence are positives
 
 
+@dataclass(kw_only=True, eq=False)
 class InfoNCE:
     """The contrastive loss (`tiled.contrastive_loss`) of the cosines of the sequences' pooled codes.
 
@@ -43,33 +45,28 @@ class InfoNCE:
     2020) carry no gradient. The gradient reaches active latents only, so it cannot revive a dead one; `concept` can.
     """
 
-    def __init__(
-        self,
-        *,
-        positives: Positives = "labels",
-        concepts: Concepts = None,
-        pool: Pool = "mean",
-        temperature: Temperature = 0.1,
-        decoupled: Decoupled = False,
-        focus: Focus = [],  # noqa: B006
-        emphasis: Emphasis = 10.0,
-        queue: Queue = 0,
-    ) -> None:
-        self._by_halves, self._concepts, self._pool = positives == "halves", concepts, pool
-        self._temperature, self._decoupled = temperature, decoupled
-        self._focus, self._emphasis = list(focus), emphasis
+    positives: Positives = "labels"
+    concepts: Concepts = None
+    pool: Pool = "mean"
+    temperature: Temperature = 0.1
+    decoupled: Decoupled = False
+    focus: Focus = field(default_factory=list)
+    emphasis: Emphasis = 10.0
+    queue: Queue = 0
+
+    def __post_init__(self) -> None:
+        self._by_halves = self.positives == "halves"
         self._columns: list[int] = []
-        self._length = queue
         self._queue: dict[str, Tensor] = {}  # z [q, d_sae] and groups [q, c], the newest last
 
     def prepare(self, context: RunContext) -> None:
         """Find the concepts in the source. UsageError for a concept, or a latent in `focus`, that does not exist."""
         names = list(context.source.concepts)
-        for name in self._concepts or []:
+        for name in self.concepts or []:
             if name not in names:
                 raise OptionError("concepts", f"there is no concept {name!r}. The source has: {', '.join(names)}.")
-        self._columns = [names.index(name) for name in (names if self._concepts is None else self._concepts)]
-        for latent in self._focus:
+        self._columns = [names.index(name) for name in (names if self.concepts is None else self.concepts)]
+        for latent in self.focus:
             if not 0 <= latent < context.sae.d_sae:
                 raise OptionError("focus", f"there is no latent {latent}; there are 0 to {context.sae.d_sae - 1}.")
 
@@ -87,18 +84,18 @@ class InfoNCE:
         assert batch is not None and batch.code is not None  # promised by the need `sequences`
         n, sequence = len(batch), batch.mask.nonzero()[:, 0]  # [m], of each row of the code
         if self._by_halves:
-            codes = pooled(batch.code, sequence + n * halves(sequence), 2 * n, self._pool)  # [2n, d_sae]
+            codes = pooled(batch.code, sequence + n * halves(sequence), 2 * n, self.pool)  # [2n, d_sae]
             groups = torch.arange(n, device=sequence.device).repeat(2)[:, None]  # [2n, 1]
         else:
-            codes = pooled(batch.code, sequence, n, self._pool)  # [n, d_sae]
+            codes = pooled(batch.code, sequence, n, self.pool)  # [n, d_sae]
             groups = _label_groups(batch.labels[:, self._columns])  # [n, c]
         z, silent = _directions(self._weighted(codes, step))
         groups = groups.masked_fill(silent[:, None], LEFT_OUT)
         loss = contrastive_loss(
             z,
             groups,
-            temperature=self._temperature,
-            decoupled=self._decoupled,
+            temperature=self.temperature,
+            decoupled=self.decoupled,
             bank=self._queue["z"].to(z) if self._queue else None,
             bank_groups=self._queue["groups"].to(groups) if self._queue else None,
         )
@@ -107,27 +104,27 @@ class InfoNCE:
 
     def _chosen(self, step: Step) -> list[int]:
         """The latents that weigh more."""
-        return self._focus
+        return self.focus
 
     def _weighted(self, codes: Tensor, step: Step) -> Tensor:
         chosen = self._chosen(step)
         if not chosen:
             return codes
         weights = codes.new_ones(codes.shape[1])
-        weights[chosen] = self._emphasis
+        weights[chosen] = self.emphasis
         return codes * weights
 
     # --- the queue --------------------------------------------------------------------------------------------------
 
     def _enqueue(self, z: Tensor, groups: Tensor) -> None:
-        if not self._length:
+        if not self.queue:
             return
         if self._by_halves:  # a half's partner is in its own step
             groups = torch.where(groups == LEFT_OUT, groups, torch.full_like(groups, _NO_PARTNER))
         for name, new in (("z", z), ("groups", groups)):
             old = self._queue.get(name)
             whole = new if old is None else torch.cat([old.to(new), new])
-            self._queue[name] = whole[-self._length :].clone()
+            self._queue[name] = whole[-self.queue :].clone()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The queue."""
@@ -138,31 +135,11 @@ class InfoNCE:
         self._queue = dict(state)
 
 
+@dataclass(kw_only=True, eq=False)
 class InfoNCECluster(InfoNCE):
     """`InfoNCE` in which the neighbours of the `focus` latents in the feature graph weigh as much as these latents."""
 
-    def __init__(
-        self,
-        *,
-        focus: Focus = [0],  # noqa: B006
-        emphasis: Emphasis = 10.0,
-        positives: Positives = "labels",
-        concepts: Concepts = None,
-        pool: Pool = "mean",
-        temperature: Temperature = 0.1,
-        decoupled: Decoupled = False,
-        queue: Queue = 0,
-    ) -> None:
-        super().__init__(
-            positives=positives,
-            concepts=concepts,
-            pool=pool,
-            temperature=temperature,
-            decoupled=decoupled,
-            focus=focus,
-            emphasis=emphasis,
-            queue=queue,
-        )
+    focus: Focus = field(default_factory=lambda: [0])
 
     def active(self, step: Step) -> bool:
         """Not before there is a graph."""
@@ -170,8 +147,8 @@ class InfoNCECluster(InfoNCE):
 
     def _chosen(self, step: Step) -> list[int]:
         assert step.graph is not None  # see `active`
-        near = torch.cat([step.graph.neighbours(latent)[0] for latent in self._focus])
-        return sorted({*self._focus, *near.tolist()})
+        near = torch.cat([step.graph.neighbours(latent)[0] for latent in self.focus])
+        return sorted({*self.focus, *near.tolist()})
 
 
 def _label_groups(labels: Tensor) -> Tensor:
