@@ -85,7 +85,7 @@ def _part_in_traceback(error: Exception, parts: list[Part], modules_of: Callable
 
 def _failure(part: Part, error: Exception) -> PluginError:
     return PluginError(
-        f"{part.component.origin} failed: {type(error).__name__}: {error}. Mend it, or leave {part.label!r} out of the "
+        f"{part.component.origin} failed: {type(error).__name__}: {error}. Fix it, or leave {part.label!r} out of the "
         "run; what was saved is kept."
     )
 

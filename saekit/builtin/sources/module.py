@@ -324,7 +324,7 @@ def _from_file(path: Path, option: str) -> Any:
     """A file as a module, loaded once."""
     path = path.resolve()
     if not path.is_file():
-        raise OptionError(option, f"{path}: there is no such file. Paths count from where the command is run.")
+        raise OptionError(option, f"{path}: there is no such file. Paths are relative to where the command is run.")
     name = f"saekit_module_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
