@@ -100,12 +100,12 @@ class Lifecycle:
     @hookspec
     def phase_started(self, phase: str, total: int | None) -> None:
         """A phase begins: `prepare`, `train`, `graph` (with `[graph]`), `evaluate`, `analyse` or `report`. `total` counts its
-        units where their number is known: activations in train and evaluate, analyzers in analyse. Activations are harvested
+        units if their number is known: activations in train and evaluate, analyzers in analyse. Activations are harvested
         within the other phases; only the time that training waits for them is counted, as `harvest`."""
 
     @hookspec
     def phase_advanced(self, phase: str, done: int) -> None:
-        """`done` units of the phase are done so far."""
+        """The phase goes on: `done` of its units are done so far."""
 
     @hookspec
     def phase_ended(self, phase: str, seconds: float) -> None:

@@ -45,7 +45,7 @@ class Plugin:
     """One plugin: its origin, its components, and its error if it has one.
 
     contract: the version of the contract that it was made for, if it says so.
-    warnings: what a run that names it is told.
+    warnings: what the user of a run that names it is told.
     heavy: the libraries of `HEAVY` that importing it brought in.
     """
 

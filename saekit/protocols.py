@@ -121,7 +121,7 @@ class Loss(Protocol):
     """A function or an object that takes a `Step` and returns an unweighted scalar tensor.
 
     An object may also have: `prepare(context)`, called with a `RunContext` before training; `active(step) -> bool`,
-    False when it has nothing to say (it is then skipped, and the gradient guard excuses it); parameters, if it is
+    False when it does not apply (it is then skipped, and the gradient guard excuses it); parameters, if it is
     an `nn.Module` (they join the optimiser); `state_dict()` and `load_state_dict()` (they join the checkpoint).
     """
 
@@ -259,7 +259,7 @@ class ModelMetric(Protocol):
 class Analyzer(Protocol):
     """A question asked of a finished SAE.
 
-    It may have `prepare(context)`, called before training, to refuse what can be seen to be wrong by then: a prompt that is
+    It may have `prepare(context)`, called before training, to refuse what is known to be wrong by then: a prompt that is
     too long, a concept that the source does not have.
     """
 

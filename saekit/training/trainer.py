@@ -33,7 +33,7 @@ class Trainer(Training):
 
     terms: its losses with their weights. needs_sequences: whether one of them asks for whole sequences. guard: until the
     gradient guard has spoken. grad_norm: of the last gradient, before clipping. last_logged: the last values that were logged.
-    spoke: the losses that have ever had something to say. What a checkpoint keeps of it is in `training/state.py`.
+    spoke: the losses that have ever been active. What a checkpoint keeps of it is in `training/state.py`.
     """
 
     def __init__(
