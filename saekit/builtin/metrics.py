@@ -191,7 +191,7 @@ class RelativeBias(Summed):
 class Histograms(Summed):
     """Quantiles of two histograms: the density over all latents, and the size of active activations.
 
-    Sizes are counted in bins of a 64th of an octave from 2^-40 to 2^40, so that their quantiles are right to 1.1%."""
+    Sizes are counted in bins of a 64th of an octave from 2^-40 to 2^40, so that their quantiles are accurate to 1.1%."""
 
     QUANTILES: ClassVar[dict[str, float]] = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
     OCTAVES: ClassVar[int] = 40
