@@ -1,6 +1,6 @@
 """saekit: train sparse autoencoders on the activations of neural networks, and ask questions of what they found.
 
-Everything public stands in `__init__.pyi`. Each name is imported when it is first used, so `import saekit` costs nothing
+Everything public is declared in `__init__.pyi`. Each name is imported when it is first used, so `import saekit` costs nothing
 and imports no torch.
 """
 

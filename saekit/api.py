@@ -80,7 +80,7 @@ def resume(where: str, *, no_plugins: Iterable[str] = (), view: Any = None) -> F
 
 
 def _toml_value(key: str, value: Any) -> Any:
-    """`value` in the types that a run file can hold; UsageError where that is not possible."""
+    """`value` in the types that a run file can hold; UsageError if that is not possible."""
     if isinstance(value, Mapping):
         return {str(name): _toml_value(key, inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

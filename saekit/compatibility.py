@@ -18,9 +18,9 @@ DECLARATION = "SAEKIT_CONTRACT"
 CHANGES: dict[int, str] = {
     1: "The first version.",
     2: (
-        "saekit.contracts is saekit.protocols, and saekit.plain is saekit.to_jsonable. "
-        "saekit.Choice and saekit.Kind are saekit.ComponentOption and saekit.OfKind. "
-        "Component has six fields, those that a plugin sets; in tests write registry_of(loss=Component(...)). "
+        "saekit.contracts is now saekit.protocols, and saekit.plain is now saekit.to_jsonable. "
+        "saekit.Choice and saekit.Kind are now saekit.ComponentOption and saekit.OfKind. "
+        "Component has only the six fields that a plugin sets; in tests write registry_of(loss=Component(...)). "
         "Listeners are given saekit.Training and saekit.RunInfo, and have only what these document. "
         "`number` is the number of a step in every hook: in checkpoint_saved it was the number of steps done, one more. "
         "A component refuses an option with saekit.OptionError(option, message), and named_function takes the option's name; "

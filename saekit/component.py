@@ -48,6 +48,6 @@ class Component:
 
 @dataclass(frozen=True)
 class OfKind:
-    """Stands beside `ComponentOption` in the type of an option, and says which kind of component it names."""
+    """Annotates the type `ComponentOption` of an option with the kind of component that it names."""
 
     name: str

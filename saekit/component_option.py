@@ -1,4 +1,4 @@
-"""`ComponentOption`: an option that itself names a component, which has options itself."""
+"""`ComponentOption`: an option that names a component, which has options too."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ComponentOption(BaseModel):
 
     `base: Annotated[ComponentOption, OfKind("architecture")] = ComponentOption(use="topk")`
 
-    A run file says `base = "topk"`, or `base = {use = "topk", k = 32}`. The target is given it with the component found and
-    its options checked. `needs` of that component are checked with the others', and what it `provides` counts.
+    A run file says `base = "topk"`, or `base = {use = "topk", k = 32}`. The target receives it with the component found and
+    its options checked. That component's `needs` are checked like all others, and what it `provides` counts.
     """
 
     model_config = ConfigDict(
@@ -41,9 +41,9 @@ class ComponentOption(BaseModel):
 
     @property
     def component(self) -> RegisteredComponent:
-        """The component that is named."""
+        """The component that it names."""
         if self._component is None:
-            raise UsageError(f"{self.use!r} has not been looked up yet: it is, where options are validated.")
+            raise UsageError(f"{self.use!r} has not been looked up yet; that happens when options are validated.")
         return self._component
 
     @property
@@ -68,7 +68,7 @@ class ComponentOption(BaseModel):
         return found
 
     def fits(self, made: Any) -> bool:
-        """Whether `made`, a `to_dict()` that was saved, has this component and every option that is given here."""
+        """Whether `made`, a saved `to_dict()`, has this component and every option that is given here."""
         if not isinstance(made, dict) or made.get("use") != self.component.qualified_name:
             return False
         stated = {name: self.options[name] for name in self.model_extra or {}}
@@ -81,5 +81,5 @@ class ComponentOption(BaseModel):
 
 
 def fits(option: Any, made: Any) -> bool:
-    """Whether an option equals what was saved of it; a `ComponentOption` is saved as its `to_dict()`."""
+    """Whether an option equals its saved value; a `ComponentOption` is saved as its `to_dict()`."""
     return option.fits(made) if isinstance(option, ComponentOption) else option == made

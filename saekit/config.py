@@ -52,7 +52,7 @@ class Use(_Strict):
     use: str = Field(min_length=1, description="The component's name, short or qualified.")
     name: str | None = Field(
         default=None,
-        pattern=r"^[A-Za-z0-9_-]+$",  # it names files, and keys that are divided by dots
+        pattern=r"^[A-Za-z0-9_-]+$",  # it becomes part of file names and of dotted keys
         description="The name of this entry in this run; `use` by default.",
     )
 
@@ -113,12 +113,12 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 class TrainingConfig(_Section):
     """How the SAE is trained."""
 
-    tokens: int = Field(default=1_000_000, ge=0, description="Activations to train on; 0 for analysis alone.")
+    tokens: int = Field(default=1_000_000, ge=0, description="Activations to train on; 0 to analyse only.")
     batch_size: int = Field(default=2048, gt=0, description="Activations per step.")
     lr: Annotated[Scheduled, VARIES] = Field(default=1e-3, description="Learning rate; a number or a schedule.")
     betas: Annotated[tuple[_Share, _Share], VARIES] = Field(default=(0.9, 0.999), description="Adam's decay rates.")
     clip: Annotated[float, VARIES] = Field(
-        default=1.0, ge=0, description="Largest norm of the whole gradient; 0 leaves it as it is."
+        default=1.0, ge=0, description="Largest norm of the whole gradient; 0 does not clip."
     )
     normalize: bool = Field(
         default=True, description="Train on activations scaled to a mean norm of sqrt(d), each site separately."
@@ -146,7 +146,7 @@ class TrainingConfig(_Section):
     checkpoint_every: Annotated[int, IDLE] = Field(default=200, gt=0, description="Steps between checkpoints.")
     keep_checkpoints: Annotated[int, IDLE] = Field(default=2, gt=0, description="How many of the newest checkpoints are kept.")
     guard_steps: Annotated[int, VARIES, IDLE] = Field(
-        default=20, gt=0, description="Steps after which the gradient guard reports what had no gradient."
+        default=20, gt=0, description="Steps after which the gradient guard reports what received no gradient."
     )
 
     @property
@@ -170,7 +170,7 @@ class Variant(_Section):
     """One SAE of several. What it does not name is as in the run file."""
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$",  # a directory, and part of keys that are divided by dots
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_-]*$",  # it becomes a directory, and part of dotted keys
         max_length=100,
         description="Its name, and that of its directory under `variants/`.",
     )

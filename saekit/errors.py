@@ -33,7 +33,7 @@ class UsageError(SaekitError):
 class ComponentError(UsageError):
     """A component that cannot work with the SAE, the model or the source it was given.
 
-    It says nothing of who raised it. In a run the component's key is put before it, as the run file has it:
+    It does not say who raised it. In a run, the component's key in the run file is put before it:
     `ComponentError("the SAE is a transcoder.")` becomes `analyzer.steer: the SAE is a transcoder.`
     """
 
@@ -91,7 +91,7 @@ class Interrupted(SaekitError):
 
 @contextlib.contextmanager
 def under_key(key: str) -> Iterator[None]:
-    """Put `key`, where a component stands in the run file, before what it refuses in the block."""
+    """Put `key`, a component's key in the run file, before the errors that it raises in the block."""
     try:
         yield
     except ComponentError as error:

@@ -44,7 +44,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the disk inside the block into a RunError about `path`."""
+    """Turn a disk error inside the block into a RunError about `path`."""
     try:
         yield
     except OSError as error:

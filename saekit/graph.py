@@ -66,7 +66,7 @@ class FeatureGraph:
         """Raise UsageError unless this graph was built from the dictionary of `sae`."""
         if self.nodes != sae.d_sae:
             raise UsageError(
-                f"the feature graph{self._by} has {self.nodes} latents, but the SAE has {sae.d_sae}: it is of another "
+                f"the feature graph{self._by} has {self.nodes} latents, but the SAE has {sae.d_sae}: it belongs to another "
                 "dictionary. Build a graph from this SAE."
             )
         digest = dictionary_digest(sae)

@@ -100,12 +100,12 @@ class Lifecycle:
     @hookspec
     def phase_started(self, phase: str, total: int | None) -> None:
         """A phase begins: `prepare`, `train`, `graph` (with `[graph]`), `evaluate`, `analyse` or `report`. `total` counts its
-        units where their number is known: activations in train and evaluate, analyzers in analyse. Activations are harvested
+        units if their number is known: activations in train and evaluate, analyzers in analyse. Activations are harvested
         within the other phases; only the time that training waits for them is counted, as `harvest`."""
 
     @hookspec
     def phase_advanced(self, phase: str, done: int) -> None:
-        """`done` units of the phase are done so far."""
+        """The phase goes on: `done` of its units are done so far."""
 
     @hookspec
     def phase_ended(self, phase: str, seconds: float) -> None:
@@ -125,8 +125,8 @@ class Lifecycle:
 
     @hookspec
     def step_ended(self, trainer: Training, number: int) -> None:
-        """The optimiser has moved. `trainer.step` and `trainer.losses` hold this step's tensors. Reading one to the host
-        makes it wait for the device, so a listener does that only where it must."""
+        """The optimiser has moved. `trainer.step` and `trainer.losses` hold this step's tensors. Copying one to the host
+        waits for the device, so a listener should do that only when it must."""
 
     @hookspec
     def logged(self, trainer: Training, number: int, values: dict[str, float]) -> None:
@@ -138,11 +138,11 @@ class Lifecycle:
 
     @hookspec
     def evaluated(self, metrics: dict[str, float | None], variant: str) -> None:
-        """Metrics on held-out data. `variant` is empty where the run has none."""
+        """Metrics on held-out data. `variant` is empty if the run has none."""
 
     @hookspec
     def analysed(self, name: str, result: Result, variant: str) -> None:
-        """Analyzer `name` has returned its `Result`. `variant` is empty where the run has none."""
+        """Analyzer `name` has returned its `Result`. `variant` is empty if the run has none."""
 
     @hookspec
     def warned(self, message: str) -> None:
@@ -150,7 +150,7 @@ class Lifecycle:
 
     @hookspec
     def run_finished(self, run: RunInfo | None, summary: dict[str, Any]) -> None:
-        """Everything is on disk; `summary` is the content of `summary.json`. `run` is None where a finished run is only shown
+        """Everything is on disk; `summary` is the content of `summary.json`. `run` is None when a finished run is only shown
         again."""
 
     @hookspec
@@ -159,7 +159,7 @@ class Lifecycle:
 
 
 def check_arguments(hook: str, implementation: Callable[..., Any], family: type) -> None:
-    """PluginError where an implementation asks for an argument that its hook does not have. It may take fewer."""
+    """PluginError if an implementation asks for an argument that its hook does not have. It may take fewer."""
     known = list(inspect.signature(getattr(family, hook)).parameters)[1:]
     for name, parameter in inspect.signature(implementation).parameters.items():
         if name not in known and parameter.default is inspect.Parameter.empty:

@@ -49,7 +49,7 @@ class Listeners:
         self.outdated: list[str] = []
 
     def add(self, listener: Listener) -> None:
-        """Add a listener behind the others. PluginError where it misspells a hook."""
+        """Add a listener after the others. PluginError if it misspells a hook."""
         known = [name for name in dir(Lifecycle) if not name.startswith("_")]
         for name in dir(type(listener.instance)):
             marked = getattr(getattr(listener.instance, name, None), f"{PROJECT}_impl", None)
@@ -63,7 +63,7 @@ class Listeners:
             if marked and (marked["wrapper"] or marked["hookwrapper"]):
                 raise PluginError(f"{listener.origin}: {name!r} is a hook wrapper, which saekit does not call.")
         try:
-            with warnings.catch_warnings(record=True) as told:  # from pluggy, where a specification is deprecated
+            with warnings.catch_warnings(record=True) as told:  # pluggy's warnings about deprecated hooks
                 warnings.simplefilter("always")
                 self._manager.register(listener.instance, name=listener.label)
         except (pluggy.PluginValidationError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Contexts for computing with an SAE or a model: evaluation mode, no autocast, a seed. All restore what was before."""
+"""Contexts for computing with an SAE or a model: evaluation mode, no autocast, a seed. All restore the previous state."""
 
 from __future__ import annotations
 

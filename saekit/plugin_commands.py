@@ -57,12 +57,12 @@ def load(command: Command, plugin: Plugin) -> click.Command:
     except (Exception, SystemExit) as error:
         raise PluginError(
             f"command {command.name!r} of {plugin.origin} cannot be loaded from {command.target!r}: "
-            f"{type(error).__name__}: {error}. Mend or upgrade {plugin.distribution}."
+            f"{type(error).__name__}: {error}. Fix or upgrade {plugin.distribution}."
         ) from error
     if not isinstance(target, click.Command):
         raise PluginError(
             f"command {command.name!r} of {plugin.origin}: {command.target!r} is {type(target).__name__}, not a click command. "
-            f"Mend or upgrade {plugin.distribution}."
+            f"Fix or upgrade {plugin.distribution}."
         )
     return target
 
@@ -83,7 +83,7 @@ def summaries(registry: Registry, own: Container[str]) -> dict[str, str]:
 
 
 def clashes(registry: Registry, own: Container[str]) -> dict[str, str]:
-    """For each command's name that is taken twice, a sentence that says by whom."""
+    """For each command name that is declared twice, a sentence that says by which plugins."""
     found = {}
     for name, plugins in offered(registry).items():
         claims = " and ".join(plugin.origin for plugin in plugins)
@@ -96,7 +96,7 @@ def clashes(registry: Registry, own: Container[str]) -> dict[str, str]:
 
 
 def find(name: str, registry: Registry, own: Iterable[str]) -> click.Command:
-    """The command of a plugin that the user typed. UsageError or PluginError if there is none that can be called."""
+    """The plugin's command that the user typed. UsageError or PluginError if there is none that can be called."""
     if name in (clash := clashes(registry, ())):
         raise UsageError(clash[name])
     for plugin in registry.plugins:

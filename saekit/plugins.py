@@ -45,7 +45,7 @@ class Plugin:
     """One plugin: its origin, its components, and its error if it has one.
 
     contract: the version of the contract that it was made for, if it says so.
-    warnings: what a run that names it is told.
+    warnings: what the user of a run that names it is told.
     heavy: the libraries of `HEAVY` that importing it brought in.
     """
 
@@ -70,9 +70,9 @@ class Plugin:
     def fix(self) -> str:
         """What to do about its error, as the end of a message."""
         if self.file:
-            return "Mend it, or leave it out."
+            return "Fix it, or leave it out."
         newer = self.contract is not None and self.contract > compatibility.CONTRACT
-        first = f"Upgrade saekit, install an earlier {self.distribution}" if newer else f"Mend it, upgrade {self.distribution}"
+        first = f"Upgrade saekit, install an earlier {self.distribution}" if newer else f"Fix it, upgrade {self.distribution}"
         return f"{first}, or run with --no-plugin {self.name}."
 
 
@@ -189,7 +189,7 @@ class Registry:
             return PluginError(f"{prefix}there is no {word} {name!r}, but {causes}{near_names(name, known)}")
         disabled = [p.name for p in self.plugins if p.disabled]
         if absent:
-            fix = f" This run file asks for what is not installed: pip install {' '.join(absent)}"
+            fix = f" This run file requires what is not installed: pip install {' '.join(absent)}"
         elif disabled:
             fix = f" Disabled plugins, which may have it: {', '.join(disabled)}."
         else:
@@ -224,7 +224,7 @@ def _module_from_file(path: Path) -> ModuleType:
 
 
 def named_function(name: str, option: str, takes: str) -> Callable[..., Any]:
-    """The function that `name` ("module:function") stands for, imported from the Python path.
+    """The function that `name` ("module:function") names, imported from the Python path.
 
     option: the option that names it; takes: its arguments, for messages. OptionError if there is no such function."""
     module, _, function = name.partition(":")
@@ -255,7 +255,7 @@ def _check_contract(module: Any, plugin: Plugin) -> None:
     if made_for < compatibility.CONTRACT:
         plugin.warnings.append(
             f"was made for contract {made_for} of saekit, which is now {compatibility.CONTRACT}. "
-            f"{compatibility.changes_since(made_for)} Upgrade {plugin.distribution} where it misbehaves."
+            f"{compatibility.changes_since(made_for)} Upgrade {plugin.distribution} if it misbehaves."
         )
 
 

@@ -1,7 +1,7 @@
 """What plugins are given, and what the target of each kind of component must be able to do.
 
 `Training` and `RunInfo` are what lifecycle hooks hand to listeners. The other protocols say what a component must have; nothing
-here needs to be inherited from. The core asks for an optional method where it needs one (`hasattr`), so it may be left out.
+here needs to be inherited from. The core looks for an optional method when it needs one (`hasattr`), so it may be left out.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class RunInfo:
     """The run that a listener belongs to: the argument `run` of the hooks."""
 
     directory: RunDirectory
-    """Where everything is written: `directory.path`, and the paths in it by name. Of a variant, its own directory."""
+    """Where everything is written: `directory.path`, and the paths in it by name. For a variant, its own directory."""
 
     config: RunConfig
-    """The run file with every default filled in. Of a variant, as if it were a run of its own."""
+    """The run file with every default filled in. For a variant, as if it were run alone."""
 
     plan: RunPlan
     """What the whole run will do: `plan.members` has one plan for each SAE, `plan.facts` what is known of the source."""
 
     variant: str
-    """The variant's name; empty where the run has none, and for the view, which follows all of them."""
+    """The variant's name; empty if the run has none, and for the view, which follows all of them."""
 
 
 class Training(Protocol):
@@ -60,16 +60,16 @@ class Training(Protocol):
     """Adam over the parameters of the SAE and of its losses."""
 
     generator: torch.Generator
-    """What a listener must draw from, on the CPU: its state is in the checkpoint, so a resumed run draws the same."""
+    """The generator for a listener's random draws, on the CPU: its state is in the checkpoint, so a resumed run draws the same."""
 
     step: Step
-    """The last step with its batch, code and reconstruction; there from the first `gradients_ready` on."""
+    """The last step with its batch, code and reconstruction; available from the first `gradients_ready` on."""
 
     losses: dict[str, Tensor]
     """The losses of the last step by name, unweighted and detached; `loss` is their weighted sum."""
 
     fired: Tensor
-    """[d_sae], in how many rows of the last batch each latent fired; there from the first `step_ended` on."""
+    """[d_sae], in how many rows of the last batch each latent fired; available from the first `step_ended` on."""
 
     firing: FiringStatistics
     """Which latents are silent: `silent`, `dead`, `n_dead`; `revive(latents)` counts them as living after they got new weights."""
@@ -96,7 +96,7 @@ class Training(Protocol):
     """The feature graph that losses see in their `Step`; a callback that provides one sets it."""
 
     variant: str
-    """The variant's name; empty where the run has none."""
+    """The variant's name; empty if the run has none."""
 
     @property
     def tokens(self) -> int:
@@ -121,7 +121,7 @@ class Loss(Protocol):
     """A function or an object that takes a `Step` and returns an unweighted scalar tensor.
 
     An object may also have: `prepare(context)`, called with a `RunContext` before training; `active(step) -> bool`,
-    False when it has nothing to say (it is then skipped, and the gradient guard excuses it); parameters, if it is
+    False when it does not apply (it is then skipped, and the gradient guard excuses it); parameters, if it is
     an `nn.Module` (they join the optimiser); `state_dict()` and `load_state_dict()` (they join the checkpoint).
     """
 
@@ -134,9 +134,9 @@ class Source(Protocol):
     """Where activations come from.
 
     `blocks` must be a function of the options, the split, the seed and the block's number alone: that is what makes
-    a run resumable bit for bit. The first four attributes are there after `open`.
+    a run resumable bit for bit. The first four attributes are set by `open`.
 
-    Where its blocks have a `target`, a transcoder is trained; its component provides "target".
+    If its blocks have a `target`, a transcoder is trained; its component provides "target".
     """
 
     d_in: int
@@ -146,10 +146,10 @@ class Source(Protocol):
     """The width of what is rebuilt; equal to `d_in` for an SAE."""
 
     hook_point: str | None
-    """Where in the model the activations are read; None where there is no model."""
+    """Where in the model the activations are read; None if there is no model."""
 
     subject: Subject
-    """The model; None where there is none, and then the component does not provide "subject_model"."""
+    """The model; None if there is none, and then the component does not provide "subject_model"."""
 
     target_hook_point: str | None
     """Optional: where a transcoder's targets are read."""
@@ -192,8 +192,8 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, Any] | None:
-        """What determines the activations, found without loading the model or the data: hashes of files, options. Where two
-        fingerprints are equal, so are the identities; the reverse need not hold. None where it cannot be known.
+        """What determines the activations, found without loading the model or the data: hashes of files, options. If two
+        fingerprints are equal, so are the identities; the reverse need not hold. None if it cannot be known.
 
         Optional; with it a cache is checked without loading anything."""
         ...
@@ -208,7 +208,7 @@ class Source(Protocol):
         ...
 
     def token_strings(self, tokens: Tensor) -> list[str]:
-        """Each token id of a [n] tensor as readable text. Only where `Activations.tokens` is given."""
+        """Each token id of a [n] tensor as readable text. Needed only if `Activations.tokens` is given."""
         ...
 
     def sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:
@@ -244,7 +244,7 @@ class Metric(Protocol):
         ...
 
     def compute(self) -> dict[str, float | None]:
-        """Named plain numbers; None where a value is not defined (with the reason given to `context.warn`)."""
+        """Named plain numbers; None if a value is not defined (with the reason given to `context.warn`)."""
         ...
 
 
@@ -259,7 +259,7 @@ class ModelMetric(Protocol):
 class Analyzer(Protocol):
     """A question asked of a finished SAE.
 
-    It may have `prepare(context)`, called before training, to refuse what can be seen to be wrong by then: a prompt that is
+    It may have `prepare(context)`, called before training, to refuse what is known to be wrong by then: a prompt that is
     too long, a concept that the source does not have.
     """
 

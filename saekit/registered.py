@@ -63,7 +63,7 @@ class RegisteredComponent(Component):
         except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self.origin} cannot be loaded from {self.target!r}: {type(error).__name__}: {error}. "
-                f"Mend or upgrade {self.distribution}, or leave {self.name!r} out of the run."
+                f"Fix or upgrade {self.distribution}, or leave {self.name!r} out of the run."
             ) from error
 
     def options_model(self) -> type[BaseModel]:

@@ -39,7 +39,7 @@ class RunDirectory:
         return f"{place.parents[1].name}/{self.variant}" if self.variant else place.name
 
     def of_variant(self, name: str) -> RunDirectory:
-        """The directory of a variant, or this one where `name` is empty."""
+        """The directory of a variant, or this one if `name` is empty."""
         return RunDirectory(self.variants / name, name) if name else self
 
     @property
@@ -197,7 +197,7 @@ class RunFiles:
 
 
 def read_run(path: Path) -> RunFiles:
-    """Read a run directory for showing; what is damaged is noted and skipped. UsageError if it is no run directory at all."""
+    """Read a run directory for showing; what is damaged is noted and skipped. UsageError if it is not a run directory."""
     directory = RunDirectory.at(path)
     if not directory.path.is_dir():
         raise UsageError(f"{path}: there is no such directory. Give a run directory, such as runs/NAME.")

@@ -188,8 +188,8 @@ def _checked(table: Mapping[str, Any], within: str = "") -> RunConfig:
 
 
 def _no_odd_text(value: Any, key: str = "") -> None:
-    """UsageError for a text that a TOML file or a path cannot hold: half a surrogate pair (which is how a byte that is
-    not UTF-8 comes from the command line), or the character 0."""
+    """UsageError for a text that a TOML file or a path cannot hold: half a surrogate pair (a byte on the command line
+    that is not UTF-8 becomes one), or the character 0."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             _no_odd_text(inner, f"{key}.{name}" if key else str(name))

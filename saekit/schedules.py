@@ -102,7 +102,7 @@ SCHEDULES: dict[str, type[BaseModel]] = {
 
 
 def _branch(value: Any) -> str:
-    """Which of the forms below a value has, so that what is wrong with it is said of that form alone."""
+    """Which of the forms below a value has, so that an error is about that form alone."""
     if isinstance(value, Mapping):
         return str(value.get("schedule"))
     return value.schedule if isinstance(value, Linear | Cosine | WarmupDecay | Steps) else "number"

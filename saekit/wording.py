@@ -14,7 +14,7 @@ LOGGED = {
     "lr": "learning rate",
     "tokens_per_second": "tokens per second",
 }
-"""What a step logs and is not written out in its key."""
+"""Logged values whose key alone does not name them for a reader."""
 
 
 def is_number(value: Any) -> bool:

@@ -69,7 +69,7 @@ class HarvestSource:
         self.withheld = {} if self.target_hook_point else dict(NO_TARGET)
 
     def peek(self) -> dict[str, Any]:
-        """What config.json tells of the model and the sites; see `protocols.Source.peek`.
+        """What config.json says about the model and the sites; see `protocols.Source.peek`.
 
         OptionError for a block or a context that the model lacks."""
         known = peek_model(self.model)

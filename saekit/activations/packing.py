@@ -271,7 +271,7 @@ class MixedRows:
 class Passes:
     """`count` things in pass after pass without end, each pass in an order drawn from (seed, pass).
 
-    word: what they are, so that the same seed orders other things otherwise. lengths: [count], how long each is; 1 by
+    word: what they are, so that the same seed orders other things differently. lengths: [count], how long each is; 1 by
     default."""
 
     def __init__(self, count: int, word: str, lengths: np.ndarray | None = None):

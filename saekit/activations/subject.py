@@ -54,7 +54,7 @@ class Subject:
 
     @property
     def config(self) -> Any:
-        """The Hugging Face configuration of the text model; None where the model has none."""
+        """The Hugging Face configuration of the text model; None if the model has none."""
         config: Any = getattr(getattr(self.model, "original_model", self.model), "config", None)
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 

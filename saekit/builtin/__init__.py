@@ -89,7 +89,7 @@ def saekit_metrics() -> Iterator[Component]:
     yield Component("density", f"{metrics}:Density", "How often latents fire.", default=True)
     yield Component("dead", f"{metrics}:Dead", "Latents that never fire on held-out data.", default=True)
     yield Component("cosine", f"{metrics}:Cosine", "Cosine between activation and reconstruction.")
-    yield Component("relative_bias", f"{metrics}:RelativeBias", "How much too short reconstructions are.")
+    yield Component("relative_bias", f"{metrics}:RelativeBias", "By how much reconstructions are too short.")
     yield Component("histograms", f"{metrics}:Histograms", "Quantiles of densities and of activations.")
     yield Component(
         "token_sparsity",

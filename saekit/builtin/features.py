@@ -25,7 +25,7 @@ class Features:
         self,
         *,
         latents: Annotated[list[int] | None, Field(description="The latents to show; by default a spread of them.")] = None,
-        n_latents: Annotated[int, Field(gt=0, description="How many latents to show where none are chosen.")] = 24,
+        n_latents: Annotated[int, Field(gt=0, description="How many latents to show if none are chosen.")] = 24,
         examples: Annotated[int, Field(gt=0, description="Top activating examples for each latent.")] = 8,
         window: Annotated[int, Field(ge=0, description="Tokens shown on each side.")] = 12,
         tokens: Annotated[int | None, Field(gt=0, description="Held-out activations; evaluation.tokens by default.")] = None,

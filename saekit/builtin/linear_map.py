@@ -23,14 +23,14 @@ class LinearMap(Summed):
     """The least-squares affine map from what is read to what is rebuilt, as a control for transcoders.
 
     It is fitted by normal equations, in float64 and in one pass, to the activations that training began with, and
-    measured on the same held-out activations as the transcoder. Where two sites differ by little more than a linear
+    measured on the same held-out activations as the transcoder. If two sites differ by little more than a linear
     map, explained variance alone says nothing about the latents.
     """
 
     headline: ClassVar[tuple[str, ...]] = ("linear_explained_variance",)
     meanings: ClassVar[dict[str, str]] = {
         "linear_explained_variance": "share of the target's variance that the best linear map of the input keeps",
-        "beyond_linear": "of what the linear map misses, the share that the transcoder rebuilds; below 0 the map is better",
+        "beyond_linear": "share that the transcoder rebuilds of what the linear map misses; below 0 the map is better",
     }
     error: Tensor
     linear_error: Tensor
@@ -75,7 +75,7 @@ class LinearMap(Summed):
         )
 
     def compute(self) -> dict[str, float | None]:
-        """linear_explained_variance, None where the target does not vary; beyond_linear, None where the map misses nothing."""
+        """linear_explained_variance, None if the target does not vary; beyond_linear, None if the map misses nothing."""
         spread = float(self.square - self.total.square().sum() / self.rows)
         missed = float(self.linear_error)
         return {
@@ -95,7 +95,7 @@ class NormalEquations:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, batch: Activations) -> None:
-        """Take in x [n, d_in] and the target [n, d_out] (x again where there is none)."""
+        """Take in x [n, d_in] and the target [n, d_out] (x again if there is none)."""
         x, target = _exact(batch.x), _exact(batch.x if batch.target is None else batch.target)
         self.rows += len(x)
         new = {"x": x.sum(0), "y": target.sum(0), "xx": x.T @ x, "xy": x.T @ target}

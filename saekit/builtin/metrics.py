@@ -57,7 +57,7 @@ class ExplainedVariance(Summed):
         self.add(total=target.sum(0))  # [d_out]
 
     def compute(self) -> dict[str, float | None]:
-        """explained_variance and fvu are None where the activations do not vary at all."""
+        """explained_variance and fvu are None if the activations do not vary at all."""
         spread = float(self.square - self.total.square().sum() / self.rows)
         fvu = float(self.error) / spread if spread > 0 else None
         return {
@@ -111,7 +111,7 @@ class Density(Summed):
         return self.fired / self.rows  # [d_sae]
 
     def compute(self) -> dict[str, float | None]:
-        """density_median over the latents, dense_fraction of them above 0.1; None where nothing was measured."""
+        """density_median over the latents, dense_fraction of them above 0.1; None if nothing was measured."""
         if not self.rows:
             return {"density_median": None, "dense_fraction": None}
         density = self._densities()
@@ -128,7 +128,7 @@ class Dead(Density):
     }
 
     def compute(self) -> dict[str, float | None]:
-        """dead_fraction and dead_latents; None where nothing was measured."""
+        """dead_fraction and dead_latents; None if nothing was measured."""
         if not self.rows:
             return {"dead_fraction": None, "dead_latents": None}
         dead = self._densities() == 0
@@ -158,7 +158,7 @@ class Cosine(Summed):
         self.add(cosines=torch.where(norms > 0, products / norms, 0.0).sum(), rows=(target != 0).any(1).sum())
 
     def compute(self) -> dict[str, float | None]:
-        """cosine; None where every activation is zero."""
+        """cosine; None if every activation is zero."""
         return {"cosine": float(self.cosines / self.rows) if self.rows else None}
 
 
@@ -184,14 +184,14 @@ class RelativeBias(Summed):
         self.add(square=reconstruction.square().sum(), product=(reconstruction * step.target.double()).sum())
 
     def compute(self) -> dict[str, float | None]:
-        """relative_bias; None where the reconstructions do not point along the activations at all."""
+        """relative_bias; None if the reconstructions do not point along the activations at all."""
         return {"relative_bias": float(self.square / self.product) if self.product > 0 else None}
 
 
 class Histograms(Summed):
     """Quantiles of two histograms: the density over all latents, and the size of active activations.
 
-    Sizes are counted in bins of a 64th of an octave from 2^-40 to 2^40, so that their quantiles are right to 1.1%."""
+    Sizes are counted in bins of a 64th of an octave from 2^-40 to 2^40, so that their quantiles are accurate to 1.1%."""
 
     QUANTILES: ClassVar[dict[str, float]] = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
     OCTAVES: ClassVar[int] = 40
@@ -216,7 +216,7 @@ class Histograms(Summed):
         self.add(fired=step.code.fired(), rows=len(step.code), sizes=torch.bincount(bins, minlength=len(self.sizes)))
 
     def compute(self) -> dict[str, float | None]:
-        """density_q05 to density_max, activation_q05 to activation_max; the latter are None where nothing is active."""
+        """density_q05 to density_max, activation_q05 to activation_max; the latter are None if nothing is active."""
         density = self.fired / self.rows  # [d_sae]
         found: dict[str, float | None] = {f"density_{n}": float(density.quantile(q)) for n, q in self.QUANTILES.items()}
         reached = self.sizes.cumsum(0) / self.sizes.sum()  # [bins]

@@ -25,8 +25,8 @@ class CERecovered:
 
     headline: ClassVar[tuple[str, ...]] = ("ce_recovered",)
     meanings: ClassVar[dict[str, str]] = {
-        "ce_recovered": "of the cross-entropy that a zero in the activation's place costs, the share won back",
-        "ce_recovered_mean": "of the cross-entropy that the mean in the activation's place costs, the share won back",
+        "ce_recovered": "share won back of the cross-entropy that a zero in the activation's place costs",
+        "ce_recovered_mean": "share won back of the cross-entropy that the mean in the activation's place costs",
         "ce_clean": "cross-entropy of the untouched model, in nats a token",
         "ce_zero": "cross-entropy with a zero in the activation's place, in nats a token",
         "ce_mean": "cross-entropy with the mean activation in its place, in nats a token",
@@ -40,7 +40,7 @@ class CERecovered:
         tokens: Annotated[int, Field(gt=0, description="Held-out positions to score.")] = 20_000,
         rows: Annotated[int, Field(gt=0, description="Rows of tokens in one forward.")] = 16,
         min_cost: Annotated[
-            float, Field(ge=0, description="Where an ablation costs less than this (nats a token), the share is null.")
+            float, Field(ge=0, description="If an ablation costs less than this (nats a token), the share is null.")
         ] = 0.01,
     ) -> None:
         self.tokens, self.rows, self.min_cost = tokens, rows, min_cost

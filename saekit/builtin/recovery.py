@@ -51,7 +51,7 @@ class DictionaryRecovery(Summed):
         self.add(fired=step.code.fired())
 
     def compute(self) -> dict[str, float | None]:
-        """recovery, recovery_reverse and recovered_fraction, None where no latent is alive; the controls."""
+        """recovery, recovery_reverse and recovered_fraction, None if no latent is alive; the controls."""
         generator = torch.Generator().manual_seed(derived_seed("control", self._seed))
         control = torch.randn(self._decoder.shape, generator=generator, dtype=torch.float64)
         found, back = _best(self._truth, self._decoder[self.fired.cpu() > 0])
@@ -70,7 +70,7 @@ def _mean(values: Tensor | None) -> float | None:
 
 
 def _best(truth: Tensor, dictionary: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The largest cosine of each true direction, [n], and of each row of the dictionary, [m]; None where m is 0."""
+    """The largest cosine of each true direction, [n], and of each row of the dictionary, [m]; None if m is 0."""
     if not len(dictionary):
         return None, None
     rows = functional.normalize(dictionary, dim=1)

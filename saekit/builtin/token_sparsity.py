@@ -72,7 +72,7 @@ class TokenSparsity(Summed):
 
     def compute(self) -> dict[str, float | None]:
         """l0_CLASS, explained_variance_CLASS and share_CLASS; the first two are None for a class that did not occur, and
-        all where nothing was measured."""
+        all if nothing was measured."""
         if not self.rows.any():
             return dict.fromkeys(self.meanings)
         mean = self.total.sum(0) / self.rows.sum()  # [d_out]

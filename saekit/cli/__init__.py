@@ -17,15 +17,15 @@ from saekit.errors import ExitCode, SaekitError
 COMMANDS = {
     "run": "Train an SAE and analyse it: a recipe, a run file, or names on the command line.",
     "plugins": "List the installed components, or show one with its options.",
-    "check": "Ask whether a component, or a plugin's, keep the contract of their kind.",
+    "check": "Check that a component, or all of a plugin's, keep the contract of their kind.",
     "new": "Write a package around one component of your own: code, test, run file, README.",
     "recipes": "List the ready-made run files.",
-    "report": "Build report.html of a run again.",
+    "report": "Rebuild the report.html of a run.",
     "compare": "Show runs side by side: metrics, what differs in their configurations, curves.",
-    "import": "Take in an SAE of SAELens, dictionary_learning or sparsify.",
-    "export": "Write an SAE as one of those libraries opens it.",
+    "import": "Import an SAE of SAELens, dictionary_learning or sparsify.",
+    "export": "Write an SAE in the format of one of those libraries.",
     "schema": "Print the JSON Schema of a run file.",
-    "doctor": "Look over the installation: versions, plugins, slow imports, devices.",
+    "doctor": "Examine the installation: versions, plugins, slow imports, devices.",
 }
 
 
@@ -73,7 +73,7 @@ def cli() -> None:
 def main() -> None:
     """The entry point: runs a command and turns its errors into one message and the documented exit code."""
     # torch reads this once, at its first allocation: large tensors in large pages, which spares a training step on the
-    # CPU a sixth of its time (docs/performance.md). A value that the user has set stands.
+    # CPU a sixth of its time (docs/performance.md). A value that the user has set is kept.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         cli(standalone_mode=False)

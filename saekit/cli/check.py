@@ -17,13 +17,13 @@ from saekit.run_file import override, parse_override
 @click.command("check")
 @click.argument("name")
 @click.option("-o", "assignments", multiple=True, metavar="KEY=VALUE", help="An option of the component.")
-@click.option("--kind", type=click.Choice(KINDS), help="Which kind, where several have the name.")
+@click.option("--kind", type=click.Choice(KINDS), help="Which kind, if several have the name.")
 @click.option("--plugin", "files", multiple=True, metavar="FILE.py", help="Load a Python file as a plugin.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(name: str, assignments: tuple[str, ...], kind: str | None, files: tuple[str, ...], as_json: bool) -> None:
     """Check whether a component, a command, or everything that a plugin declares keeps the contract of its kind.
 
-    Exit code 3 where a check fails. Components of a plugin that cannot do without an option are left out, with a note:
+    Exit code 3 if a check fails. Components of a plugin that cannot do without an option are left out, with a note:
     check them by their own name, with -o.
     """
     from saekit.testing.checks.commands import check_command
@@ -68,7 +68,7 @@ def _meant(name: str, kind: str | None, registry: Registry, is_command: bool) ->
         names = [*(c.name for c in registry.components(kind)), *(p.name for p in registry.plugins)]
         raise UsageError(f"There is no component or plugin {name!r}.{near_names(name, names)} See: saekit plugins")
     if plugin.error:
-        raise PluginError(f"plugin {name!r} ({plugin.distribution} {plugin.version}) does not load: {plugin.error} Mend it.")
+        raise PluginError(f"plugin {name!r} ({plugin.distribution} {plugin.version}) does not load: {plugin.error} Fix it.")
     components = [c for c in plugin.components if kind in (None, c.kind)]
     if not components and not is_command:
         raise UsageError(f"Plugin {name!r} offers no {kind or 'component'}. See: saekit plugins")

@@ -37,8 +37,8 @@ def command(
 ) -> None:
     """Show run directories side by side: their metrics, and the keys in which their configurations differ.
 
-    The columns are the headline metrics, unless others are named. "-" is what a run does not have, "not defined" what has
-    no value.
+    The columns are the headline metrics, unless others are named. "-" marks what a run does not have, "not defined" what
+    has no value.
     """
     from saekit.errors import UsageError
     from saekit.files import to_jsonable

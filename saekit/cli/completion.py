@@ -31,7 +31,7 @@ def recipes(context: click.Context, parameter: click.Parameter, incomplete: str)
 
 
 def components(section: str, context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """`NAME`, and behind a colon `NAME:key=`, with the keys that are not given yet."""
+    """`NAME`, and after a colon `NAME:key=`, with the keys that are not given yet."""
     offered = _registry(context).components(SECTIONS[section].kind)
     name, colon, rest = incomplete.partition(":")
     if not colon:

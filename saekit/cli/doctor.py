@@ -41,7 +41,7 @@ print(seconds, *(name for name in heavy if name in sys.modules), file=out)
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def command(as_json: bool) -> None:
-    """Look over this installation: versions and whether they fit, plugins, slow imports, devices, threads.
+    """Examine this installation: versions and whether they fit, plugins, slow imports, devices, threads.
 
     Exit codes: 0 all is well, 2 an installed package does not meet the requirement of another, 3 a plugin is broken.
     """

@@ -69,7 +69,7 @@ def _refuse_taken(name: str, registry: Registry) -> None:
 def write_package(kind: str, name: str, parent: Path) -> Path:
     """Write the package of a component below `parent`, and return its folder. It appears whole or not at all.
 
-    Raises UsageError where the folder exists or cannot be written."""
+    Raises UsageError if the folder exists or cannot be written."""
     directory = parent / f"saekit-{name.replace('_', '-')}"
     if directory.exists() or directory.is_symlink():
         raise UsageError(f"{directory} exists already. Choose another name, or another place with --dir.")
@@ -108,5 +108,5 @@ def package_files(kind: str, name: str) -> dict[str, str]:
         f"{package}/{kind}.py": own / f"{kind}.py.txt",
         "run.toml": own / "run.toml.txt",
     }
-    # `substitute` raises for a word that is not among these, so that none can be left standing in a file.
+    # `substitute` raises for a word that is not among these, so that none can be left in a file.
     return {path: Template(file.read_text(encoding="utf-8")).substitute(words) for path, file in places.items()}

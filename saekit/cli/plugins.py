@@ -1,4 +1,4 @@
-"""`saekit plugins`: what is installed, and what one component can be told."""
+"""`saekit plugins`: what is installed, and the options of one component."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _print_listing(registry: Registry) -> None:
 
 
 def notes(plugin: Plugin) -> list[str]:
-    """What the author of a plugin that loads should know of it."""
+    """What the author of a plugin that loads should know about it."""
     if not plugin.heavy:
         return plugin.warnings
     slow = f"imports {', '.join(plugin.heavy)} whenever names are listed. Move what needs it into the module of the target."

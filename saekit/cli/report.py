@@ -10,7 +10,7 @@ import click
 @click.command("report")
 @click.argument("run", metavar="RUN")
 def command(run: str) -> None:
-    """Build report.html of the run directory RUN again and print its path."""
+    """Rebuild the report.html of the run directory RUN and print its path."""
     from saekit.report import write_report
 
     click.echo(str(write_report(Path(run))))

@@ -77,7 +77,7 @@ def _explanation(error: Exception, parts: list[Part]) -> SaekitError | None:
 
 
 def _part_in_traceback(error: Exception, parts: list[Part], modules_of: Callable[[Part], set[str]]) -> Part | None:
-    """The part in whose modules the innermost frame lies."""
+    """The part that the innermost frame belongs to, by its module."""
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
     known = [(part, modules_of(part)) for part in parts]
     return next((part for module in reversed(modules) for part, own in known if module in own), None)
@@ -85,7 +85,7 @@ def _part_in_traceback(error: Exception, parts: list[Part], modules_of: Callable
 
 def _failure(part: Part, error: Exception) -> PluginError:
     return PluginError(
-        f"{part.component.origin} failed: {type(error).__name__}: {error}. Mend it, or leave {part.label!r} out of the "
+        f"{part.component.origin} failed: {type(error).__name__}: {error}. Fix it, or leave {part.label!r} out of the "
         "run; what was saved is kept."
     )
 

@@ -19,7 +19,7 @@ class Request:
     """What the user asked for.
 
     uses: for each section, components as `NAME[:key=value,...]`.
-    overrides: `key=value` as on the command line, or with a value of Python.
+    overrides: `key=value` as on the command line, or with a Python value.
     """
 
     what: str | None = None

@@ -17,7 +17,7 @@ def top_examples(
     """The `n` strongest activations of each latent, at most one in a row of tokens, with `window` tokens on each side.
 
     tokens: how many held-out activations to look through; `evaluation.tokens` by default. Returns rows of a table that
-    `saekit.Result` shows as text with the token highlighted; no rows where the source has no tokens.
+    `saekit.Result` shows as text with the token highlighted; no rows if the source has no tokens.
     """
     if not latents:
         return []
@@ -54,7 +54,7 @@ def top_examples(
 
 
 def _strongest(activation: Tensor, sequence: Tensor, n: int) -> list[int]:
-    """Places of the strongest activations, at most one in each row of tokens, and none where the latent does not fire."""
+    """Places of the strongest activations, at most one in each row of tokens, and only where the latent fires."""
     places: list[int] = []
     seen: set[int] = set()
     values, order = activation.sort(descending=True, stable=True)

@@ -11,7 +11,7 @@ from saekit.errors import UsageError
 
 
 def choose_device(wanted: str, precision: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's GPU, then the CPU. UsageError where device or precision cannot be used here."""
+    """`auto` takes CUDA, then Apple's GPU, then the CPU. UsageError if device or precision cannot be used here."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

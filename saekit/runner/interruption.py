@@ -20,7 +20,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """Listen for Ctrl-C in the block; Interrupted where it stops the run at once."""
+        """Listen for Ctrl-C in the block; Interrupted if it stops the run at once."""
 
         def ask(signum: int, frame: Any) -> None:
             if self.asked or not self._in_training:
@@ -47,6 +47,6 @@ class Interruption:
         self._in_training = False
 
     def stop_if_asked(self, number: int, last: int) -> None:
-        """Interrupted where Ctrl-C has been pressed; `number` of `last` steps are done, and saved."""
+        """Interrupted if Ctrl-C has been pressed; `number` of `last` steps are done, and saved."""
         if self.asked:
             raise Interrupted(f"interrupted after step {number} of {last}; a checkpoint is saved. C{self._fix}")

@@ -17,7 +17,7 @@ from saekit.variants import run_configs
 
 ALWAYS_PROVIDED = {"activations"}
 GRAPH = "graph"
-"""What `[graph]` provides to those after training, and a callback that rebuilds one during training to the others."""
+"""Provided after training by `[graph]`, and during training by a callback that keeps one up to date."""
 AFTER_TRAINING = ("metric", "analyzer")
 
 
@@ -176,7 +176,7 @@ def _parts(section: Section, config: RunConfig, registry: Registry) -> list[Part
 
 
 def _spelt_out(variant: Variant, config: RunConfig) -> Variant:
-    """The variant with the default components in the lists that are its own, as the resolved run file has them in its."""
+    """The variant with the default components added to its own lists, as they are in the resolved run file's."""
     lists = {section: getattr(config, section) for section in LISTS if getattr(variant, section) is not None}
     tables = {
         section: [entry.model_dump(by_alias=True, exclude_none=True) for entry in entries]
@@ -207,7 +207,7 @@ def _part(key: str, kind: str, entry: Use, registry: Registry, config: RunConfig
 
 
 def _with_defaults(config: RunConfig, registry: Registry, provided: set[str]) -> RunConfig:
-    """The configuration with the components that their plugins mark as default, where the run can hold them."""
+    """The configuration with the components that their plugins mark as default, if the run can have them."""
     if not config.defaults:
         return config
     added: dict[str, list[Use]] = {}
@@ -250,7 +250,7 @@ def _check_needs(plan: SAEPlan, registry: Registry, withheld: dict[str, str]) ->
 
 
 def _has_graph(plan: SAEPlan, part: Part) -> bool:
-    """After training there is the graph of `[graph]`; during training that of a callback that keeps one up to date."""
+    """Whether `part` has a graph: after training that of `[graph]`, during training that of a callback that keeps one."""
     if part.component.kind in AFTER_TRAINING:
         return plan.graph is not None
     return any(GRAPH in component.provides for callback in plan.sections["callback"] for component in callback.components)
@@ -265,7 +265,7 @@ def _provider(need: str, part: Part, registry: Registry) -> str:
     named = ", ".join(f"{c.kind} {c.name!r} ({c.distribution})" for c in providers)
     if need == GRAPH:
         who = named or "no installed callback"
-        return f"[graph] is built after training; during training one is kept by {who}. Leave {part.label!r} out, or add that."
+        return f"[graph] is built after training; during training {who} keeps one. Leave {part.label!r} out, or add that."
     if providers:
         return f"It is provided by {named}."
     return f"No installed plugin provides it. Install one that does, or leave {part.label!r} out of the run."

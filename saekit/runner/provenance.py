@@ -34,7 +34,7 @@ def provenance(plan: SAEPlan | RunPlan, identity: dict[str, Any]) -> dict[str, A
 
 
 def with_resumption(path: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """What `path` says about how the run was begun, with what was different each time it was resumed, under "resumed"."""
+    """The content of `path`, from the beginning of the run, with what is different `now` added under "resumed"."""
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
         resumed = [*begun.pop("resumed", []), {key: value for key, value in now.items() if begun.get(key) != value}]

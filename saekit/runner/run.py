@@ -40,7 +40,7 @@ SCALE_SAMPLE = 16_384  # activations that decide the scale and the initial bias:
 class Run:
     """One run: a plan carried out in a directory.
 
-    plan, directory: what and where. info: what the view is told of the run. sae_runs: one for each SAE that it trains, each
+    plan, directory: what to do, and where. info: what the view is told of the run. sae_runs: one for each SAE that it trains, each
     given every batch. seconds: how long each phase has taken.
     """
 
@@ -314,7 +314,7 @@ class Run:
 
 
 def _unit_scale(activations: torch.Tensor) -> float:
-    """The factor that brings activations [n, d] to a mean norm of sqrt(d); 1 where they are all zero."""
+    """The factor that brings activations [n, d] to a mean norm of sqrt(d); 1 if they are all zero."""
     mean_norm = float(activations.norm(dim=1).mean())
     return activations.shape[1] ** 0.5 / mean_norm if mean_norm > 0 else 1.0
 

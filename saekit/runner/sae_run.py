@@ -50,7 +50,7 @@ class SAERun:
 
     The run owns the data and hands it over. Whatever an SAE does is done in its `turn`.
 
-    variant: its name; empty where it is the only one. plan, config, directory: of this SAE, as if it were alone. info: what its
+    variant: its name; empty if it is the only one. plan, config, directory: of this SAE, as if it were alone. info: what its
     listeners are told of the run. graph: once built, if the run file asks for one. metrics, headline, meanings: once evaluated.
     analysis: each analyzer's scalars. losses: as logged last.
     """
@@ -121,22 +121,22 @@ class SAERun:
         self.sae = sae.to(self.device)
 
     def _refuse_another_task(self, sae: SparseAutoencoder, *, rebuilds_other: bool) -> None:
-        """UsageError where an SAE to train further was made for another task: it rebuilds what it reads and the source asks for
+        """UsageError if an SAE to train further was made for another task: it rebuilds what it reads and the source asks for
         another site, or it has a linear path and the source asks for what it reads."""
         where = f"architecture.from: the SAE in {self.config.architecture.from_}"
         if rebuilds_other and sae.reads_centred:
             raise UsageError(
                 f"{where} takes b_dec from its input: it rebuilds what it reads, but the source asks for another site. "
-                "Start from a transcoder, or from nothing."
+                "Start from a transcoder, or leave architecture.from out."
             )
         if not rebuilds_other and sae.skip:
             raise UsageError(
                 f"{where} has a linear path (skip), but the source asks it to rebuild what it reads: the path would learn "
-                "the identity. Name the other site, as source.target_hook_point, say."
+                "the identity. Name the other site, for example with source.target_hook_point."
             )
 
     def _fitting(self, saved: SavedSAE) -> SparseAutoencoder:
-        """The SAE to start from; UsageError where it does not fit the source or the run file."""
+        """The SAE to start from; UsageError if it does not fit the source or the run file."""
         entry, sae = self.config.architecture, saved.sae
         if saved.name != self.plan.architecture.component.qualified_name:
             raise UsageError(
@@ -211,8 +211,8 @@ class SAERun:
         self.scale, self.target_scale = self.trainer.scale, self.trainer.target_scale
 
     def train_on(self, batch: Activations, sequences: SequenceBatch | None, speed: Callable[[], float]) -> None:
-        """One step on a batch of activations, and on whole sequences where a loss of any SAE needs them; `speed` gives the
-        tokens a second where the step is to be logged."""
+        """One step on a batch of activations, and on whole sequences if a loss of any SAE needs them; `speed` gives the
+        tokens per second if the step is logged."""
         trainer, training = self.trainer, self.config.training
         trainer.train_on(batch, sequences)
         if trainer.number % training.log_every == 0 or trainer.number == trainer.total_steps:
@@ -253,7 +253,7 @@ class SAERun:
             if not isinstance(graph, FeatureGraph):
                 raise TypeError(f"it returned {type(graph).__name__}, not a saekit.FeatureGraph")
             if graph.dictionary != dictionary_digest(self.sae):
-                raise ValueError("it returned a graph of another dictionary than that of the SAE it was given")
+                raise ValueError("it returned a graph of another dictionary, not of the SAE it was given")
         graph.builder = part.component.qualified_name
         graph.save(self.directory.graph)
         self.graph = graph.to(self.device)

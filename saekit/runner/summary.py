@@ -49,7 +49,7 @@ def _named(run: Run, name: str, directory: str) -> dict[str, Any]:
 
 
 def _of(one: SAERun) -> dict[str, Any]:
-    """What one SAE came to."""
+    """The results of one SAE."""
     return {
         "sae": _sae(one),
         "graph": _graph(one),

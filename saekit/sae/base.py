@@ -251,7 +251,7 @@ class SparseAutoencoder(nn.Module):
     def options(self) -> dict[str, Any]:
         """The options from which this SAE can be built again, which `sae/cfg.json` keeps.
 
-        Each is read from the attribute of its name, or from `initial_NAME` where a tensor has that name. `skip` is left out
+        Each is read from the attribute of its name, or from `initial_NAME` if a tensor has that name. `skip` is left out
         if it is false. Raises PluginError if the constructor has not kept an option."""
         kept = {name: _kept(self, name) for name in self.option_names()}
         return {name: value for name, value in kept.items() if name != "skip" or value}

@@ -88,7 +88,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def newest_whole(directory: Path) -> tuple[Path | None, dict[str, Tensor], dict[str, Any], list[str]]:
-    """(path, tensors, state, warnings) of the newest whole checkpoint; path is None where there is no checkpoint.
+    """(path, tensors, state, warnings) of the newest whole checkpoint; path is None if there is no checkpoint.
 
     A damaged one is skipped with a warning. UsageError if all are damaged.
     """

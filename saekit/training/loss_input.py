@@ -22,8 +22,8 @@ class Step:
     target: [batch, d_out], what it must rebuild: `x` for an SAE, another site for a transcoder.
     code: the latents' activations, compressed where the architecture gates them to zero.
     reconstruction: [batch, d_out].
-    labels: [batch, n_concepts] with NaN where a row has none; None where the source has no labels.
-    tokens: [batch] token ids; None where the source has no tokens.
+    labels: [batch, n_concepts] with NaN where a row has none; None if the source has no labels.
+    tokens: [batch] token ids; None if the source has no tokens.
     number, fraction: which step (0 for the first), and how far through the run (0 to 1).
     dead: [d_sae], True for latents that have been silent for `training.dead_after` activations; None outside training.
     n_dead: how many were dead when they were last counted, a plain number that costs no synchronisation.

@@ -36,7 +36,7 @@ class Term:
         return value_at(self.weight, number, total)
 
     def value(self, step: Step) -> Tensor | None:
-        """The unweighted loss, or None where it has nothing to say about this step."""
+        """The unweighted loss, or None if it has nothing to say about this step."""
         active = getattr(self.function, "active", None)
         try:
             with under_key(f"loss.{self.label}"):
@@ -48,7 +48,7 @@ class Term:
         except Exception as error:
             raise PluginError(
                 f"{self.component.origin} failed at step {step.number}: {type(error).__name__}: {error}. "
-                f"Mend it, or leave {self.label!r} out of the run; what was saved is kept."
+                f"Fix it, or leave {self.label!r} out of the run; what was saved is kept."
             ) from error
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -82,7 +82,7 @@ def refuse_non_finite_gradient(norm: Tensor, values: dict[str, Tensor], number: 
 
 
 def failed_backward(terms: list[Term], error: Exception) -> PluginError:
-    """The error to raise where a backward pass through some losses raised `error`."""
+    """The error to raise if a backward pass through some losses raised `error`."""
     who = " and ".join(term.component.origin for term in terms)
     return PluginError(f"the backward pass of {who} failed: {type(error).__name__}: {error}.")
 

@@ -1,4 +1,4 @@
-"""Adam, for parameters whose transpose lies contiguous in memory."""
+"""Adam, for parameters whose transpose is contiguous in memory."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ class OwnRandomness:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed, self._device = seed, device
-        self._states: list[Tensor] | None = None  # of the host, and of the device where it is a CUDA one
+        self._states: list[Tensor] | None = None  # of the host, and of the device if that is CUDA
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:

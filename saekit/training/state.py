@@ -59,7 +59,7 @@ class RunState:
 
     @classmethod
     def newest(cls, directory: Path) -> tuple[Path, RunState, list[str]] | None:
-        """The newest whole checkpoint with its path, and a warning for each damaged one; None where there is none."""
+        """The newest whole checkpoint with its path, and a warning for each damaged one; None if there is none."""
         path, tensors, values, warnings = checkpoint.newest_whole(directory)
         if path is None:
             return None
@@ -109,7 +109,7 @@ def restore(trainer: Trainer, number: int, tensors: dict[str, Tensor], values: d
     trainer.sae.load_state_dict(_below("sae.", tensors))
     for name, parameter in trainer.named_parameters:
         for key, value in _below(f"optimizer.{name}.", tensors).items():
-            # Adam's moments take the parameter's layout in memory; `step` is a number of its own type.
+            # Adam's moments take the parameter's layout in memory; `step` is a number with a separate dtype.
             like = torch.empty_like(value) if key == "step" else torch.empty_like(parameter)
             trainer.optimizer.state[parameter][key] = like.copy_(value).to(trainer.device)
     trainer.firing.load_state_dict(_below("firing.", tensors))

@@ -33,7 +33,7 @@ class Trainer(Training):
 
     terms: its losses with their weights. needs_sequences: whether one of them asks for whole sequences. guard: until the
     gradient guard has spoken. grad_norm: of the last gradient, before clipping. last_logged: the last values that were logged.
-    spoke: the losses that have ever had something to say. What a checkpoint keeps of it is in `training/state.py`.
+    spoke: the losses that have ever been active. What a checkpoint keeps of it is in `training/state.py`.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Trainer(Training):
         self.listeners.warn(message)
 
     def train_on(self, batch: Activations, sequences: SequenceBatch | None = None) -> None:
-        """One optimiser step on a batch of activations, and on whole sequences where a loss needs them, as the source gives
+        """One optimiser step on a batch of activations, and on whole sequences if a loss needs them, as the source gives
         them."""
         number = self.number
         self.listeners.emit("step_started", trainer=self, number=number)
@@ -174,7 +174,7 @@ class Trainer(Training):
         self.sae.constrain_weights()
 
     def _clip(self, largest: float) -> None:
-        """Scale the whole gradient down to norm `largest` where it is longer."""
+        """Scale the whole gradient down to norm `largest` if it is longer."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         if self.device.type == "cpu":

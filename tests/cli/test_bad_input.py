@@ -529,7 +529,7 @@ AT_STEP_5 = "if step.number == 5: raise ValueError('the fifth step')"
 def test_a_loss_that_raises_at_step_5(broken: Callable, command: Run, run_file: Files, tmp_path: Path) -> None:
     broken("loss", f"def Odd(step):\n    {AT_STEP_5}\n    return step.error.square().mean()\n")
     outcome = command("run", run_file(), "--loss", "odd", "--directory", tmp_path / "run")
-    refused(outcome, f"loss {ORIGIN}", "step 5", "ValueError: the fifth step", "Mend it", code=3)
+    refused(outcome, f"loss {ORIGIN}", "step 5", "ValueError: the fifth step", "Fix it", code=3)
     assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
     assert len(logged(tmp_path / "run")) == 5
 
@@ -672,7 +672,7 @@ def test_an_architecture_that_raises(training: bool, broken: Callable, command: 
     broken("architecture", ARCHITECTURE.format(training=training))
     file = run_file(architecture={"use": "odd", "d_sae": 64, "k": 4})
     outcome = command("run", file, "--directory", tmp_path / "run")
-    refused(outcome, f"architecture {ORIGIN}", "ValueError: the gate is stuck", "Mend it", code=3)
+    refused(outcome, f"architecture {ORIGIN}", "ValueError: the gate is stuck", "Fix it", code=3)
 
 
 SOURCES = {

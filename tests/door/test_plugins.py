@@ -80,7 +80,7 @@ def test_listing_imports_no_target(fakes: Fakes) -> None:
     registry = Registry()
     component = registry.find("loss", "hoyer")
     assert component.qualified_name == "acme.hoyer"
-    with pytest.raises(PluginError, match=r"saekit-acme 0\.3\.1.*acme_absent.*Mend or upgrade saekit-acme"):
+    with pytest.raises(PluginError, match=r"saekit-acme 0\.3\.1.*acme_absent.*Fix or upgrade saekit-acme"):
         component.load()
 
 
@@ -250,7 +250,7 @@ def test_a_broken_plugin_is_shown_and_stops_only_the_run_that_names_it(
     [
         ("acme_targets:untyped", ("option 'eps' has no type", "eps: float")),
         ("acme_targets:swallows", ("**kwargs", "Name each option")),
-        ("acme_targets:absent", ("cannot be loaded", "absent", "Mend or upgrade saekit-acme")),
+        ("acme_targets:absent", ("cannot be loaded", "absent", "Fix or upgrade saekit-acme")),
         ("acme_targets", ("cannot be loaded", "acme_targets")),
     ],
 )
@@ -410,7 +410,7 @@ def test_a_broken_file_stops_the_run_that_was_given_it(
     path = plugin_file("broken", source)
     done = command("run", run_file(), "--plugin", path, "--dry-run")
     assert done.code == 3
-    done.says(str(path), error, "Mend it")
+    done.says(str(path), error, "Fix it")
     assert "failed to load: broken" in command("plugins", "--plugin", path).out
 
 

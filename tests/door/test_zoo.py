@@ -132,7 +132,7 @@ ZOO = {
     "stepper": Animal(
         loss("stepper", "raises_in_a_step", "raises"),
         names("loss", "raises_in_a_step"),
-        ("KeyError: 'the table that it was promised'", "Mend it, or leave 'raises_in_a_step' out"),
+        ("KeyError: 'the table that it was promised'", "Fix it, or leave 'raises_in_a_step' out"),
         dry=False,
     ),
     "listener": Animal(
@@ -167,7 +167,7 @@ ZOO = {
     "absent": Animal(
         loss("absent", "has_no_target", "nowhere"),
         names("loss", "has_no_target"),
-        ("no attribute 'nowhere'", "Mend or upgrade saekit-absent"),
+        ("no attribute 'nowhere'", "Fix or upgrade saekit-absent"),
     ),
     "twin_one": Animal(
         loss("twin_one", "claimed_twice"),

@@ -184,7 +184,7 @@ def test_a_builder_that_fails_is_named_and_the_sae_is_kept(
 ) -> None:
     done = graphs("--graph", builder)
     assert done.code == 3
-    done.says(f"graph_builder '{builder}' of plugin 'graphs'", *words, "Mend it")
+    done.says(f"graph_builder '{builder}' of plugin 'graphs'", *words, "Fix it")
     assert (tmp_path / "run" / "sae" / "cfg.json").is_file()
     assert not (tmp_path / "run" / "graph.safetensors").exists()
 

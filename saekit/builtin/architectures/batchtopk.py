@@ -50,7 +50,7 @@ class BatchTopKFormat(SaeLensFormat):
 class BatchTopK(SparseAutoencoder):
     """The k * batch largest pre-activations of a batch, through a ReLU (Bussmann, Leask and Nanda 2024).
 
-    At inference a row's code must not depend on the other rows, so a latent is active where it exceeds `threshold`: the
+    At inference a row's code must not depend on the other rows, so a latent is active if it exceeds `threshold`: the
     running mean of the smallest activation that each training batch kept.
     """
 

@@ -45,7 +45,7 @@ class ModuleSource:
 
     Called twice with the same `seed`, `data` must give the same batches, and as many in each pass: only
     then can a run resume exactly. Shuffle with a generator seeded with `seed`. At the start the first batch is made twice;
-    a warning tells if the two differ.
+    a warning says so if the two differ.
 
     In Python, `module` and `data` may be the functions themselves: derive a class that passes them on, in a file for
     `--plugin`. Resuming skips the batches that were used, without running the module.
@@ -131,14 +131,14 @@ class ModuleSource:
 
     @property
     def pass_size(self) -> int:
-        """About how many activations a pass gives. AttributeError if the data does not tell its length."""
+        """About how many activations a pass gives. AttributeError if the data has no length."""
         data = self._called_data("train", 0)
         if not isinstance(data, Sized):
             raise AttributeError("pass_size")
         return round(len(data) * self._rows * (1.0 if "split" in self._takes else 1.0 - 1.0 / self._period))
 
     def identity(self) -> dict[str, Any]:
-        """What determines the activations, as far as it can be told; see `protocols.Source.identity`."""
+        """What determines the activations, as far as that is known; see `protocols.Source.identity`."""
         return {
             "model": _name(self.module),
             "model_digest": _digest([t for _, t in sorted(self.network.state_dict().items())]),
@@ -324,7 +324,7 @@ def _from_file(path: Path, option: str) -> Any:
     """A file as a module, loaded once."""
     path = path.resolve()
     if not path.is_file():
-        raise OptionError(option, f"{path}: there is no such file. Paths count from where the command is run.")
+        raise OptionError(option, f"{path}: there is no such file. Paths are relative to where the command is run.")
     name = f"saekit_module_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

@@ -49,7 +49,7 @@ class OrganismSource(LabelledHarvestSource):
         self.kinds = list(dict.fromkeys(self.kinds))
         self.concepts = ["code"]
         if not LABELS.keys() <= set(self.kinds):
-            fix = 'Have both "code" and "prose" in source.kinds.'
+            fix = 'Put both "code" and "prose" in source.kinds.'
             self.withheld |= dict.fromkeys(("labels", "sequences"), fix)
 
     @property

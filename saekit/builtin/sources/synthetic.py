@@ -24,7 +24,7 @@ _UNIT = 1024  # rows that are drawn together, from one seed
 class SyntheticSource:
     """Sparse sums of random unit directions with Gaussian noise: x = sum of a_i f_i + noise.
 
-    Each feature is active by itself with its probability, and then has a magnitude drawn uniformly from `low` to
+    Each feature is active independently with its probability, and then has a magnitude drawn uniformly from `low` to
     `high`. `pairs` makes the features 0 and 1, 2 and 3, ... fire together: the correlation of the two indicators is
     `correlation`, and both take the mean of their probabilities.
 
@@ -195,12 +195,12 @@ class SyntheticSource:
 
     def _events(self) -> tuple[np.ndarray, np.ndarray]:
         """Independent Poisson events that make features active: the rate of each kind in one row, [m], and the one or
-        two features that it makes active, [m, 2] (the same twice where it is one).
+        two features that it makes active, [m, 2] (the same twice if it is one).
 
-        A feature is active where any of its events has happened, so an event of rate -log(1 - p) alone makes it active
+        A feature is active if any of its events has happened, so an event of rate -log(1 - p) alone makes it active
         with probability p exactly, however many events fall on the same place. Two of a pair with probability p and
-        correlation c are both inactive with probability (1 - p)(1 - p(1 - c)), which the event that they share, and
-        one that each has for itself, give with these rates.
+        correlation c are both inactive with probability (1 - p)(1 - p(1 - c)), which these rates of a shared
+        event and of a separate one for each give.
         """
         rates = -np.log1p(-self.probability)  # [n_features]
         paired = 2 * self.pairs

@@ -3,7 +3,7 @@
     LIBRARY                            what the library is called on the command line
     matches(directory) -> bool         whether a directory holds its files
     read(directory) -> Foreign         the SAE in the directory, in the words of sae_lens
-    write(saved, directory) -> None    an SAE of ours in its files; UsageError if the library cannot compute the same
+    write(saved, directory) -> None    one of our SAEs in its format; UsageError if the library cannot compute the same
 
 The words of sae_lens are the common language. A module here translates a library's files into them, and the `SaeLensFormat` of
 an architecture translates them into its options and weights. So an architecture from a plugin takes part in every library.

@@ -116,8 +116,8 @@ def _major_version(cfg: Mapping[str, Any]) -> int:
 
 
 def _modern(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The cfg.json of a version before 6, as version 6 would have it. What was an activation function other than the ReLU is
-    now an architecture of that name."""
+    """The cfg.json of a version before 6, as version 6 writes it. An activation function other than the ReLU is now an
+    architecture of that name."""
     new = {OLD_NAMES.get(key, key): value for key, value in cfg.items()}
     function = new.pop("activation_fn", RELU)
     if function != RELU:
@@ -133,7 +133,7 @@ def _modern(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse(cfg: Mapping[str, Any], where: Path | str, mean_norm: float | None) -> None:
-    """UsageError for what an SAE of sae_lens may do besides its architecture, and ours never does."""
+    """UsageError for what an SAE of sae_lens may do besides its architecture and ours never do."""
     normalised = cfg.get("normalize_activations", "none")
     if normalised == SCALED and mean_norm is None:
         raise UsageError(
