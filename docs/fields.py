@@ -11,31 +11,20 @@ _FIELD = re.compile(r"(?P<names>[A-Za-z_]\w*(?:, [A-Za-z_]\w*)*): (?P<meaning>\S
 
 
 def as_lists(text: str) -> str:
-    """`text` with each paragraph that begins with a field turned into a list of its fields.
+    """`text` with each line that begins with a field as an item of a list; indented lines after it belong to it.
 
-    >>> print(as_lists("A thing.\\n\\nx: [batch, d_in], what is read.\\ny, z: two more,\\nand their rest."))
+    >>> print(as_lists("A thing.\\n\\nx: [batch, d_in], what is read.\\ny, z: two more,\\n    and their rest."))
     A thing.
     <BLANKLINE>
     - `x`: [batch, d_in], what is read.
     - `y`, `z`: two more,
-      and their rest.
+        and their rest.
     """
-    return "\n\n".join(_paragraph(part) for part in re.split(r"\n\s*\n", text))
+    return "\n".join(_FIELD.sub(_item, line) if _FIELD.fullmatch(line) else line for line in text.split("\n"))
 
 
-def _paragraph(text: str) -> str:
-    lines = text.split("\n")
-    if not _FIELD.fullmatch(lines[0]):
-        return text
-    items = []
-    for line in lines:
-        field = _FIELD.fullmatch(line)
-        if field:
-            names = ", ".join(f"`{name}`" for name in field["names"].split(", "))
-            items.append(f"- {names}: {field['meaning']}")
-        else:
-            items.append(f"  {line.strip()}")
-    return "\n".join(items)
+def _item(field: re.Match[str]) -> str:
+    return f"- {', '.join(f'`{name}`' for name in field['names'].split(', '))}: {field['meaning']}"
 
 
 class Fields(griffe.Extension):

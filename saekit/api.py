@@ -39,7 +39,8 @@ def run(
 ) -> FinishedRun:
     """Run a recipe or a run file, without output unless a `view` (a listener) is given.
 
-    what: a recipe's name or the path of a run file; the default recipe if None. overrides: `{"training.seed": 1}`.
+    what: a recipe's name or the path of a run file; the default recipe if None.
+    overrides: `{"training.seed": 1}`.
     plugins: Python files to load as plugins. Raises the errors of `saekit.errors`.
     """
     request = Request(

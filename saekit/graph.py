@@ -28,8 +28,8 @@ class FeatureGraph:
     """A weighted graph over the latents of one dictionary.
 
     nodes: number of latents.
-    edge_index: [2, E] int64; in column e, latent `edge_index[0, e]` is a neighbour of latent `edge_index[1, e]`. An undirected
-    edge appears twice.
+    edge_index: [2, E] int64; in column e, latent `edge_index[0, e]` is a neighbour of latent `edge_index[1, e]`. An
+        undirected edge appears twice.
     weight: [E] float32, one for each edge.
     dictionary: the digest of the decoder that it was built from, see `dictionary_digest`.
     builder: the qualified name of the component that built it; a run fills it in.

@@ -21,8 +21,10 @@ from saekit.hookspecs import PROJECT, Lifecycle, check_arguments
 class Listener:
     """One listener of a run.
 
-    label: its name in the run. instance: the object with the hooks. origin: where it comes from, for messages. vital: whether
-    the run stops when it raises.
+    label: its name in the run.
+    instance: the object with the hooks.
+    origin: where it comes from, for messages.
+    vital: whether the run stops when it raises.
     """
 
     label: str
@@ -96,7 +98,7 @@ class Listeners:
                     raise
                 what = f"{listener.origin} failed in {hook}: {type(error).__name__}: {error}"
                 if listener.vital and hook != "run_failed":
-                    raise PluginError(f"{what}. What was saved is kept; mend it or leave {listener.label!r} out.") from error
+                    raise PluginError(f"{what}. What was saved is kept; fix it or leave {listener.label!r} out.") from error
                 self._drop(listener)
                 self.warn(f"{what}. It is dropped{'.' if hook == 'run_failed' else ' and the run goes on.'}")
 

@@ -81,7 +81,7 @@ class Registry:
 
     files: plugins given as Python files.
     disabled: names of plugins to leave out, in addition to those in the environment variable SAEKIT_DISABLE_PLUGINS
-    (separated by commas).
+        (separated by commas).
     """
 
     def __init__(self, *, files: Iterable[str | Path] = (), disabled: Iterable[str] = ()) -> None:
@@ -144,7 +144,8 @@ class Registry:
     def find(self, kind: str, name: str, where: str = "", requires: Iterable[str] = ()) -> RegisteredComponent:
         """The component that a run means by `name`, short or qualified (`plugin.name`).
 
-        where: the key that asked, for messages. requires: distributions that the run file says it needs.
+        where: the key that asked, for messages.
+        requires: distributions that the run file says it needs.
         """
         prefix = f"{where}: " if where else ""
         candidates = [c for c in self.components(kind) if name in (c.name, c.qualified_name)]

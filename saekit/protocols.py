@@ -225,8 +225,9 @@ class GraphBuilder(Protocol):
     def __call__(self, sae: SparseAutoencoder, codes: Iterator[Code]) -> FeatureGraph:
         """The graph over the latents of `sae`, as `FeatureGraph.of(sae, edge_index, weight)` makes it.
 
-        sae: as it is saved, for raw activations. codes: those of activations that it was trained on, batch by batch,
-        `graph.tokens` rows in all; nothing is harvested for a builder that takes none of them."""
+        sae: as it is saved, for raw activations.
+        codes: those of activations that it was trained on, batch by batch, `graph.tokens` rows in all; nothing is
+            harvested for a builder that takes none of them."""
         ...
 
 

@@ -12,7 +12,7 @@ class Result:
 
     scalars: numbers by name, shown in the summary; None if a value is not defined.
     tables: lists of rows by name; a row is a dictionary of plain values. Rows with `latent`, `activation` and `token`
-    (and `before` and `after`, or `tokens` and `activations`) are shown as text with the token highlighted.
+        (and `before` and `after`, or `tokens` and `activations`) are shown as text with the token highlighted.
     figures: plotly figures by name, as the dictionaries of `figure.to_plotly_json()`.
     files: what the analyzer wrote, as paths relative to its directory.
     notes: sentences that a reader of the figures must know (a null result and its reason, a low fidelity).

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 class Activations:
     """Rows of activations and what is known about each; every tensor has `n` rows, or is None if unknown.
 
-    x: [n, d_in]. target: [n, d_out], None if the SAE rebuilds x itself. tokens: [n] ids.
-    sequence: [n] number of the row of tokens that each came from, unique in its split. position: [n] place in that row.
+    x: [n, d_in].
+    target: [n, d_out], None if the SAE rebuilds x itself.
+    tokens: [n] ids.
+    sequence: [n] number of the row of tokens that each came from, unique in its split.
+    position: [n] place in that row.
     labels: [n, n_concepts], NaN if a row has no label.
     """
 
@@ -64,11 +67,13 @@ class Activations:
 class SequenceBatch:
     """Whole labelled sequences, for losses that pool over positions.
 
-    x: [n, T, d_in]. mask: [n, T], True if a position belongs to the data (not padding, not left out by the source).
+    x: [n, T, d_in].
+    mask: [n, T], True if a position belongs to the data (not padding, not left out by the source).
     labels: [n, n_concepts], NaN if a label is unknown; every sequence has at least one.
-    tokens: [n, T] ids, None if there are none. target: [n, T, d_out], what a transcoder should rebuild at each position;
-    None if the SAE rebuilds x itself. code: the SAE's code of x[mask], one row for each position of `mask.nonzero()`;
-    only in a training step, where x is scaled as the SAE sees it.
+    tokens: [n, T] ids, None if there are none.
+    target: [n, T, d_out], what a transcoder should rebuild at each position; None if the SAE rebuilds x itself.
+    code: the SAE's code of x[mask], one row for each position of `mask.nonzero()`; only in a training step, where x is
+        scaled as the SAE sees it.
     """
 
     x: Tensor
@@ -91,9 +96,10 @@ class SequenceBatch:
 class TokenBatch:
     """Rows of tokens for the model.
 
-    tokens: [n, T] ids. mask: [n, T], False at padding.
-    keep: [n, T], True if the position's activation belongs to the data (not padding, not a first position that
-    is left out). sequence: [n] numbers of the rows, unique in their split.
+    tokens: [n, T] ids.
+    mask: [n, T], False at padding.
+    keep: [n, T], True if the position's activation belongs to the data (not padding, not a first position that is left out).
+    sequence: [n] numbers of the rows, unique in their split.
     """
 
     tokens: Tensor

@@ -44,7 +44,8 @@ def read_documents(
 
     data: a `.txt`, `.jsonl` or `.parquet` file, a directory or a glob of those, or the name of a Hugging Face data set.
     column: the key (jsonl) or column (parquet, data set) that holds the text.
-    split, subset: of a data set. limit: the most documents to read.
+    split, subset: of a data set.
+    limit: the most documents to read.
     unit: one document of a `.txt` file: the whole `file`, each `line`, or each `paragraph` (separated by blank lines);
         `auto` is `file` if there are several files and `paragraph` if there is one.
 

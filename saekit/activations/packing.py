@@ -36,7 +36,8 @@ class TokenStore:
     """Documents as tokens, held in memory: 4 bytes a token (8 while it is made) and 16 bytes a document.
 
     ids: [N] int32, every document's tokens followed by EOS (if the tokenizer has one).
-    offsets: [D + 1] int64, document i is `ids[offsets[i]:offsets[i + 1]]`. hashes: [D] uint64, of each text.
+    offsets: [D + 1] int64, document i is `ids[offsets[i]:offsets[i + 1]]`.
+    hashes: [D] uint64, of each text.
     """
 
     ids: np.ndarray
@@ -106,8 +107,10 @@ class Rows(Protocol):
 class PackedRows:
     """The rows of some documents of a store.
 
-    documents: [m] indices into the store. bos: the token that begins each row, or None. pad: fills a short row.
-    `count` is the number of rows in a pass; the last one may be short. UsageError if there are no tokens at all.
+    documents: [m] indices into the store.
+    bos: the token that begins each row, or None.
+    pad: fills a short row. `count` is the number of rows in a pass; the last one may be short. UsageError if there are
+        no tokens at all.
     """
 
     def __init__(self, store: TokenStore, documents: np.ndarray, *, context: int, bos: int | None, pad: int = 0):
@@ -158,8 +161,10 @@ class PackedRows:
 class SequenceRows:
     """Each document in one row, or in several of similar length if it is longer than a row.
 
-    documents: [m] indices into the store. given: [D, n_concepts] labels of all the store's documents, or None.
-    bos: the token that begins each row, or None. pad: fills the rest of a row. UsageError if there are no tokens.
+    documents: [m] indices into the store.
+    given: [D, n_concepts] labels of all the store's documents, or None.
+    bos: the token that begins each row, or None.
+    pad: fills the rest of a row. UsageError if there are no tokens.
     """
 
     def __init__(
@@ -271,8 +276,8 @@ class MixedRows:
 class Passes:
     """`count` things in pass after pass without end, each pass in an order drawn from (seed, pass).
 
-    word: what they are, so that the same seed orders other things differently. lengths: [count], how long each is; 1 by
-    default."""
+    word: what they are, so that the same seed orders other things differently.
+    lengths: [count], how long each is; 1 by default."""
 
     def __init__(self, count: int, word: str, lengths: np.ndarray | None = None):
         self.count, self.word = count, word

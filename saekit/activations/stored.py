@@ -27,7 +27,8 @@ _SAMPLES = 16
 class StoredTensor:
     """A tensor in a file; only the header has been read. key: its name in the file; "" in a .npy file.
 
-    shape: [n, ...]. dtype: as in the file."""
+    shape: [n, ...].
+    dtype: as in the file."""
 
     path: Path
     key: str
@@ -157,8 +158,8 @@ def read_blocks(
 ) -> Iterator[Activations]:
     """Block `start`, `start + 1`, ... of chunks (see `Chunks.blocks`), each as one.
 
-    read: from (file, start, stop) to activations, which may be views of mapped files. length: activations of a row, at
-    most. Memory: the block, and one mapped chunk."""
+    read: from (file, start, stop) to activations, which may be views of mapped files.
+    length: activations of a row, at most. Memory: the block, and one mapped chunk."""
     for numbers in chunks.blocks(rows, seed=seed, start=start):
         yield _block(chunks, numbers, read, length).to(device)
 

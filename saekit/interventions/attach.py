@@ -233,10 +233,10 @@ def attach(
     model: a Hugging Face model, a TransformerLens bridge, or any module with a submodule of that path.
     mode: "bypass", "no_change" or "edit". The default is "edit" if there are `edits`, and "bypass" otherwise.
     edits: {latent: edit} with `saekit.add`, `set_to`, `scale`, `ablate`, `clamp`, or a function from the latent's
-    activations [m], in the order of the positions, to new ones. They act on activations after gating.
+        activations [m], in the order of the positions, to new ones. They act on activations after gating.
     keep_error: add the SAE's reconstruction error back to the edited reconstruction; for edits only.
     positions: where to act: a slice, a position or a list of them, a boolean mask [n, T], or a function from positions
-    [n, T] to booleans; None for everywhere. Negative positions count from the end, if the text has one.
+        [n, T] to booleans; None for everywhere. Negative positions count from the end, if the text has one.
     statistics: {"max": ..., "rms": ...}, each [d_sae] or {latent: number}, for edits in these units.
     record: keep the codes in `Attachment.code` and `codes`.
     reads: hook points that will be read by other means; a forward that reaches one before the edit is an error.
@@ -286,7 +286,7 @@ def read(
     """Read codes at the hook point `at` without changing anything: `attach` in mode "bypass" with `record`.
 
     after: attached edits whose effect is to be read. A forward that reaches `at` before such an edit raises a
-    UsageError that names both hook points. `ensure_downstream` also finds parallel branches.
+        UsageError that names both hook points. `ensure_downstream` also finds parallel branches.
     """
     attachment = attach(model, sae, at, mode=Mode.BYPASS, record=True)
     attachment._after = [after] if isinstance(after, Attachment) else list(after)

@@ -45,10 +45,10 @@ def paired_generation(
     prompts: texts, tokenised with the tokenizer's defaults, or token ids.
     attachments: made by `attach`, not yet entered.
     do_sample: sample from the whole distribution at `temperature`; otherwise take the likeliest token.
-    seed: fixes the random numbers together with the prompt's tokens, the same before and after. So a prompt's pair
-    does not depend on the other prompts or their order, and the same prompt twice gives the same pair twice.
-    batch_size: prompts at once (padded on the left) in greedy generation; sampling goes one by one. Rounding depends
-    on the batch, so only 1 gives a prompt's pair bit for bit whatever the other prompts.
+    seed: fixes the random numbers together with the prompt's tokens, the same before and after. So a prompt's pair does
+        not depend on the other prompts or their order, and the same prompt twice gives the same pair twice.
+    batch_size: prompts at once (padded on the left) in greedy generation; sampling goes one by one. Rounding depends on
+        the batch, so only 1 gives a prompt's pair bit for bit whatever the other prompts.
 
     UsageError for a model that cannot generate or is in training mode, and for an empty prompt.
     """

@@ -37,7 +37,7 @@ def cache_of(
 
     rows: [N], the row of `past` that each row of the forward continues; None for the same row.
     seen: called for each layer with its number, keys and values, including those of the past. Since nothing is kept,
-    only one layer's keys and values are in memory at a time."""
+        only one layer's keys and values are in memory at a time."""
     from transformers import DynamicCache
 
     cache = DynamicCache()  # made without a configuration, so that the mask alone decides about a sliding window

@@ -119,7 +119,7 @@ class Replay:
         """The activation at the site of texts that begin like recorded ones, [N, T' - shared, d]; only the rest is run.
 
         tokens: [N, T']. The first `shared` are those of the recording's `rows` [N]; both texts continue after them.
-        Needs a recording with `below`."""
+            Needs a recording with `below`."""
         if recording.below is None:
             raise ValueError("the recording has no keys and values: see Recording.below")
         begun = (first_positions(recording.below, shared), shared, rows)
@@ -155,7 +155,7 @@ class Replay:
         """A forward up to the site, and with `past` up to the keys and values of the last block.
 
         begun: what came before, as (keys and values, number of positions, rows); () for nothing; None for a forward
-        without a cache.
+            without a cache.
         below: keep the keys and values of the layers below as well."""
         found, last = _Found(), len(self._blocks) - 1
 

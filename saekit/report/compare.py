@@ -80,7 +80,8 @@ def compare(directories: Iterable[Path], metrics: Iterable[str] = (), *, everyth
     """Read run directories and compare them; a run of variants is replaced by its variants.
 
     metrics: names of columns, such as `explained_variance`, `losses.mse`, `analysis.features.dead`; by default every
-    run's headline. everything: all values of all runs. UsageError for a name that no run has.
+        run's headline.
+    everything: all values of all runs. UsageError for a name that no run has.
     """
     runs = map(RunDirectory.at, directories)
     members = [one.path for run in runs for one in run.variant_directories() or [run]]

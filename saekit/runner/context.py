@@ -24,10 +24,12 @@ class RunContext:
     """The run as seen from outside the training loop.
 
     sae: it reads the source's activations times `scale`; a transcoder rebuilds its targets times `target_scale`.
-    source: opened. directory: where an analyzer may write files. warn: tells the user. scale, target_scale: 1 once
-    training is over; while a loss prepares itself before the first step, the factors that training applies
-    (`training.normalize`). graph: what `[graph]` built of this SAE, for metrics and analyzers; None without it, and during
-    training.
+    source: opened.
+    directory: where an analyzer may write files.
+    warn: tells the user.
+    scale, target_scale: 1 once training is over; while a loss prepares itself before the first step, the factors that
+        training applies (`training.normalize`).
+    graph: what `[graph]` built of this SAE, for metrics and analyzers; None without it, and during training.
     """
 
     sae: SparseAutoencoder

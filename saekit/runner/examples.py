@@ -17,7 +17,7 @@ def top_examples(
     """The `n` strongest activations of each latent, at most one in a row of tokens, with `window` tokens on each side.
 
     tokens: how many held-out activations to look through; `evaluation.tokens` by default. Returns rows of a table that
-    `saekit.Result` shows as text with the token highlighted; no rows if the source has no tokens.
+        `saekit.Result` shows as text with the token highlighted; no rows if the source has no tokens.
     """
     if not latents:
         return []

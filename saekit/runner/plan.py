@@ -106,7 +106,8 @@ class SAEPlan:
 class RunPlan:
     """What a run will do: one plan for each SAE that it trains, all on the same activations.
 
-    config: the resolved configuration; run again, it gives the same plan. facts: what is known of the source.
+    config: the resolved configuration; run again, it gives the same plan.
+    facts: what is known of the source.
     """
 
     config: RunConfig

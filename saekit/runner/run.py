@@ -40,8 +40,10 @@ SCALE_SAMPLE = 16_384  # activations that decide the scale and the initial bias:
 class Run:
     """One run: a plan carried out in a directory.
 
-    plan, directory: what to do, and where. info: what the view is told of the run. sae_runs: one for each SAE that it trains, each
-    given every batch. seconds: how long each phase has taken.
+    plan, directory: what to do, and where.
+    info: what the view is told of the run.
+    sae_runs: one for each SAE that it trains, each given every batch.
+    seconds: how long each phase has taken.
     """
 
     def __init__(self, plan: RunPlan, directory: RunDirectory, registry: Registry, *, view: Any = None) -> None:

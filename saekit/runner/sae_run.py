@@ -36,8 +36,8 @@ from saekit.training.trainer import Trainer
 class Sample:
     """Some activations as the source gives them, and the factors that training applies.
 
-    scale: brings `x` to a mean norm of sqrt(d_in). target_scale: brings what is rebuilt to one of sqrt(d_out). Both are 1
-    without `training.normalize`.
+    scale: brings `x` to a mean norm of sqrt(d_in).
+    target_scale: brings what is rebuilt to one of sqrt(d_out). Both are 1 without `training.normalize`.
     """
 
     activations: Activations
@@ -50,9 +50,13 @@ class SAERun:
 
     The run owns the data and hands it over. Whatever an SAE does is done in its `turn`.
 
-    variant: its name; empty if it is the only one. plan, config, directory: of this SAE, as if it were alone. info: what its
-    listeners are told of the run. graph: once built, if the run file asks for one. metrics, headline, meanings: once evaluated.
-    analysis: each analyzer's scalars. losses: as logged last.
+    variant: its name; empty if it is the only one.
+    plan, config, directory: of this SAE, as if it were alone.
+    info: what its listeners are told of the run.
+    graph: once built, if the run file asks for one.
+    metrics, headline, meanings: once evaluated.
+    analysis: each analyzer's scalars.
+    losses: as logged last.
     """
 
     source: Source

@@ -40,10 +40,10 @@ Skip = Annotated[
 class SparseAutoencoder(nn.Module):
     """A dictionary with an encoder. A subclass implements `gate` and overrides whatever else differs.
 
-    d_in, d_sae, d_out: widths of the input, the code and the reconstruction. An SAE that is given d_out is a transcoder, even
-    if d_out equals d_in; without it, the SAE rebuilds its input.
-    decoder_norm: "unit" keeps every decoder row at norm 1 and removes the gradient along the row (Bricken et al. 2023, Gao et
-    al. 2024); "free" leaves rows alone.
+    d_in, d_sae, d_out: widths of the input, the code and the reconstruction. An SAE that is given d_out is a
+        transcoder, even if d_out equals d_in; without it, the SAE rebuilds its input.
+    decoder_norm: "unit" keeps every decoder row at norm 1 and removes the gradient along the row (Bricken et al. 2023,
+        Gao et al. 2024); "free" leaves rows alone.
     skip: whether a transcoder has the linear path W_skip (Paulo, Shabalin and Belrose 2025), which starts at zero.
 
     The parameters have the names and shapes of sae_lens: W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out],
@@ -53,7 +53,8 @@ class SparseAutoencoder(nn.Module):
     Options are the keyword-only parameters of a subclass's constructor. It keeps each as an attribute of the same name, from
     which `options` reads it.
 
-    transcoder: whether d_out was given. reads_centred: whether the encoder subtracts b_dec from its input.
+    transcoder: whether d_out was given.
+    reads_centred: whether the encoder subtracts b_dec from its input.
     """
 
     interop: ClassVar[SaeLensFormat]

@@ -31,7 +31,8 @@ FORMAT_VERSION = 1
 class SavedSAE:
     """An SAE as it was read.
 
-    name: the qualified name of its architecture. metadata: what else is known of it (model_name, hook_name, ...).
+    name: the qualified name of its architecture.
+    metadata: what else is known of it (model_name, hook_name, ...).
     """
 
     sae: SparseAutoencoder
@@ -42,8 +43,8 @@ class SavedSAE:
 def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metadata: dict[str, Any] | None = None) -> Path:
     """Write `sae` into `directory`.
 
-    name: the name of the architecture in the registry, by which `load_sae` finds it again. metadata: the keys of sae_lens
-    (model_name, hook_name, ...) and anything else that describes the SAE.
+    name: the name of the architecture in the registry, by which `load_sae` finds it again.
+    metadata: the keys of sae_lens (model_name, hook_name, ...) and anything else that describes the SAE.
     """
     from safetensors.torch import save_file
 
@@ -84,7 +85,7 @@ def load_sae(
     """The SAE in the directory `source`, ready to encode: float32, in evaluation mode, without gradients.
 
     source: a directory that saekit or sae_lens wrote, or `RELEASE:SAE_ID` of a release that sae_lens lists, which is
-    downloaded. Raises UsageError if the SAE is incomplete, or if no installed architecture computes the same.
+        downloaded. Raises UsageError if the SAE is incomplete, or if no installed architecture computes the same.
     """
     return open_sae(source, device=device, registry=registry).sae
 

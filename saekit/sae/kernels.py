@@ -23,8 +23,10 @@ _GATHER_LIMIT = 1 << 24  # elements of a gathered block in the fallback of `samp
 class Pattern:
     """The positions of a code's entries, as compressed rows.
 
-    indices: [nnz] latents, row after row. offsets: [batch + 1], row i is `indices[offsets[i]:offsets[i + 1]]`.
-    d_sae: number of latents. k: number of entries in each row if all rows have the same number, else None.
+    indices: [nnz] latents, row after row.
+    offsets: [batch + 1], row i is `indices[offsets[i]:offsets[i + 1]]`.
+    d_sae: number of latents.
+    k: number of entries in each row if all rows have the same number, else None.
     """
 
     indices: Tensor

@@ -52,11 +52,14 @@ def make_step(
 ) -> Step:
     """One batch of random activations through an SAE, with its gradient: what a loss or a metric is given.
 
-    sae: the SAE; by default a new one of `architecture` with `options`. sparse: False gives the same code as a `DenseCode` (a
-    dense code stays as it is). labels: True gives labels of two concepts, 0, 1 or NaN (unknown); a tensor [batch, n] is taken
-    as it is. tokens: random ids.
-    sequences: True gives 12 whole sequences of up to 5 positions with labels as above and their code; a tensor of labels [n, m]
-    gives n. graph: each latent with the next three as neighbours. dead: how many latents are marked dead.
+    sae: the SAE; by default a new one of `architecture` with `options`.
+    sparse: False gives the same code as a `DenseCode` (a dense code stays as it is).
+    labels: True gives labels of two concepts, 0, 1 or NaN (unknown); a tensor [batch, n] is taken as it is.
+    tokens: random ids.
+    sequences: True gives 12 whole sequences of up to 5 positions with labels as above and their code; a tensor of
+        labels [n, m] gives n.
+    graph: each latent with the next three as neighbours.
+    dead: how many latents are marked dead.
     dtype: of activations and weights, float32 by default. The same arguments give the same step.
     """
     import torch
@@ -173,7 +176,9 @@ def few_active(component: RegisteredComponent, l0: int = 8) -> dict[str, int]:
 class Truth:
     """Activations whose dictionary is known.
 
-    directions: [n_features, d_in], of norm 1. x: [n, d_in], their sums and a little noise. code: the true code of x.
+    directions: [n_features, d_in], of norm 1.
+    x: [n, d_in], their sums and a little noise.
+    code: the true code of x.
     labels: [n, 2], whether the first two features are active.
     """
 

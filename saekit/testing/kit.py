@@ -23,8 +23,9 @@ class NotApplicable(Exception):
 class Subject:
     """One component under check.
 
-    options: as the user gave them, checked and completed. registry: provides what it needs. place: an empty
-    directory that is removed afterwards.
+    options: as the user gave them, checked and completed.
+    registry: provides what it needs.
+    place: an empty directory that is removed afterwards.
     """
 
     component: RegisteredComponent
@@ -49,8 +50,9 @@ class Subject:
 class Check:
     """One question asked of every component of a kind.
 
-    name: what reports and `expected` call it. summary: what it asks, in a sentence. function: raises `Failed`, or
-    `NotApplicable`, or returns.
+    name: what reports and `expected` call it.
+    summary: what it asks, in a sentence.
+    function: raises `Failed`, or `NotApplicable`, or returns.
     """
 
     name: str

@@ -25,8 +25,9 @@ def check(
 ) -> Report:
     """Run every check of its kind on one component.
 
-    options: as a run file would give them, or a function that makes them. expected: for each check that this component
-    may fail, the reason. registry: where the component is found; by default among what is installed.
+    options: as a run file would give them, or a function that makes them.
+    expected: for each check that this component may fail, the reason.
+    registry: where the component is found; by default among what is installed.
 
     UsageError for an unknown name, option or expected check.
     """

@@ -62,8 +62,8 @@ class TinyRun:
 def tiny_run(directory: str | Path, *, registry: Registry | None = None, **sections: Any) -> TinyRun:
     """A run of 12 steps on 16-wide activations made of known directions, with labels of two concepts.
 
-    directory: where; it must be absent or empty. sections: of the run file, added to the default ones or replacing them:
-    `loss=[{"use": "mse"}]`, `architecture={...}`.
+    directory: where; it must be absent or empty. sections: of the run file, added to the default ones or replacing
+        them: `loss=[{"use": "mse"}]`, `architecture={...}`.
     """
     return carried_out({**tiny_table(), **sections}, Path(directory), registry or Registry())
 

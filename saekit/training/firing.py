@@ -9,8 +9,9 @@ from torch import Tensor
 class FiringStatistics:
     """For each latent, how many activations have passed since it last fired.
 
-    silent: [d_sae], that number. dead: [d_sae], whether it is `dead_after` or more. n_dead: how many are dead. The last two are
-    updated only every `check_every` steps, since the host has to wait for them.
+    silent: [d_sae], that number.
+    dead: [d_sae], whether it is `dead_after` or more.
+    n_dead: how many are dead. The last two are updated only every `check_every` steps, since the host has to wait for them.
     """
 
     def __init__(self, d_sae: int, dead_after: int, device: torch.device, check_every: int = 10) -> None:

@@ -51,8 +51,8 @@ class Step:
     ) -> Step:
         """A batch of activations, as a source gives them, through the SAE.
 
-        scale, target_scale: what the SAE's inputs and a transcoder's targets are multiplied by. known: the fields that do not
-        come from the batch."""
+        scale, target_scale: what the SAE's inputs and a transcoder's targets are multiplied by. known: the fields that
+            do not come from the batch."""
         x = batch.x * scale  # [batch, d_in]
         target = x if batch.target is None else batch.target * target_scale
         code = sae.encode(x)

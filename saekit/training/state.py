@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 class RunState:
     """A run after some steps, with every SAE that it trains.
 
-    step: how many steps are done. position: (block, offset) of the first activation that no batch has had yet.
-    decisive: what decides the weights, see `runner/resume.py`. plugins: their names and versions. threads: CPU threads.
+    step: how many steps are done.
+    position: (block, offset) of the first activation that no batch has had yet.
+    decisive: what decides the weights, see `runner/resume.py`.
+    plugins: their names and versions.
+    threads: CPU threads.
     warnings, warnings_of: what the user has been told about the run, and about each SAE by its variant's name.
-    trainer, tensors: the plain values and the tensors of all SAEs; those of a variant have names that begin with
-    `variant.NAME.`.
+    trainer, tensors: the plain values and the tensors of all SAEs; those of a variant have names that begin with `variant.NAME.`.
     """
 
     step: int

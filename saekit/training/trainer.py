@@ -31,8 +31,11 @@ from saekit.training.optimiser import Adam
 class Trainer(Training):
     """One SAE with its losses, optimiser, statistics and listeners. What listeners see of it is `Training`.
 
-    terms: its losses with their weights. needs_sequences: whether one of them asks for whole sequences. guard: until the
-    gradient guard has spoken. grad_norm: of the last gradient, before clipping. last_logged: the last values that were logged.
+    terms: its losses with their weights.
+    needs_sequences: whether one of them asks for whole sequences.
+    guard: until the gradient guard has spoken.
+    grad_norm: of the last gradient, before clipping.
+    last_logged: the last values that were logged.
     spoke: the losses that have ever been active. What a checkpoint keeps of it is in `training/state.py`.
     """
 

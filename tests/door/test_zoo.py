@@ -138,7 +138,7 @@ ZOO = {
     "listener": Animal(
         LISTENER.format(name="raises_in_step_three", target="Raises"),
         names("callback", "raises_in_step_three"),
-        ("step_ended: ZeroDivisionError: in step three", "mend it or leave 'callback.raises_in_step_three' out"),
+        ("step_ended: ZeroDivisionError: in step three", "fix it or leave 'callback.raises_in_step_three' out"),
         dry=False,
     ),
     "lifecycle": Animal(

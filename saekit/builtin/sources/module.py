@@ -38,10 +38,10 @@ class ModuleSource:
 
     module: a function (or class) without arguments that returns the module; it is frozen and put in evaluation mode.
     data: a function that returns a new iterable of batches, such as a DataLoader, each time it is called. It may take
-    `split`, "train" or "held_out", and `seed`, which differs from pass to pass. Without `split` every n-th batch is held
-    out, by its number, so the batches must come in the same order each time.
-    A batch is a tensor, a tuple or list (`module(*batch)`), or a dictionary (`module(**batch)`); `args` takes some of its
-    items. The activation must be [n, d] or [n, T, d]; in the second case each position becomes a row.
+        `split`, "train" or "held_out", and `seed`, which differs from pass to pass. Without `split` every n-th batch is
+        held out, by its number, so the batches must come in the same order each time. A batch is a tensor, a tuple or
+        list (`module(*batch)`), or a dictionary (`module(**batch)`); `args` takes some of its items. The activation
+        must be [n, d] or [n, T, d]; in the second case each position becomes a row.
 
     Called twice with the same `seed`, `data` must give the same batches, and as many in each pass: only
     then can a run resume exactly. Shuffle with a generator seeded with `seed`. At the start the first batch is made twice;

@@ -23,7 +23,8 @@ from saekit.sae.saelens_format import SaeLensFormat
 class Foreign:
     """An SAE as another library keeps it.
 
-    library, architecture: the library, and what it calls the architecture. where: the file that errors name.
+    library, architecture: the library, and what it calls the architecture.
+    where: the file that errors name.
     d_in, d_sae, d_out: widths; d_out is None unless it is a transcoder.
     centred: whether b_dec is subtracted from the input of the encoder.
     tensors: with the names and shapes of sae_lens.

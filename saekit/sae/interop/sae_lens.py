@@ -33,8 +33,8 @@ def matches(directory: Path) -> bool:
 def read(directory: Path, mean_norm: float | None = None) -> Foreign:
     """The SAE that sae_lens saved in `directory`.
 
-    mean_norm: mean norm of the raw activations, for an SAE that reads them scaled to a mean norm of sqrt(d_in) and does not
-    keep the factor. Raises UsageError if nothing here computes the same.
+    mean_norm: mean norm of the raw activations, for an SAE that reads them scaled to a mean norm of sqrt(d_in) and does
+        not keep the factor. Raises UsageError if nothing here computes the same.
     """
     cfg = read_config(directory)
     foreign = _foreign(cfg, read_tensors(directory / WEIGHTS), directory / CONFIG, mean_norm)

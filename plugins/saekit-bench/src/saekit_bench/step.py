@@ -35,7 +35,7 @@ def time_step(
 
     peers: also time the same step by other installed libraries, in turns with ours.
     l0: lower the encoder's bias before the first step until a row has this many active latents, as in a trained SAE;
-    for gates that do not count latents."""
+        for gates that do not count latents."""
     d_sae = plan.config.architecture.d_sae
     assert d_sae is not None
     generator = torch.Generator().manual_seed(0)

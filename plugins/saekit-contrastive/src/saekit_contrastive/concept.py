@@ -40,8 +40,9 @@ _LOOK, _LOOKS = 32, 16  # how far `prepare` looks for both classes: sequences a 
 def resolve_latents(latents: dict[str, int] | None, concepts: list[str], d_sae: int) -> dict[int, int]:
     """{column of labels: latent}. By default column i gets latent i.
 
-    concepts: the names of the columns. OptionError for a concept or a latent that does not exist, and for one
-    that is given twice."""
+    concepts: the names of the columns.
+
+    OptionError for a concept or a latent that does not exist, and for one that is given twice."""
     if not concepts:
         raise ComponentError("the source has no concepts. Give it labels.")
     if latents is None:
@@ -93,7 +94,7 @@ class ConceptLatents:
         """Find the concepts in the source. UsageError if one is missing, or if a class of it never occurs.
 
         first_labels: [n, n_concepts] each, labels from the beginning of the training data; read until both classes of
-        every concept have occurred."""
+            every concept have occurred."""
         concepts = list(context.source.concepts)
         self._latents = resolve_latents(self._wanted, concepts, context.sae.d_sae)
         seen = None
@@ -120,7 +121,8 @@ def first_sequence_labels(context: RunContext) -> Iterator[Tensor]:
 def labelled_scores(scores: Tensor, labels: Tensor, batch: SequenceBatch, on: On) -> tuple[Tensor, Tensor]:
     """Scores with their labels, by position (`on` = "tokens") or averaged over each sequence: [r, c] each.
 
-    scores: [m, c], one row for each position of `batch.mask.nonzero()`. labels: [n, c], of the sequences."""
+    scores: [m, c], one row for each position of `batch.mask.nonzero()`.
+    labels: [n, c], of the sequences."""
     sequence = batch.mask.nonzero()[:, 0]  # [m], of each row of scores
     if on == "tokens":
         return scores, labels[sequence]

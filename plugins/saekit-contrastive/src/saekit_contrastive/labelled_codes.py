@@ -26,10 +26,15 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Tensor, Tensor, Tensor]
 class LabelledCodes:
     """n positions of n_sequences sequences, with their gated code.
 
-    x: [n, d_in], the SAE's input. sequence: [n]. labels: [n_sequences, n_concepts]. columns: [n] activations of some
-    latents. rebuilt: [n, d_out], the reconstruction. pooled_code: [n_sequences, d_sae], mean activations.
+    x: [n, d_in], the SAE's input.
+    sequence: [n].
+    labels: [n_sequences, n_concepts].
+    columns: [n] activations of some latents.
+    rebuilt: [n, d_out], the reconstruction.
+    pooled_code: [n_sequences, d_sae], mean activations.
     sums: [3, d_sae] float64: of each latent's activations, of their squares, and how often it fires.
-    some: [s] positions with their whole code. rows, latents, values: its active entries, rows being places in `some`.
+    some: [s] positions with their whole code.
+    rows, latents, values: its active entries, rows being places in `some`.
     """
 
     x: Tensor
@@ -65,7 +70,7 @@ def encode_labelled(context: RunContext, split: str, chosen: Iterable[int], *, s
     """Encode at most `sequences` sequences, and about `tokens` positions, of a split.
 
     chosen: latents whose activations are kept at every position. Whole codes are kept at evenly spread positions with
-    about 4 million active entries in all: at every position if the code is sparse.
+        about 4 million active entries in all: at every position if the code is sparse.
 
     From "held_out" they are taken all over the split, which may be sorted by kind."""
     known = _KNOWN.setdefault(context.source, {})

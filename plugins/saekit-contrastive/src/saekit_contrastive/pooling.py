@@ -23,7 +23,7 @@ def pooled(code: Code, sequence: Tensor, n: int, how: Pool = "mean") -> Tensor:
     """The code of each of n sequences, [n, d_sae], with gradients to the activations that are not zero.
 
     sequence: [positions], the sequence of each row of the code, 0 to n - 1; positions of one sequence are in order. A
-    sequence without positions has a code of zero."""
+        sequence without positions has a code of zero."""
     rows, latents, values = code.nonzero()
     if how == "last":
         position = torch.arange(len(sequence), device=sequence.device)

@@ -31,8 +31,10 @@ def contrastive_loss(
     group it is NT-Xent (Chen et al. 2020). decoupled: the sum leaves out positives (Yeh et al. 2022, eq. 6), and rows without
     negatives are left out too. Zero if no row is left.
 
-    z: [n, d] of norm 1. groups: [n, c] int64, a column for each way to group rows; `LEFT_OUT` for rows to leave out.
-    bank, bank_groups: [m, d] and [m, c], more rows to compare with, without a gradient. tile: rows at a time.
+    z: [n, d] of norm 1.
+    groups: [n, c] int64, a column for each way to group rows; `LEFT_OUT` for rows to leave out.
+    bank, bank_groups: [m, d] and [m, c], more rows to compare with, without a gradient.
+    tile: rows at a time.
 
     The gradient is computed in the forward pass, while each row's similarities are there; no [n, n] tensor is ever held.
     """

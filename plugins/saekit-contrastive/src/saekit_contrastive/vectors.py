@@ -36,8 +36,8 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, Tensor]] = weakref.WeakKeyDic
 def read_vectors(path: str | Path, width: int) -> Tensor:
     """The concept vectors in a file, one per row: [n, width], in float32, with their norms unchanged.
 
-    path: .npy with [width] or [n, width]; .safetensors with one or several such tensors, read in the order of their names.
-    UsageError if the file is missing, cannot be read, or contains what `checked` refuses.
+    path: .npy with [width] or [n, width]; .safetensors with one or several such tensors, read in the order of their
+        names. UsageError if the file is missing, cannot be read, or contains what `checked` refuses.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,9 +113,10 @@ def vectors_of(
 ) -> Tensor:
     """A unit vector for each of the label columns, computed from training data: [n, width], on the CPU.
 
-    method: a name in `METHODS`. sequences: the number of labelled sequences to read, up to `POSITIONS` positions.
-    output: use a transcoder's target instead of its input. UsageError if a column has only one class.
-    A second call with the same arguments reads nothing.
+    method: a name in `METHODS`.
+    sequences: the number of labelled sequences to read, up to `POSITIONS` positions.
+    output: use a transcoder's target instead of its input. UsageError if a column has only one class. A second call
+        with the same arguments reads nothing.
     """
     known = _KNOWN.setdefault(source, {})
     key = (method, tuple(columns), sequences, seed, output)

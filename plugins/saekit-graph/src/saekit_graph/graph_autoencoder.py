@@ -25,8 +25,9 @@ CENTRES, ROWS = 128, 64  # latents and activations of a training step: messages 
 class GraphAutoencoder(nn.Module):
     """`g` of a code by a trained graph autoencoder; `train_graph_autoencoder` trains one.
 
-    kind: "gcn" or "gat". rms: [nodes], each latent's root mean square, its unit; 0 for a latent that never fires, and its
-    g is 0. UsageError for a graph without edges.
+    kind: "gcn" or "gat".
+    rms: [nodes], each latent's root mean square, its unit; 0 for a latent that never fires, and its g is 0. UsageError
+        for a graph without edges.
     """
 
     def __init__(self, graph: FeatureGraph, kind: Literal["gcn", "gat"], rms: Tensor) -> None:

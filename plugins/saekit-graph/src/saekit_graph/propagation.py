@@ -37,8 +37,9 @@ def require_edges(graph: FeatureGraph) -> None:
 class Neighbourhood(NamedTuple):
     """The edges into some latents. sources: [m], the latents that they come from. centres: [c], those latents, each once.
 
-    kept: [all edges], whether each is one of them. edges: [2, E], from a place in `sources` to len(sources) + a place in
-    `centres`. where: [n], the place in `centres` of each latent that was asked for."""
+    kept: [all edges], whether each is one of them.
+    edges: [2, E], from a place in `sources` to len(sources) + a place in `centres`.
+    where: [n], the place in `centres` of each latent that was asked for."""
 
     sources: Tensor
     centres: Tensor
@@ -60,8 +61,8 @@ def neighbourhood(edge_index: Tensor, latents: Tensor) -> Neighbourhood:
 class Propagation(nn.Module):
     """`g = ReLU(f A^T)` of the codes of one dictionary. It has no parameters.
 
-    graph: the feature graph; UsageError if it has no edges. sae: if given, the SAE of the codes; UsageError unless the
-    graph was built from its dictionary.
+    graph: the feature graph; UsageError if it has no edges.
+    sae: if given, the SAE of the codes; UsageError unless the graph was built from its dictionary.
     """
 
     def __init__(self, graph: FeatureGraph, sae: SparseAutoencoder | None = None) -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def to_pyg(graph: FeatureGraph, x: Tensor | None = None) -> Data:
     """The graph as torch_geometric's `Data`: `edge_index` [2, E] from neighbour to centre, `edge_weight` [E], `num_nodes`.
 
-    x: [nodes, n], features of the latents, if any. `dictionary` and `builder` are kept, so that the graph from `from_pyg`
-    still knows its SAE.
+    x: [nodes, n], features of the latents, if any. `dictionary` and `builder` are kept, so that the graph from
+        `from_pyg` still knows its SAE.
     """
     from torch_geometric.data import Data
 

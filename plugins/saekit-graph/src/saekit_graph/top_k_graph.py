@@ -22,9 +22,10 @@ def top_k_graph(
 ) -> FeatureGraph:
     """The graph with an edge to each latent from the `k` latents with the largest measure.
 
-    blocks: (first row, measure [rows, d_sae]), together one row for every latent; each block is overwritten, and only one
-    is held at a time. There is an edge only if the measure exceeds `above`, and never from a latent to itself. Which of
-    several neighbours with equal measures are taken is unspecified. Each latent's edges are contiguous, strongest first.
+    blocks: (first row, measure [rows, d_sae]), together one row for every latent; each block is overwritten, and only
+        one is held at a time. There is an edge only if the measure exceeds `above`, and never from a latent to itself.
+        Which of several neighbours with equal measures are taken is unspecified. Each latent's edges are contiguous,
+        strongest first.
     """
     k = min(k, sae.d_sae - 1)
     edges, weights = [], []

@@ -13,7 +13,8 @@ from saekit import RunContext, latent_statistics, own_numerics
 @dataclass(frozen=True)
 class ActivationStatistics:
     """largest, rms, std: [d_sae] each; rms over the activations where the latent is not zero, std over all of them.
-    norm: mean norm of the activations. rows: the number of activations."""
+    norm: mean norm of the activations.
+    rows: the number of activations."""
 
     largest: Tensor
     rms: Tensor

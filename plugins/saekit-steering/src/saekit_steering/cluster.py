@@ -15,7 +15,8 @@ from saekit_steering.typical_tokens import of_class
 class Cluster:
     """A latent with its neighbours in the feature graph; the latent alone if there is no graph.
 
-    latents: the steered one, then at most `neighbours` others by edge weight. graph: None if there is none.
+    latents: the steered one, then at most `neighbours` others by edge weight.
+    graph: None if there is none.
     """
 
     def __init__(self, context: RunContext, latent: int, neighbours: int) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 class EffectCurve:
     """One direction's sweep, without strength 0, where effect and damage are 0.
 
-    norms: of the added vector, with the sign of the strength, increasing. effects: change of the concept's log-odds.
+    norms: of the added vector, with the sign of the strength, increasing.
+    effects: change of the concept's log-odds.
     damages: KL."""
 
     norms: list[float]

@@ -26,8 +26,11 @@ Readings = dict[int, tuple[Tensor, "Tensor | None"]]
 class Score:
     """Sums over the positions of one kind of prompt; the properties and `mean` divide by their number.
 
-    log_odds: of a typical token of the concept coming next. probability: of such a token. kl: from the predictions
-    without the vector to those with it, in nats. f, g: [m]. lens: the output score, summed over `ends` last positions."""
+    log_odds: of a typical token of the concept coming next.
+    probability: of such a token.
+    kl: from the predictions without the vector to those with it, in nats.
+    f, g: [m].
+    lens: the output score, summed over `ends` last positions."""
 
     positions: int = 0
     log_odds: float = 0.0

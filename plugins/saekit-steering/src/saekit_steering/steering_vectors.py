@@ -54,8 +54,8 @@ class Strength:
 class SteeringVector:
     """A direction with a strength. kind: "latent", "random", or "other latent". number: which of its kind.
 
-    sae, row: the dictionary and the row, of which `scale` times `strength.absolute` is added, so that all vectors of one
-    strength have the same norm."""
+    sae, row: the dictionary and the row, of which `scale` times `strength.absolute` is added, so that all vectors of
+        one strength have the same norm."""
 
     kind: str
     number: int

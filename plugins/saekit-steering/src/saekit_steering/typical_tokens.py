@@ -18,7 +18,8 @@ SMOOTHING = 0.5
 @dataclass(frozen=True)
 class TypicalTokens:
     """positive, negative: ids of the tokens typical of texts with and without the concept, the most typical first.
-    ratio: [vocabulary], the log-odds ratio of each token. counts: [2, vocabulary], in texts without and with."""
+    ratio: [vocabulary], the log-odds ratio of each token.
+    counts: [2, vocabulary], in texts without and with."""
 
     positive: list[int]
     negative: list[int]

@@ -77,8 +77,8 @@ def _above(losses: Tensor, undisturbed: Tensor) -> float:
 @dataclass
 class _Batch:
     """Texts of equal length. numbers: of the texts. recording: of their run. x: [n, T, d]. answers: [n, A].
-    rows, positions, latents, values: [E], the active entries, sorted by latent. bounds: [d_sae + 1], where each latent's
-    entries begin."""
+    rows, positions, latents, values: [E], the active entries, sorted by latent.
+    bounds: [d_sae + 1], where each latent's entries begin."""
 
     numbers: list[int]
     recording: Recording

@@ -28,8 +28,10 @@ NUMBERS = ("error", "logit_diff", "moved")
 class Progress:
     """The finished chunks of one analysis, on disk.
 
-    directory: the analyzer's. identity: everything that determines the numbers (digests of data, model and SAE, the
-    options); an analysis with another identity starts from the beginning. model: part of the results file's name.
+    directory: the analyzer's.
+    identity: everything that determines the numbers (digests of data, model and SAE, the options); an analysis with
+        another identity starts from the beginning.
+    model: part of the results file's name.
 
     `atp_analysis.json` holds the identity and the name of the results file, which stays the same when an analysis is
     resumed or repeated. `atp_progress/` holds a file for each chunk, until `finish`.

@@ -48,14 +48,15 @@ def attribute(
 ) -> list[Outcome]:
     """For each sample, in order, the `Attribution` by each of `methods`, keyed by the method's name.
 
-    methods: "atp", activation x gradient (Nanda 2023, "Attribution patching"; on latents as in Marks et al. 2024, section
-    3.1); "ig", integrated gradients (Sundararajan et al. 2017) from the reference to the activation, by the midpoint rule
-    in `steps` steps; "exact", the metric minus its value with that one latent at its reference, one run for each latent.
+    methods: "atp", activation x gradient (Nanda 2023, "Attribution patching"; on latents as in Marks et al. 2024,
+        section 3.1); "ig", integrated gradients (Sundararajan et al. 2017) from the reference to the activation, by the
+        midpoint rule in `steps` steps; "exact", the metric minus its value with that one latent at its reference, one
+        run for each latent.
     positions: "decisive", the last alone; "all", every position at once (but not a beginning-of-text token).
     reference: "zero", or "base": the base run's activations at aligned positions and zero elsewhere. A sample whose
-    prompt equals its base prompt is `Refused`.
-    batch_tokens: tokens that go through the model at a time, halved when memory runs out; samples of equal length share a
-    batch. on_error: "keep" puts `Failed` in the place of a sample that cannot be computed, and continues.
+        prompt equals its base prompt is `Refused`.
+    batch_tokens: tokens that go through the model at a time, halved when memory runs out; samples of equal length share a batch.
+    on_error: "keep" puts `Failed` in the place of a sample that cannot be computed, and continues.
 
     UsageError for an option outside its range and for an SAE that does not fit the site.
     """

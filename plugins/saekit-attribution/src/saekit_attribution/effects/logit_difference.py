@@ -31,9 +31,10 @@ def frozen(model: nn.Module) -> Iterator[None]:
 class LogitDifference:
     """The metric of samples of equal length: the layers above the site run again for each activation at the site.
 
-    activation: [n, T, d], the undisturbed one at the site. width: the number of positions that an activation passed to
-    `values` or `gradient` has: 1, the decisive one, if only that changes (`last`) and the model has a key-value cache;
-    else T. offset: T - width.
+    activation: [n, T, d], the undisturbed one at the site.
+    width: the number of positions that an activation passed to `values` or `gradient` has: 1, the decisive one, if only
+        that changes (`last`) and the model has a key-value cache; else T.
+    offset: T - width.
     """
 
     def __init__(self, subject: Subject, samples: Sequence[Sample], *, last: bool, batch_tokens: int) -> None:
@@ -63,7 +64,8 @@ class LogitDifference:
         """Activations of base prompts of equal length, and the position at which these begin: a shared beginning does not
         run again.
 
-        tokens: [m, T']. shared: the number of tokens that each shares, from the beginning, with its sample in `rows` [m]."""
+        tokens: [m, T'].
+        shared: the number of tokens that each shares, from the beginning, with its sample in `rows` [m]."""
         theirs = torch.tensor(tokens, device=rows.device)
         shared = min(shared, theirs.shape[1] - 1, self._recording.tokens.shape[1] - 1)
         if self._recording.below is None or not shared:
@@ -115,7 +117,7 @@ def two_logits(head: nn.Linear, pairs: Tensor) -> AbstractContextManager[None]:
     """A context in which the model unembeds only the last position, and only two tokens: logits [N, 1, 2].
 
     pairs: [N, 2] token ids. What the model does to its logits afterwards (a soft cap) still happens. The products are
-    summed in float32 at least, since the difference of two logits in bfloat16 would be coarse.
+        summed in float32 at least, since the difference of two logits in bfloat16 would be coarse.
     """
 
     def unembed(hidden: Tensor) -> Tensor:

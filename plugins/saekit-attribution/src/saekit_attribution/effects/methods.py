@@ -31,14 +31,17 @@ class Attribution:
     """One method's scores for one sample. Tensors are on the CPU; scores are in logits.
 
     latents: [m] int64, ascending: those active at the considered positions (for reference "base" also those active only
-    in the base run). scores: [m], the part of `logit_diff` that each latent accounts for; positive promotes the target.
-    activations: [m], summed over the considered positions. gradients: [m], of the metric with respect to the latent (for
-    ig the mean along the path; over several positions score / activation, 0 where that is undefined); None for exact.
+        in the base run).
+    scores: [m], the part of `logit_diff` that each latent accounts for; positive promotes the target.
+    activations: [m], summed over the considered positions.
+    gradients: [m], of the metric with respect to the latent (for ig the mean along the path; over several positions
+        score / activation, 0 where that is undefined); None for exact.
     weighted: [m], the scores with max(a - a_base, 0), the part of each activation that the base run lacks, in its place
-    (a_base is 0 at unaligned positions): a latent that every answer needs is active in the base run too, and drops out.
-    These are no longer effects; None for exact.
-    error: the score of the SAE's error. logit_diff: logit(target) - logit(base) of the undisturbed model. moved: how far
-    that falls when every node is at its reference; the scores of a complete method, with `error`, add up to it.
+        (a_base is 0 at unaligned positions): a latent that every answer needs is active in the base run too, and drops
+        out. These are no longer effects; None for exact.
+    error: the score of the SAE's error.
+    logit_diff: logit(target) - logit(base) of the undisturbed model.
+    moved: how far that falls when every node is at its reference; the scores of a complete method, with `error`, add up to it.
     """
 
     latents: Tensor

@@ -23,12 +23,16 @@ _PRODUCTS = 1 << 24  # numbers in a temporary of `products`
 class Nodes:
     """Latents and errors of `n` samples at `P` positions, against their reference.
 
-    x: [n, P, d], the activation. reference: [n, P, d], the activation with every node at its reference. error: [n, P, d],
-    the SAE's error minus its reference. At positions that are not considered x equals reference and the error is zero;
-    everywhere x = reference + error + the decoded deltas.
-    rows, positions, latents: [E], the active entries, sorted by row, latent, position. values: [E], activations there.
-    deltas: [E], values minus their reference. excess: [E], max(value - value in the base run, 0).
-    node: [E], the node of each entry; node_rows, node_latents: [M]. bounds: [M + 1], where each node's entries begin.
+    x: [n, P, d], the activation.
+    reference: [n, P, d], the activation with every node at its reference.
+    error: [n, P, d], the SAE's error minus its reference. At positions that are not considered x equals reference and
+        the error is zero; everywhere x = reference + error + the decoded deltas.
+    rows, positions, latents: [E], the active entries, sorted by row, latent, position.
+    values: [E], activations there.
+    deltas: [E], values minus their reference.
+    excess: [E], max(value - value in the base run, 0).
+    node: [E], the node of each entry; node_rows, node_latents: [M].
+    bounds: [M + 1], where each node's entries begin.
     """
 
     x: Tensor

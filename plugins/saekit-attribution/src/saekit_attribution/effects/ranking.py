@@ -16,8 +16,10 @@ from saekit_attribution.effects.methods import Attribution
 class Ranking:
     """Latents by their mean score, largest first: those that promote the target most lead.
 
-    latents: [m] int64. scores: [m], the mean over all samples, in logits; a sample in which the latent is not active
-    counts as zero. spread: [m], the standard deviation over samples. share: [m], of the samples in which it is active.
+    latents: [m] int64.
+    scores: [m], the mean over all samples, in logits; a sample in which the latent is not active counts as zero.
+    spread: [m], the standard deviation over samples.
+    share: [m], of the samples in which it is active.
     activations: [m], the mean summed activation.
     """
 

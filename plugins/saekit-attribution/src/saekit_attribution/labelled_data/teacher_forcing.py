@@ -18,11 +18,13 @@ class Sample:
     """One flagged variation of a question, with the base variation that it is compared with.
 
     tokens: the variation's prompt, then the beginning that both responses share; the last position, the decisive one,
-    predicts the first token in which they differ. target, base: that token in the flagged and in the base response.
+        predicts the first token in which they differ.
+    target, base: that token in the flagged and in the base response.
     base_tokens: the base prompt with the same beginning of the response; its last position predicts the same token.
-    aligned: for each position of `tokens` the matching position of `base_tokens`, or -1 where the text occurs only in
-    this prompt. place: (number of the result, number of the variation) in the labelled file.
-    template_type: as in the file. token_position: which token of the response is the differing one, from 1.
+    aligned: for each position of `tokens` the matching position of `base_tokens`, or -1 where the text occurs only in this prompt.
+    place: (number of the result, number of the variation) in the labelled file.
+    template_type: as in the file.
+    token_position: which token of the response is the differing one, from 1.
     """
 
     tokens: tuple[int, ...]
@@ -47,9 +49,11 @@ def teacher_forced(
 ) -> Sample | Skipped:
     """The sample of a pair of answers, or why there is none.
 
-    context: the model's longest input, None for no limit. joiner: the text between prompt and response; by default a
-    space if neither has white space there, and nothing after a chat template. chat_template: put the prompt into the
-    tokenizer's chat template as a user's turn. reference: "base" needs prompts that differ.
+    context: the model's longest input, None for no limit.
+    joiner: the text between prompt and response; by default a space if neither has white space there, and nothing after
+        a chat template.
+    chat_template: put the prompt into the tokenizer's chat template as a user's turn.
+    reference: "base" needs prompts that differ.
 
     The text begins with BOS if the tokenizer has one. UsageError if `chat_template` is set and the tokenizer has
     no chat template.
