@@ -54,10 +54,8 @@ def make_step(
 
     sae: the SAE; by default a new one of `architecture` with `options`.
     sparse: False gives the same code as a `DenseCode` (a dense code stays as it is).
-    labels: True gives labels of two concepts, 0, 1 or NaN (unknown); a tensor [batch, n] is taken as it is.
-    tokens: random ids.
-    sequences: True gives 12 whole sequences of up to 5 positions with labels as above and their code; a tensor of
-        labels [n, m] gives n.
+    labels: True gives labels of two concepts, 0, 1 or NaN (unknown); a tensor [batch, n] is taken as it is. tokens: random ids.
+    sequences: True gives 12 labelled sequences of up to 5 positions with their code; a tensor of labels [n, m] gives n.
     graph: each latent with the next three as neighbours.
     dead: how many latents are marked dead.
     dtype: of activations and weights, float32 by default. The same arguments give the same step.
@@ -76,8 +74,7 @@ def make_step(
         component = (registry or Registry()).find("architecture", architecture)
         sae = build_sae(component, options or {}, x, d_in=d_in, d_sae=d_sae)
     dtype = dtype or sae.W_dec.dtype
-    sae = sae.to(device, dtype)
-    x = x.to(device, dtype)
+    sae, x = sae.to(device, dtype), x.to(device, dtype)
     target = torch.randn(batch, sae.d_out, generator=draws).to(device, dtype) if sae.transcoder else None
     if labels is True:
         labels = torch.randint(0, 3, (batch, CONCEPTS), generator=draws).to(dtype)
