@@ -166,7 +166,9 @@ def test_a_run_points_the_rows_at_the_planted_features(method: str, base: str, t
     run = tiny_run(tmp_path / "run", architecture={"use": "hsae", "d_sae": F, **table(base, fixed_vectors=method)})
     sae: Any = run.context.sae
     assert sae.fixed_latents.tolist() == [0, 1]
-    assert torch.equal(sae.W_dec[:2], vectors_of(run.context.source, method, [0, 1], sequences=512, seed=0))
+    vectors = vectors_of(run.context.source, method, [0, 1], sequences=512, seed=0)
+    # `fix` divides by the norm, which on some processors is not quite 1 though the vectors were divided by it before.
+    assert torch.equal(sae.W_dec[:2], torch.nn.functional.normalize(vectors, dim=1))
     along = sae.W_dec[:2] @ run.context.source.truth[:2].t()
     assert along.diagonal().min() > (0.9 if method == "difference_of_means" else 0.5), along  # see `vectors.METHODS`
     assert along.diagonal().min() > 2 * along[~torch.eye(2, dtype=torch.bool)].abs().max()
