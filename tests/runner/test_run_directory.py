@@ -17,7 +17,7 @@ from saekit.run_directory import RunDirectory
 
 Run = Callable[..., Outcome]
 Files = Callable[..., Path]
-REFUSED = {"source__context": 100}  # more than the model takes, which is seen when it is loaded
+REFUSED = {"training__device": "cpu", "training__precision": "bf16"}  # seen when the run has begun
 
 
 # --- withdrawing -------------------------------------------------------------------------------------------------
