@@ -57,27 +57,23 @@ def start(plan: RunPlan, registry: Registry, directory: str | None, view: Any) -
     """Run a plan in a new directory."""
     from saekit.runner.run import Run
 
-    place = RunDirectory.create(plan.config, directory)
-    try:
+    with RunDirectory.create(plan.config, directory) as place:
         return FinishedRun(place.path, Run(plan, place, registry, view=view).execute())
-    except UsageError:
-        place.withdraw()
-        raise
 
 
 def resume(where: str, *, no_plugins: Iterable[str] = (), view: Any = None) -> FinishedRun:
     """Continue the run in the directory `where` from its newest whole checkpoint; a finished run is left as it is."""
     from saekit.runner.run import Run, show_finished
 
-    place, config = RunDirectory.resume(where)
-    summary = place.finished_summary()
-    if summary is not None:
-        show_finished(place, summary, view)
-        return FinishedRun(place.path, summary)
-    registry = Registry(files=config.plugins, disabled=no_plugins)
-    registry.refuse_broken_files()
-    plan = plan_run(config, registry)
-    return FinishedRun(place.path, Run(plan, place, registry, view=view).execute())
+    with RunDirectory.resume(where) as (place, config):
+        summary = place.finished_summary()
+        if summary is not None:
+            show_finished(place, summary, view)
+            return FinishedRun(place.path, summary)
+        registry = Registry(files=config.plugins, disabled=no_plugins)
+        registry.refuse_broken_files()
+        plan = plan_run(config, registry)
+        return FinishedRun(place.path, Run(plan, place, registry, view=view).execute())
 
 
 def _toml_value(key: str, value: Any) -> Any:

@@ -91,7 +91,7 @@ class Listeners:
             try:
                 with under_key(listener.label):
                     function(*[values[name] for name in names])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # A message meant for the user is passed on as it is. So a tracker may refuse its options, but it cannot stop
                 # a run because the disk is full or a server does not answer.
                 if isinstance(error, SaekitError if listener.vital else UsageError) and hook != "run_failed":

@@ -100,7 +100,7 @@ class RegisteredComponent(Component):
                 return target(*args, **options)
         except UsageError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{self.origin} could not be built: {type(error).__name__}: {error}") from error
         if args:
             raise PluginError(f"{self.origin}: its target must be a class.")

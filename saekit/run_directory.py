@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import re
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 from saekit.config import RunConfig
 from saekit.errors import UsageError
 from saekit.files import TEMPORARY, disk_errors, write_json, write_text
+from saekit.lock import locked
 from saekit.run_file import parse_config, read_toml
 
 _VARIANTS = "variants"
+_LOCK = "run.lock"
 
 
 @dataclass(frozen=True)
@@ -96,21 +99,40 @@ class RunDirectory:
         return self.analysis(name) / "result.json"
 
     @classmethod
-    def create(cls, config: RunConfig, where: str | None) -> RunDirectory:
-        """A new directory: `where` if given (it must be absent or empty), otherwise one named by date and recipe."""
-        if where is not None:
-            path = Path(where)
-            with disk_errors(path):
-                taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-            if taken:
-                raise UsageError(f"--directory {where}: exists and is not empty. Choose another, or use --resume {where}.")
-        else:
-            path = cls._dated(config)
+    @contextlib.contextmanager
+    def create(cls, config: RunConfig, where: str | None) -> Iterator[RunDirectory]:
+        """A new directory that is locked in the block: `where` if given (it must be absent or empty), otherwise one named by
+        date and recipe.
+
+        It is withdrawn if the run fails with a UsageError before it began, so that the corrected command can use it."""
+        path = cls._dated(config) if where is None else Path(where)
+        taken = UsageError(f"--directory {where}: exists and is not empty. Choose another, or use --resume {where}.")
         with disk_errors(path):
+            is_new = not path.exists()
+            if not is_new and (not path.is_dir() or (_names(path) and _LOCK not in _names(path))):
+                raise taken
             path.mkdir(parents=True, exist_ok=True)
         directory = cls(path)
-        write_text(directory.run_toml, config.to_toml())
-        return directory
+        try:
+            with directory.locked():
+                if _names(path) - {_LOCK}:
+                    raise taken
+                write_text(directory.run_toml, config.to_toml())
+                try:
+                    yield directory
+                except UsageError:
+                    directory._withdraw()
+                    raise
+        except UsageError:
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty: something else is in it
+                    path.rmdir()
+            raise
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from writing here in the block; UsageError if one does. Variants share the lock of their run."""
+        whole = self.path.resolve().parents[1] if self.variant else self.path
+        return locked(whole / _LOCK, wait=False)
 
     def begin(self, config: RunConfig) -> None:
         """Make the directory of a variant; a run's own was made by `create`."""
@@ -126,15 +148,23 @@ class RunDirectory:
         word = re.sub(r"[^\w.-]+", "-", config.recipe or "run")[:60]
         return Path(config.directory) / f"{now:%Y-%m-%d}-{word}-{digest}"
 
-    def withdraw(self) -> None:
-        """Undo `create` for a run that failed before it began, so that the corrected command can use the same directory."""
-        begun = {self.run_toml.name, self.provenance.name}
-        if {path.name for path in self.path.rglob("*") if not path.is_dir()} <= begun:
-            shutil.rmtree(self.path)
+    def _withdraw(self) -> None:
+        """Remove the files and directories of a run that never began; whatever else there is stays."""
+        begun = {self.run_toml.name, self.provenance.name, _LOCK}
+        if not {path.name for path in self.path.rglob("*") if not path.is_dir()} <= begun:
+            return
+        variants = self.variant_directories()
+        for one in (*variants, self):
+            one.run_toml.unlink(missing_ok=True)
+            one.provenance.unlink(missing_ok=True)
+        for path in (*(one.path for one in variants), self.variants):
+            with contextlib.suppress(OSError):  # absent, or not empty
+                path.rmdir()
 
     @classmethod
-    def resume(cls, where: str) -> tuple[RunDirectory, RunConfig]:
-        """The directory of an earlier run, and its configuration."""
+    @contextlib.contextmanager
+    def resume(cls, where: str) -> Iterator[tuple[RunDirectory, RunConfig]]:
+        """The directory of an earlier run, which is locked in the block, and its configuration."""
         directory = cls(Path(where))
         if not directory.path.is_dir():
             raise UsageError(f"--resume {where}: there is no such directory. Name one that an earlier run printed.")
@@ -146,11 +176,12 @@ class RunDirectory:
                 f"--resume {where}: has no run.toml: it is not a run directory, or its run never began. Start the run "
                 "without --resume."
             )
-        config = parse_config(read_toml(directory.run_toml), str(directory.run_toml))
-        for leftover in directory.path.rglob(TEMPORARY):  # from a run that was killed while it wrote
-            if leftover.is_file():
-                leftover.unlink(missing_ok=True)
-        return directory, config
+        with directory.locked():
+            config = parse_config(read_toml(directory.run_toml), str(directory.run_toml))
+            for leftover in directory.path.rglob(TEMPORARY):  # from a run that was killed while it wrote
+                if leftover.is_file():
+                    leftover.unlink(missing_ok=True)
+            yield directory, config
 
     def finished_summary(self) -> dict[str, Any] | None:
         """The summary, or None if the run has not finished."""
@@ -246,6 +277,10 @@ def read_history(path: Path, problems: list[str] | None = None) -> list[dict[str
     if damaged:
         problems.append(f"{path.name}: {damaged} of {len(lines)} lines cannot be read and are left out.")
     return history
+
+
+def _names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
 
 
 def _dict(value: Any) -> dict[str, Any]:

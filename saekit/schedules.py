@@ -16,6 +16,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 class _Schedule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    def breaks(self, total: int) -> list[int]:
+        """The steps at which a new piece begins; within a piece the value only rises, only falls or stays."""
+        return []
+
 
 class Linear(_Schedule):
     """From `start_value` to `to` over `steps` steps, beginning at step `begin`, and constant on both sides."""
@@ -50,6 +54,10 @@ class Cosine(_Schedule):
         share = min((step - self.warmup) / max(total - 1 - self.warmup, 1), 1.0)
         return self.end + (self.to - self.end) * 0.5 * (1.0 + math.cos(math.pi * share))
 
+    def breaks(self, total: int) -> list[int]:
+        """The end of the warm-up."""
+        return [self.warmup]
+
 
 class WarmupDecay(_Schedule):
     """A linear warm-up over `warmup` steps to `to`, constant, then linear to `end` over the run's last `decay` share."""
@@ -68,6 +76,10 @@ class WarmupDecay(_Schedule):
         if left >= falling:
             return self.to
         return self.end + (self.to - self.end) * left / falling
+
+    def breaks(self, total: int) -> list[int]:
+        """The end of the warm-up, and the first step of the decay."""
+        return [self.warmup, math.floor(total - self.decay * total) + 1]
 
 
 class Steps(_Schedule):
@@ -90,6 +102,10 @@ class Steps(_Schedule):
     def at(self, step: int, total: int) -> float:
         """The value at `step` (0 for the first) of `total`."""
         return self.values[sum(step >= boundary for boundary in self.at_steps)]
+
+    def breaks(self, total: int) -> list[int]:
+        """The steps at which the value changes."""
+        return self.at_steps
 
 
 SCHEDULES: dict[str, type[BaseModel]] = {
@@ -126,3 +142,14 @@ Scheduled = Annotated[
 def value_at(value: float | Linear | Cosine | WarmupDecay | Steps, step: int, total: int) -> float:
     """The number itself, or the schedule's value at `step` of `total`."""
     return value if isinstance(value, (int, float)) else value.at(step, total)
+
+
+def extreme_steps(value: float | Linear | Cosine | WarmupDecay | Steps, total: int) -> tuple[int, int]:
+    """A step at which the value is smallest, and one at which it is largest, in a run of `total` steps (> 0).
+
+    Takes as long for a long run as for a short one: extremes are at the ends of a schedule's pieces.
+    """
+    breaks = [] if isinstance(value, (int, float)) else value.breaks(total)
+    ends = {0, total - 1, *(step for first in breaks for step in (first - 1, first) if 0 <= step < total)}
+    by_value = {step: value_at(value, step, total) for step in sorted(ends)}
+    return min(by_value, key=by_value.__getitem__), max(by_value, key=by_value.__getitem__)

@@ -265,6 +265,10 @@ class Running:
         runpy.run_module(module, run_name="__main__")
 
     @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
     def returncode(self) -> int | None:
         return self._process.exitcode
 

@@ -9,7 +9,6 @@ DIR/index.json                  the shards; written last, so that its presence m
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from saekit.activations.shuffle import stop_point
 from saekit.activations.stored import Chunks, StoredTensor, read_blocks, rows_of, stored_tensors
 from saekit.errors import OptionError, RunError, UsageError
 from saekit.files import TEMPORARY, disk_errors, to_jsonable, whole_file, write_json
+from saekit.lock import locked
 from saekit.protocols import Source
 from saekit.seeds import derived_seed
 
@@ -108,7 +108,7 @@ class CachedSource:
         If another process is writing the same cache, wait for it. OptionError if the disk has too little room."""
         with disk_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-        with _locked(self.directory / "lock"):
+        with locked(self.directory / "lock", wait=True):
             self._refuse_other()
             if not self._index().is_file():
                 self._begin()
@@ -422,16 +422,3 @@ def _by_digest(key: str, *identities: dict[str, Any]) -> bool:
 def _short(value: Any) -> str:
     text = "not given" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however it ends; do without on systems that have none."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

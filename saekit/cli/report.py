@@ -12,5 +12,7 @@ import click
 def command(run: str) -> None:
     """Rebuild the report.html of the run directory RUN and print its path."""
     from saekit.report import write_report
+    from saekit.run_directory import RunDirectory
 
-    click.echo(str(write_report(Path(run))))
+    with RunDirectory.at(run).locked():
+        click.echo(str(write_report(Path(run))))

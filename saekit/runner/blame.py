@@ -20,7 +20,8 @@ def explained(parts: list[Part]) -> Iterator[None]:
     """Find out which of the parts raised an error in the block, by the modules in the traceback.
 
     An option that a component refuses is named with the component's key. An unexpected error out of a plugin's code
-    becomes a PluginError that names the plugin. An unexpected error of saekit passes unchanged: it is a bug here.
+    becomes a PluginError that names the plugin, and so does an attempt to end the process (`sys.exit`). An unexpected error of
+    saekit passes unchanged: it is a bug here.
     """
     try:
         yield
@@ -29,7 +30,7 @@ def explained(parts: list[Part]) -> Iterator[None]:
         if part is None:
             raise
         raise error.under(part.key) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         better = _explanation(error, parts)
         if better is None:
             raise
@@ -51,19 +52,19 @@ def of_variant(name: str) -> Iterator[None]:
 def blamed_on(part: Part) -> Iterator[None]:
     """Blame this component for an error in the block, wherever it was raised.
 
-    An option that it refuses is named with the component's key; an unexpected error becomes a PluginError."""
+    An option that it refuses is named with the component's key; an unexpected error or `sys.exit` becomes a PluginError."""
     try:
         with under_key(part.key):
             yield
     except SaekitError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
         raise _failure(part, error) from error
 
 
-def _explanation(error: Exception, parts: list[Part]) -> SaekitError | None:
+def _explanation(error: BaseException, parts: list[Part]) -> SaekitError | None:
     if is_out_of_memory(error) or is_out_of_memory(error.__cause__):
         return RunError(
             f"there is not enough memory ({_first_line(error.__cause__ or error)}). Lower training.batch_size, "
@@ -71,19 +72,20 @@ def _explanation(error: Exception, parts: list[Part]) -> SaekitError | None:
         )
     if isinstance(error, SaekitError):
         return None
-    plugins = [part for part in parts if part.component.distribution != OWN_DISTRIBUTION]
-    part = _part_in_traceback(error, plugins, _modules)
+    if isinstance(error, Exception):  # saekit itself never leaves: where one of its own components does, it ran a user's code
+        parts = [part for part in parts if part.component.distribution != OWN_DISTRIBUTION]
+    part = _part_in_traceback(error, parts, _modules)
     return None if part is None else _failure(part, error)
 
 
-def _part_in_traceback(error: Exception, parts: list[Part], modules_of: Callable[[Part], set[str]]) -> Part | None:
+def _part_in_traceback(error: BaseException, parts: list[Part], modules_of: Callable[[Part], set[str]]) -> Part | None:
     """The part that the innermost frame belongs to, by its module."""
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
     known = [(part, modules_of(part)) for part in parts]
     return next((part for module in reversed(modules) for part, own in known if module in own), None)
 
 
-def _failure(part: Part, error: Exception) -> PluginError:
+def _failure(part: Part, error: BaseException) -> PluginError:
     return PluginError(
         f"{part.component.origin} failed: {type(error).__name__}: {error}. Fix it, or leave {part.label!r} out of the "
         "run; what was saved is kept."

@@ -12,7 +12,7 @@ from saekit.kinds import LISTS, SECTIONS, Section
 from saekit.plugins import Registry
 from saekit.registered import RegisteredComponent
 from saekit.runner.blame import explained, of_variant
-from saekit.schedules import value_at
+from saekit.schedules import Scheduled, extreme_steps, value_at
 from saekit.variants import run_configs
 
 ALWAYS_PROVIDED = {"activations"}
@@ -302,13 +302,17 @@ def _check_training(plan: SAEPlan) -> None:
         )
     if training.tokens and not plan.sections["loss"]:
         raise UsageError('loss: is missing; nothing would be learned. Add [[loss]] with use = "mse".')
-    if training.tokens and all(
-        value_at(p.entry.weight, n, plan.total_steps) == 0  # type: ignore[attr-defined]
-        for p in plan.sections["loss"]
-        for n in range(plan.total_steps)
-    ):
+    if training.tokens == 0:
+        return
+    if not any(any(_extremes(part.entry.weight, plan)) for part in plan.sections["loss"]):  # type: ignore[attr-defined]
         raise UsageError("loss: every weight is zero throughout; nothing would be learned.")
-    rates = [value_at(training.lr, n, plan.total_steps) for n in range(plan.total_steps)]
-    if rates and (min(rates) < 0 or max(rates) == 0):
-        step = next((n for n, rate in enumerate(rates) if rate < 0), 0)
-        raise UsageError(f"training.lr: is {rates[step]:g} at step {step}. A learning rate is not negative, nor always zero.")
+    lowest, highest = _extremes(training.lr, plan)
+    if lowest < 0 or highest == 0:
+        step, _ = extreme_steps(training.lr, plan.total_steps)
+        raise UsageError(f"training.lr: is {lowest:g} at step {step}. A learning rate is not negative, nor always zero.")
+
+
+def _extremes(value: Scheduled, plan: SAEPlan) -> tuple[float, float]:
+    """The smallest and the largest value that a schedule takes in the run."""
+    lowest, highest = (value_at(value, step, plan.total_steps) for step in extreme_steps(value, plan.total_steps))
+    return lowest, highest

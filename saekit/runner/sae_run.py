@@ -12,7 +12,7 @@ import torch
 
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.component_option import fits
-from saekit.errors import UsageError, under_key
+from saekit.errors import RunError, UsageError, under_key
 from saekit.files import disk_errors, to_jsonable
 from saekit.graph import FeatureGraph, dictionary_digest
 from saekit.listeners import Listener, Listeners
@@ -299,10 +299,15 @@ class SAERun:
 
     def end_evaluation(self) -> None:
         """Compute every metric; those that need the model run it now."""
+        whose: dict[str, Part] = {}
         for part, metric in self._metrics:
             with blamed_on(part):
                 values = metric.compute() if hasattr(metric, "update") else metric.measure(self.context)
                 self.metrics |= {name: None if v is None else float(v) for name, v in values.items()}
+            for name in values:
+                if name in whose:
+                    raise RunError(_both_return(name, whose[name], part))
+                whose[name] = part
             self.headline += [name for name in getattr(metric, "headline", ()) if name in values]
             self.meanings |= getattr(metric, "meanings", {})
         self._metrics = []
@@ -321,3 +326,8 @@ class SAERun:
             self.directory.write_analysis(part.label, result)
             self.analysis[part.label] = to_jsonable(dict(result.scalars))
         self.listeners.emit("analysed", name=part.label, result=result, variant=self.variant)
+
+
+def _both_return(name: str, *parts: Part) -> str:
+    first, second = (f"{part.key} ({part.component.title})" for part in parts)
+    return f"{first} and {second} both return {name!r}. Leave one out; what was saved is kept."

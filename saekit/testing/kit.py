@@ -114,7 +114,7 @@ def carry_out(check: Check, subject: Subject, expected: Mapping[str, str]) -> Ou
         return Outcome(check.name, "skipped", str(error))
     except Failed as error:
         message = str(error)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}{_place_of(error)}"
     else:
         if reason is None:

@@ -45,7 +45,7 @@ class Term:
                 value = self.function(step)
         except SaekitError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"{self.component.origin} failed at step {step.number}: {type(error).__name__}: {error}. "
                 f"Fix it, or leave {self.label!r} out of the run; what was saved is kept."

@@ -614,6 +614,75 @@ def test_a_metric_that_raises(where: str, broken: Callable, command: Run, run_fi
     assert (run / "sae" / "cfg.json").is_file()
 
 
+def test_two_metrics_that_return_one_name(broken: Callable, command: Run, run_file: Files, tmp_path: Path) -> None:
+    broken("metric", "class Odd:\n    def measure(self, context):\n        return {'mine': 1.0, 'l0': 2.0}\n")
+    outcome = command("run", run_file(), "--metric", "odd", "--directory", tmp_path / "run")
+    refused(outcome, "metric.l0 (metric 'l0')", f"metric.odd (metric {ORIGIN})", "both return 'l0'", "Leave one", code=1)
+    assert (tmp_path / "run" / "sae" / "cfg.json").is_file()
+
+
+LEAVE = "__import__('sys').exit(0)"
+LEAVES = {
+    "loss": f"def Odd(step):\n    {LEAVE}\n",
+    "metric": f"class Odd:\n    def measure(self, context):\n        {LEAVE}\n",
+    "analyzer": f"class Odd:\n    def __call__(self, context):\n        {LEAVE}\n",
+    "callback": f"""
+from saekit import hookimpl
+class Odd:
+    @hookimpl
+    def step_ended(self, number):
+        {LEAVE}
+""",
+    "graph_builder": f"class Odd:\n    def __call__(self, sae, codes):\n        {LEAVE}\n",
+    "architecture": f"""
+from saekit.builtin.architectures.topk import TopK
+class Odd(TopK):
+    def encode(self, x):
+        {LEAVE}
+""",
+    "source": f"""
+from saekit.builtin.sources import SyntheticSource
+class Odd(SyntheticSource):
+    def blocks(self, split, **options):
+        {LEAVE}
+        yield
+""",
+}
+SECTION_OF = {
+    "architecture": {"architecture": {"use": "odd", "d_sae": 64, "k": 4}},
+    "source": {"source": {"use": "odd", "d_in": 8, "n_features": 16, "probability": 0.1}},
+    "graph_builder": {"graph": {"use": "odd"}},
+    "loss": {"loss": [{"use": "mse"}, {"use": "odd"}]},
+    **{kind: {kind: [{"use": "odd"}]} for kind in ("metric", "analyzer", "callback")},
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_a_component_that_ends_the_process_is_no_success(
+    kind: str, broken: Callable, command: Run, run_file: Files, tmp_path: Path
+) -> None:
+    broken(kind, LEAVES[kind])
+    outcome = command("run", run_file(**SECTION_OF[kind]), "--directory", tmp_path / "run")
+    refused(outcome, f"{kind} {ORIGIN}", "SystemExit: 0", code=3)
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_component_that_ends_the_process_when_it_is_built(
+    broken: Callable, command: Run, run_file: Files, tmp_path: Path
+) -> None:
+    broken("metric", f"class Odd:\n    def __init__(self):\n        {LEAVE}\n")
+    outcome = command("run", run_file(), "--metric", "odd", "--directory", tmp_path / "run")
+    refused(outcome, f"metric {ORIGIN}", "could not be built", "SystemExit: 0", code=3)
+
+
+def test_a_tracker_that_ends_the_process_is_dropped(broken: Callable, command: Run, run_file: Files, tmp_path: Path) -> None:
+    broken("tracker", LEAVES["callback"])
+    outcome = command("run", run_file(), "--tracker", "odd", "--directory", tmp_path / "run")
+    assert outcome.code == 0
+    outcome.says(f"tracker {ORIGIN}", "SystemExit: 0", "is dropped")
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 ANALYZERS = {
     "by raising": "raise ValueError('no')",
     "by returning nothing": "return None",

@@ -29,9 +29,11 @@ from saekit.config import (
 )
 from saekit.errors import UsageError
 from saekit.kinds import KINDS, LISTS, SECTIONS, SINGLES
+from saekit.plugins import Registry
 from saekit.run_file import override, parse_config, parse_override, parse_use, parse_value, read_toml, table_of
+from saekit.runner.plan import make_plan
 from saekit.runner.resume import decisive
-from saekit.schedules import Cosine, Linear, Steps, WarmupDecay, value_at
+from saekit.schedules import Cosine, Linear, Steps, WarmupDecay, extreme_steps, value_at
 from saekit.variants import SHARED_SECTIONS, check_variant
 
 BASE: dict[str, Any] = {
@@ -425,3 +427,36 @@ def test_steps_holds_each_value_from_its_boundary_on(boundaries: list[int], step
 
 def test_a_plain_number_never_changes() -> None:
     assert {value_at(2, step, 10) for step in range(10)} == {2}
+
+
+warmups = st.integers(0, 120)
+schedules = st.one_of(
+    numbers,
+    st.builds(Linear, schedule=st.just("linear"), to=numbers, steps=st.integers(1, 120), start_value=numbers, begin=warmups),
+    st.builds(Cosine, schedule=st.just("cosine"), to=numbers, warmup=warmups, end=numbers),
+    st.builds(
+        WarmupDecay, schedule=st.just("warmup_decay"), to=numbers, warmup=warmups, decay=st.floats(0, 1), end=numbers
+    ),
+    st.lists(st.tuples(st.integers(0, 120), numbers), min_size=1, max_size=5, unique_by=lambda pair: pair[0]).map(
+        lambda pairs: Steps(schedule="steps", at_steps=sorted(p[0] for p in pairs)[1:], values=[p[1] for p in pairs])
+    ),
+)
+
+
+@settings(max_examples=500)
+@given(value=schedules, total=st.integers(1, 100))
+def test_the_extremes_are_those_of_every_step(value: Any, total: int) -> None:
+    every = [value_at(value, step, total) for step in range(total)]
+    lowest, highest = extreme_steps(value, total)
+    assert (every[lowest], every[highest]) == (min(every), max(every))
+
+
+def test_a_plan_does_not_grow_with_the_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    at = WarmupDecay.at
+    monkeypatch.setattr(WarmupDecay, "at", lambda self, step, total: asked.append(step) or at(self, step, total))
+    table = changed("training.tokens=1_000_000_000", "architecture.k=4", 'training.lr={schedule = "warmup_decay", warmup = 1000}')
+    table |= {"source": {"use": "synthetic", "d_in": 8, "n_features": 16, "probability": 0.1}, "loss": [{"use": "mse"}]}
+    plan = make_plan(parse_config(table, "file.toml"), Registry())
+    assert plan.total_steps > 200_000
+    assert 0 < len(asked) < 20

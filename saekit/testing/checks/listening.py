@@ -118,5 +118,5 @@ def resume(place: Path, subject: Subject) -> None:
     """Continue the run in `place`, with the same registry."""
     from saekit.runner.run import Run
 
-    directory, config = RunDirectory.resume(str(place))
-    Run(plan_run(config, subject.registry), directory, subject.registry).execute()
+    with RunDirectory.resume(str(place)) as (directory, config):
+        Run(plan_run(config, subject.registry), directory, subject.registry).execute()

@@ -22,7 +22,7 @@ from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.runner.plan import RunPlan
 from saekit.sae.formats import load_sae
-from saekit.schedules import value_at
+from saekit.schedules import extreme_steps, value_at
 from saekit_bench.parity import Reconstruct, of_sae_lens, of_saekit, quality
 from saekit_bench.peers import sae_lens_config
 
@@ -73,7 +73,7 @@ def _sae_lens(plan: RunPlan, source: Any, held_out: Tensor) -> dict[str, float]:
     if site.side != "output":
         raise UsageError("source.hook_point: is the input of a module, which sae_lens cannot read. Choose an output.")
     hook = next(name for name, module in source.subject.model.named_modules() if module is site.module)
-    peak = max(value_at(training.lr, n, plan.total_steps) for n in range(plan.total_steps))
+    peak = value_at(training.lr, extreme_steps(training.lr, plan.total_steps)[1], plan.total_steps)
     name, d_sae = plan.members[0].architecture.component.name, plan.config.architecture.d_sae
     assert d_sae is not None
     kept = {key: value for key, value in plan.members[0].architecture.options.items() if key == "k"}

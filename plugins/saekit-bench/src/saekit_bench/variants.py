@@ -35,9 +35,9 @@ def time_variants(config: RunConfig, registry: Registry, *, steps: int, rounds: 
     variants = [variant.model_copy(update={"tracker": None}) for variant in variants]
     config = config.model_copy(update={"variant": variants, "tracker": [], "defaults": False})
     training = config.training
-    with tempfile.TemporaryDirectory() as place:
-        plan = plan_run(config, registry)
-        run = Run(plan, RunDirectory.create(plan.config, str(Path(place) / "run")), registry)
+    plan = plan_run(config, registry)
+    with tempfile.TemporaryDirectory() as place, RunDirectory.create(plan.config, str(Path(place) / "run")) as directory:
+        run = Run(plan, directory, registry)
         for one in run.sae_runs:
             one.directory.begin(one.config)
         run.prepare()
