@@ -109,6 +109,23 @@ def test_a_latent_that_never_fires_is_told_and_scores_half() -> None:
     assert "never fires" in context.told[0]
 
 
+def test_positions_that_are_not_finite_are_left_out_and_told() -> None:
+    source, plain = Sorted(), Sorted()._one
+    whole = measured(context_of(sae_of(), Sorted()), latents={"code": 2})
+
+    def one(split: str, number: int) -> tuple[torch.Tensor, list[float]]:
+        x, labels = plain(split, number)
+        if split == "held_out" and number == 4:
+            x[:] = torch.nan
+        return x, labels
+
+    source._one = one
+    context = context_of(sae_of(), source)
+    found = measured(context, latents={"code": 2})
+    assert all(value is None or value == pytest.approx(whole[name], abs=0.1) for name, value in found.items() if "auroc" in name)
+    assert context.told[0].startswith("5 of 350 activations") and "'held_out'" in context.told[0]
+
+
 def test_one_class_alone_gives_no_values_and_the_reason() -> None:
     source = Sorted()
     plain = source._one

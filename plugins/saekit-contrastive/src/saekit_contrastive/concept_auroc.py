@@ -110,6 +110,8 @@ class ConceptAUROC:
                     context.warn(
                         f"Latent {latent}, of concept {name!r}, never fires on held-out sequences, so its AUROC is 0.5."
                     )
+                elif own["ratio"] is None:
+                    context.warn(f"Latent {latent}, of concept {name!r}, fires only for it, so concept_ratio is not defined.")
             else:
                 context.warn(f"Concept {name!r} does not occur as both 0 and 1 in each split, so no AUROC is defined.")
             values |= {f"concept_{key}{self._endings[column]}": value for key, value in own.items()}
