@@ -236,8 +236,9 @@ class Metric(Protocol):
 
     It may have `prepare(context)`, called with a `RunContext` before the first update: for the source, the seed, or the
     feature graph.
-    Two class attributes may help the reader: `headline` names the values that are shown in the live view and the summary's
-    table, and `meanings` gives a line for each value, shown in the report.
+    Three class attributes may help the reader: `headline` names the values that are shown in the live view and the summary's
+    table, `meanings` gives a line for each value, shown in the report, and `undefined` the reason for which a value may be
+    None, told as a warning where it is.
     """
 
     def update(self, step: Step) -> None:
@@ -245,7 +246,7 @@ class Metric(Protocol):
         ...
 
     def compute(self) -> dict[str, float | None]:
-        """Named plain numbers; None if a value is not defined (with the reason given to `context.warn`)."""
+        """Named plain numbers; None if a value is not defined (with the reason in `undefined` or given to `context.warn`)."""
         ...
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saekit.activations.batch import Activations
-from saekit.builtin.metrics import Summed
+from saekit.builtin.metrics import Summed, deviation
 from saekit.runner.context import RunContext
 from saekit.training.loss_input import Step
 
@@ -31,6 +31,10 @@ class LinearMap(Summed):
     meanings: ClassVar[dict[str, str]] = {
         "linear_explained_variance": "share of the target's variance that the best linear map of the input keeps",
         "beyond_linear": "share that the transcoder rebuilds of what the linear map misses; below 0 the map is better",
+    }
+    undefined: ClassVar[dict[str, str]] = {
+        "linear_explained_variance": "the target does not vary at all",
+        "beyond_linear": "the linear map misses nothing",
     }
     error: Tensor
     linear_error: Tensor
@@ -76,7 +80,7 @@ class LinearMap(Summed):
 
     def compute(self) -> dict[str, float | None]:
         """linear_explained_variance, None if the target does not vary; beyond_linear, None if the map misses nothing."""
-        spread = float(self.square - self.total.square().sum() / self.rows)
+        spread = deviation(self.square, self.total, self.rows)
         missed = float(self.linear_error)
         return {
             "linear_explained_variance": 1.0 - missed / spread if spread > 0 else None,

@@ -9,6 +9,16 @@ from torch import Tensor
 
 from saekit.training.loss_input import Step
 
+ROUNDING = 1e-12  # of a sum of squares in float64: what activations that are all equal may leave of their deviation
+
+
+def deviation(square: Tensor, total: Tensor, rows: Tensor) -> float:
+    """The squared deviation from the mean, summed over rows and coordinates; 0 if it is no more than rounding.
+
+    square: the sum of squares. total: [d], the sum of the rows. rows: how many."""
+    spread = float(square - total.square().sum() / rows)
+    return spread if spread > ROUNDING * float(square) else 0.0
+
 
 class Summed:
     """A metric whose state is a set of sums, which several processes add up.
@@ -39,6 +49,7 @@ class ExplainedVariance(Summed):
         "fvu": "share of the activations' variance that the reconstruction misses; 0 is perfect",
         "mse": "squared error, averaged over activations and their coordinates",
     }
+    undefined: ClassVar[dict[str, str]] = dict.fromkeys(("explained_variance", "fvu"), "the activations do not vary at all")
     error: Tensor
     square: Tensor
     total: Tensor
@@ -58,7 +69,7 @@ class ExplainedVariance(Summed):
 
     def compute(self) -> dict[str, float | None]:
         """explained_variance and fvu are None if the activations do not vary at all."""
-        spread = float(self.square - self.total.square().sum() / self.rows)
+        spread = deviation(self.square, self.total, self.rows)
         fvu = float(self.error) / spread if spread > 0 else None
         return {
             "explained_variance": None if fvu is None else 1.0 - fvu,
@@ -143,6 +154,7 @@ class Cosine(Summed):
     meanings: ClassVar[dict[str, str]] = {
         "cosine": "cosine of the angle between activation and reconstruction, on average; 1 is the same direction"
     }
+    undefined: ClassVar[dict[str, str]] = {"cosine": "every activation is zero"}
     cosines: Tensor
     rows: Tensor
 
@@ -155,7 +167,7 @@ class Cosine(Summed):
         target, reconstruction = step.target.double(), step.reconstruction.double()
         norms = target.norm(dim=1) * reconstruction.norm(dim=1)  # [batch]
         products = (target * reconstruction).sum(1)  # [batch]
-        self.add(cosines=torch.where(norms > 0, products / norms, 0.0).sum(), rows=(target != 0).any(1).sum())
+        self.add(cosines=torch.where(norms == 0, 0.0, products / norms).sum(), rows=(target != 0).any(1).sum())
 
     def compute(self) -> dict[str, float | None]:
         """cosine; None if every activation is zero."""
@@ -171,6 +183,7 @@ class RelativeBias(Summed):
     meanings: ClassVar[dict[str, str]] = {
         "relative_bias": "length of the reconstructions against the length that would fit best; below 1 they are shrunk"
     }
+    undefined: ClassVar[dict[str, str]] = {"relative_bias": "the reconstructions do not point along the activations"}
     square: Tensor
     product: Tensor
 
@@ -185,7 +198,7 @@ class RelativeBias(Summed):
 
     def compute(self) -> dict[str, float | None]:
         """relative_bias; None if the reconstructions do not point along the activations at all."""
-        return {"relative_bias": float(self.square / self.product) if self.product > 0 else None}
+        return {"relative_bias": None if self.product <= 0 else float(self.square / self.product)}
 
 
 class Histograms(Summed):
@@ -200,6 +213,7 @@ class Histograms(Summed):
         **{f"density_{q}": f"share of activations on which a latent is active: {q} over all latents" for q in QUANTILES},
         **{f"activation_{q}": f"size of an activation that is not zero: {q} over all of them" for q in QUANTILES},
     }
+    undefined: ClassVar[dict[str, str]] = {f"activation_{q}": "no latent is active" for q in QUANTILES}
     fired: Tensor
     rows: Tensor
     sizes: Tensor

@@ -34,6 +34,9 @@ class DictionaryRecovery(Summed):
         "recovery_reverse_control": "the same for random directions in the latents' place",
         "recovered_fraction": f"share of the true directions that a living latent matches with a cosine of {_SAME} or more",
     }
+    undefined: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("recovery", "recovery_reverse", "recovered_fraction"), "no latent is active"
+    )
     fired: Tensor
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saekit.builtin.metrics import Summed
+from saekit.builtin.metrics import ROUNDING, Summed
 from saekit.runner.context import RunContext
 from saekit.training.loss_input import Step
 
@@ -38,6 +38,11 @@ class TokenSparsity(Summed):
             for name, what in CLASSES.items()
         },
         **{f"share_{name}": f"share of the activations: {what}" for name, what in CLASSES.items()},
+    }
+    undefined: ClassVar[dict[str, str]] = {
+        f"{value}_{name}": f"there are no {what}, or all their activations are the mean"
+        for name, what in CLASSES.items()
+        for value in ("l0", "explained_variance")
     }
     rows: Tensor
     active: Tensor
@@ -82,7 +87,7 @@ class TokenSparsity(Summed):
             n = float(self.rows[c])
             found[f"l0_{name}"] = float(self.active[c]) / n if n else None
             found[f"explained_variance_{name}"] = (
-                1.0 - float(self.error[c] / spread[c]) if n and spread[c] > 0 else None
+                1.0 - float(self.error[c] / spread[c]) if n and spread[c] > ROUNDING * self.square[c] else None
             )
             found[f"share_{name}"] = n / float(self.rows.sum())
         return found

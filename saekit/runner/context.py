@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from saekit.errors import RunError
 from saekit.training.loss_input import Step
 
 if TYPE_CHECKING:
@@ -62,15 +63,44 @@ class RunContext:
                 yield self.step(batch)
 
     def held_out_activations(self, tokens: int) -> Iterator[Activations]:
-        """Held-out activations as the source gives them, in batches on the run's device; at most `tokens` in all."""
+        """Held-out activations as the source gives them, in batches on the run's device; at most `tokens` in all.
+
+        Activations that are not finite are left out, with a warning. RunError if none is finite."""
         return self._activations("held_out", tokens, self.config.evaluation.batch_size)
 
     def training_activations(self, tokens: int) -> Iterator[Activations]:
         """The activations that training began with, or would have, as the source gives them, in batches on the run's device;
-        at most `tokens` in all."""
+        at most `tokens` in all. Those that are not finite are left out, with a warning. RunError if none is finite."""
         return self._activations("train", tokens, self.config.training.batch_size)
 
     def _activations(self, split: str, tokens: int, size: int) -> Iterator[Activations]:
+        """Batches of a split without the rows that are not finite; a warning says how many there were."""
+        seen = bad = number = first = 0
+        try:
+            for number, batch in enumerate(self._batches(split, tokens, size), start=1):
+                finite = _finite(batch)  # [n]
+                seen += len(batch)
+                if not bool(finite.all()):
+                    first = first or number
+                    bad += int((~finite).sum())
+                    batch = batch.rows(finite)
+                if len(batch):
+                    yield batch
+            if seen and bad == seen:
+                raise RunError(
+                    f"none of the {self._place(split)} is finite. Try another precision of the model, or another hook point."
+                )
+        finally:
+            if bad:
+                self.warn(
+                    f"{bad:,} of {seen:,} {self._place(split)} are not finite, the first in batch {first}; they are left out."
+                )
+
+    def _place(self, split: str) -> str:
+        name = "held-out" if split == "held_out" else "training"
+        return f"{name} activations of {getattr(self.source, 'hook_point', None) or self.config.source.use}"
+
+    def _batches(self, split: str, tokens: int, size: int) -> Iterator[Activations]:
         training, left = self.config.training, tokens
         for block in self.source.blocks(split, size=min(tokens, training.buffer), seed=training.order_seed):
             for start in range(0, len(block), size):
@@ -80,3 +110,9 @@ class RunContext:
                     yield batch.to(self.device)
                 if left <= 0:
                     return
+
+
+def _finite(batch: Activations) -> torch.Tensor:
+    """Which rows of x, and of the target, are finite: [n]."""
+    finite = batch.x.isfinite().all(1)
+    return finite if batch.target is None else finite & batch.target.isfinite().all(1)

@@ -6,6 +6,7 @@ The run owns the activations, the phases, the checkpoint and the clock; what eac
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec
@@ -277,8 +278,9 @@ class Run:
         """Harvest the held-out activations once, and give each batch to the metrics of every SAE."""
         self.each(SAERun.begin_evaluation)
         done = 0
+        context = dataclasses.replace(self.sae_runs[0].context, warn=self._warn)  # the data concern every SAE
         with torch.no_grad():
-            for batch in self.sae_runs[0].context.held_out_activations(self.config.evaluation.tokens):
+            for batch in context.held_out_activations(self.config.evaluation.tokens):
                 self.each(SAERun.evaluate_on, batch)
                 done += len(batch)
                 self._tell("phase_advanced", phase="evaluate", done=done)

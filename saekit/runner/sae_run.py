@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,6 +284,7 @@ class SAERun:
     def begin_evaluation(self) -> None:
         """Build the metrics."""
         self.sae.requires_grad_(False)
+        self._evaluated = self._not_finite = 0
         self._metrics = [(part, part.build()) for part in self.plan.sections["metric"]]
         for part, metric in self._metrics:
             if hasattr(metric, "prepare"):
@@ -292,6 +294,8 @@ class SAERun:
     def evaluate_on(self, batch: Activations) -> None:
         """Hand one held-out batch to every metric that streams."""
         step = self.context.step(batch)
+        self._evaluated += len(batch)
+        self._not_finite += int((~step.reconstruction.isfinite().all(1)).sum())
         for part, metric in self._metrics:
             if hasattr(metric, "update"):
                 with blamed_on(part):
@@ -300,7 +304,12 @@ class SAERun:
     def end_evaluation(self) -> None:
         """Compute every metric; those that need the model run it now."""
         whose: dict[str, Part] = {}
+        if self._not_finite:
+            self.listeners.warn(
+                f"{self._not_finite:,} of {self._evaluated:,} reconstructions of held-out activations are not finite."
+            )
         for part, metric in self._metrics:
+            warned = len(self.listeners.warnings)
             with blamed_on(part):
                 values = metric.compute() if hasattr(metric, "update") else metric.measure(self.context)
                 self.metrics |= {name: None if v is None else float(v) for name, v in values.items()}
@@ -308,10 +317,24 @@ class SAERun:
                 if name in whose:
                     raise RunError(_both_return(name, whose[name], part))
                 whose[name] = part
+            self._say_why(metric, values, has_warned=len(self.listeners.warnings) > warned)
             self.headline += [name for name in getattr(metric, "headline", ()) if name in values]
             self.meanings |= getattr(metric, "meanings", {})
         self._metrics = []
         self.listeners.emit("evaluated", metrics=self.metrics, variant=self.variant)
+
+    def _say_why(self, metric: Any, values: dict[str, Any], *, has_warned: bool) -> None:
+        """Warn of values that are not defined, with the reason in the metric's `undefined`, unless it has warned itself."""
+        reasons: dict[str, list[str]] = {}
+        known = getattr(metric, "undefined", {})
+        for name in values:
+            value = self.metrics[name]
+            if value is not None and not math.isfinite(value):
+                reasons.setdefault(f"it is {value}", []).append(name)
+            elif value is None and (name in known or not has_warned):
+                reasons.setdefault(known.get(name, "the metric gives no value and no reason"), []).append(name)
+        for reason, names in reasons.items():
+            self.listeners.warn(f"Not defined on held-out data: {', '.join(names)} ({reason}).")
 
     def analyse(self, part: Part) -> None:
         """Carry out one analyzer."""

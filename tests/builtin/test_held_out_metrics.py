@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import tomli_w
 import torch
+from safetensors.torch import save_file
 
 import saekit
-from saekit import Step
-from saekit.builtin.metrics import Cosine, Histograms, RelativeBias
+from saekit import Registry, Step
+from saekit.builtin.metrics import Cosine, ExplainedVariance, Histograms, RelativeBias
 from saekit.builtin.recovery import DictionaryRecovery
 from saekit.builtin.token_sparsity import CLASSES, TokenSparsity, class_of
 from saekit.sae.code import DenseCode
@@ -96,6 +97,18 @@ def test_values_that_are_not_defined(data):
     assert measured(Histograms(), nothing)["activation_q50"] is None
     values = measured(DictionaryRecovery(), nothing, prepared=context(truth=torch.eye(WIDTH)))
     assert values["recovery"] is None and values["recovered_fraction"] is None and values["recovery_control"] > 0
+
+
+def test_a_reconstruction_that_is_not_finite_does_not_count_as_a_score(data):
+    data.reconstruction[7] = torch.nan
+    for metric, name in ((Cosine(), "cosine"), (RelativeBias(), "relative_bias"), (ExplainedVariance(), "explained_variance")):
+        assert math.isnan(measured(metric, data)[name])
+
+
+def test_activations_that_are_equal_but_for_rounding_do_not_vary():
+    x = torch.randn(8, generator=torch.Generator().manual_seed(0)).expand(1000, 8)
+    same = SimpleNamespace(x=x, code=torch.ones(len(x), 2), reconstruction=x * 0.9, tokens=torch.zeros(len(x)))
+    assert measured(ExplainedVariance(), same, 256, 256, 256, 232)["explained_variance"] is None
 
 
 @pytest.mark.parametrize("sizes", [(60,), (20, 25, 15)])
@@ -228,3 +241,52 @@ def test_a_run_with_token_classes(tiny_gpt2, text_file, tmp_path):
     metrics = saekit.run(path, directory=tmp_path / "run").summary["metrics"]
     assert sum(metrics[f"share_{name}"] for name in CLASSES) == pytest.approx(1.0)
     assert metrics["share_word_initial"] > 0.1 and metrics["l0_word_initial"] == 4.0
+
+
+def held_out_run(tmp_path: Path, change):
+    """The summary of a run on stored activations, after `change(x, rows)` of the held-out rows alone; two variants."""
+    x, path = torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)), tmp_path / "x.safetensors"
+    options = {"data": str(path), "chunk": 128, "held_out": 0.25}
+    save_file({"activations": x}, path)
+    component = Registry().find("source", "tensors")
+    source = component.build(component.validate(options, "source"))
+    source.open(device=torch.device("cpu"), dtype=torch.float32)
+    rows = torch.cat([block.sequence for block in source.blocks("held_out", size=512, seed=0)])
+    change(x, rows)
+    save_file({"activations": x}, path)
+    table = {
+        "source": {"use": "tensors", **options},
+        "architecture": {"use": "topk", "d_sae": 16, "k": 2},
+        "loss": [{"use": "mse"}],
+        "metric": [{"use": name} for name in ("cosine", "relative_bias", "histograms")],
+        "training": {"tokens": 512, "batch_size": 64, "buffer": 512, "device": "cpu"},
+        "variant": [{"name": "a"}, {"name": "b", "training": {"seed": 1}}],
+    }
+    file = tmp_path / "run.toml"
+    file.write_text(tomli_w.dumps(table), encoding="utf-8")
+    return saekit.run(file, directory=tmp_path / "run").summary
+
+
+def test_a_run_leaves_out_held_out_activations_that_are_not_finite_and_says_so_once(tmp_path: Path):
+    def change(x, rows):
+        x[rows[[3, 700]], 2] = torch.inf
+
+    summary = held_out_run(tmp_path, change)
+    for one in summary["variants"].values():
+        assert all(value is not None for value in one["metrics"].values())
+    told = [warning for warning in summary["warnings"] if "not finite" in warning]
+    assert told == ["2 of 1,024 held-out activations of tensors are not finite, the first in batch 1; they are left out."]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_a_run_gives_the_reason_for_every_null(tmp_path: Path, value: float):
+    def change(x, rows):
+        x[rows] = value
+
+    summary = held_out_run(tmp_path, change)
+    for name, one in summary["variants"].items():
+        nulls = {metric for metric, found in one["metrics"].items() if found is None}
+        assert {"explained_variance", "fvu"} <= nulls and ("cosine" in nulls) == (value == 0.0)
+        told = [warning for warning in summary["warnings"] if warning.startswith(f"variant {name!r}: Not defined")]
+        assert {metric for metric in nulls if any(metric in warning for warning in told)} == nulls
+        assert any("explained_variance, fvu (the activations do not vary at all)" in warning for warning in told)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from saekit.activations.shuffle import ShuffledBatches
+from saekit.errors import RunError
 from saekit.testing import tiny_run
 from saekit.testing.tiny import tiny_table
 
@@ -44,6 +46,39 @@ def test_as_many_are_given_as_were_asked_for(context, tokens: int) -> None:
             continue
         sizes = [len(batch) for batch in given(tokens)]
         assert sum(sizes) == tokens and max(sizes) <= size
+
+
+@pytest.mark.parametrize("given", ["held_out_activations", "training_activations"])
+def test_activations_that_are_not_finite_are_left_out_and_told(context, given: str) -> None:
+    told: list[str] = []
+    whole = torch.cat([batch.x for batch in getattr(context, given)(100)])
+    bad = torch.tensor([0, 40, 41])
+
+    class Damaged:
+        hook_point = "here"
+
+        def blocks(self, split: str, **options):
+            for block in context.source.blocks(split, **options):
+                x = block.x.clone()
+                x[bad, 1] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+                yield dataclasses.replace(block, x=x)
+
+    damaged = dataclasses.replace(context, source=Damaged(), warn=told.append)
+    found = torch.cat([batch.x for batch in getattr(damaged, given)(100)])
+    assert torch.equal(found, whole[[row not in bad for row in range(100)]])
+    (message,) = told
+    assert message.startswith("3 of 100 ") and "here are not finite, the first in batch 1;" in message
+
+
+def test_without_a_finite_activation_the_run_stops(context) -> None:
+    nothing = types.SimpleNamespace(
+        hook_point="here",
+        blocks=lambda split, **options: (
+            dataclasses.replace(block, x=block.x * torch.nan) for block in context.source.blocks(split, **options)
+        ),
+    )
+    with pytest.raises(RunError, match="none of the held-out activations of here is finite"):
+        list(dataclasses.replace(context, source=nothing).held_out(100))
 
 
 def test_another_order_of_the_data_gives_other_activations(context, tmp_path: Path) -> None:

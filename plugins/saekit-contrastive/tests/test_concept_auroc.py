@@ -109,6 +109,23 @@ def test_a_latent_that_never_fires_is_told_and_scores_half() -> None:
     assert "never fires" in context.told[0]
 
 
+def test_positions_that_are_not_finite_are_left_out_and_told() -> None:
+    source, plain = Sorted(), Sorted()._one
+    whole = measured(context_of(sae_of(), Sorted()), latents={"code": 2})
+
+    def one(split: str, number: int) -> tuple[torch.Tensor, list[float]]:
+        x, labels = plain(split, number)
+        if split == "held_out" and number == 4:
+            x[:] = torch.nan
+        return x, labels
+
+    source._one = one
+    context = context_of(sae_of(), source)
+    found = measured(context, latents={"code": 2})
+    assert all(value is None or value == pytest.approx(whole[name], abs=0.1) for name, value in found.items() if "auroc" in name)
+    assert context.told[0].startswith("5 of 350 activations") and "'held_out'" in context.told[0]
+
+
 def test_one_class_alone_gives_no_values_and_the_reason() -> None:
     source = Sorted()
     plain = source._one
@@ -130,21 +147,35 @@ def test_several_concepts_have_names_of_their_own_and_unknown_labels_take_no_par
     assert alone["concept_auroc_tokens"] == auroc(data.columns[1][known], labels[known])
 
 
+def coded(codes: list[list[float]]) -> LabelledCodes:
+    """Four sequences of one position with these codes; the first two are of the concept."""
+    dense = torch.tensor(codes)
+    rows, latents = dense.nonzero(as_tuple=True)
+    labels = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
+    sums = torch.stack([dense.sum(0), dense.square().sum(0), (dense > 0).sum(0)])
+    x, four = torch.zeros(4, 2), torch.arange(4)
+    return LabelledCodes(x, four, labels, {}, x, dense, sums, four, rows, latents, dense[rows, latents])
+
+
 def test_the_best_other_latent_is_chosen_on_training_data() -> None:
     """Latent 1 is best on training data, latent 2 on held-out data: the value is that of latent 1 on held-out data."""
-
-    def data(codes: list[list[float]]) -> LabelledCodes:
-        dense = torch.tensor(codes)
-        rows, latents = dense.nonzero(as_tuple=True)
-        labels = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
-        sums = torch.stack([dense.sum(0), dense.square().sum(0), (dense > 0).sum(0)])
-        x, four = torch.zeros(4, 2), torch.arange(4)
-        return LabelledCodes(x, four, labels, {}, x, dense, sums, four, rows, latents, dense[rows, latents])
-
-    train = data([[1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
-    held_out = data([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]])
-    assert _others(train, held_out, 0, 0) == {"other_auroc_tokens": 0.5, "other_auroc_sequences": 0.5, "leakage": 0.5}
+    train = coded([[1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
+    held_out = coded([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]])
+    found = _others(train, held_out, 0, 0)
+    assert found["other_auroc_tokens"] == found["other_auroc_sequences"] == found["leakage"] == 0.5
     assert _others(train, held_out, 0, 1)["other_auroc_tokens"] == 1.0  # latent 0 is another one then
+
+
+def test_another_latent_that_fires_against_the_concept_is_found_with_its_sign() -> None:
+    """Latent 1 fires a little for the concept, latent 2 always against it; latent 3 changes sides on held-out data."""
+    train = coded([[0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 1]])
+    found = _others(train, coded([[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]), 0, 0)
+    for unit in ("tokens", "sequences"):
+        assert found[f"other_auroc_{unit}"] == 1.0
+        assert found[f"other_latent_{unit}"] == 2.0 and found[f"other_sign_{unit}"] == -1.0
+    assert found["leakage"] == pytest.approx(1 / 3)  # latent 3 has the other sign on training data
+    turned = _others(train, coded([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]), 0, 0)
+    assert turned["other_latent_tokens"] == 2.0 and turned["other_auroc_tokens"] == 0.0  # no sign is chosen on held-out data
 
 
 def test_of_a_dense_code_some_positions_are_kept_whole(monkeypatch) -> None:

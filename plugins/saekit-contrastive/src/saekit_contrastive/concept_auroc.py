@@ -30,10 +30,14 @@ _MEANINGS = {
     "std": "standard deviation of the latent's activation",
     "mean_std": "standard deviation of a latent's activation, on average over all latents",
     "max_std": "the largest standard deviation of any latent",
-    "leakage": f"share of the other living latents with an AUROC above {LEAKS} over sequences",
+    "leakage": f"share of the other living latents with an AUROC above {LEAKS} over sequences, for the concept or against it",
     "rest_auroc_tokens": "AUROC over positions of a logistic probe of what all other latents reconstruct",
-    "other_auroc_tokens": "AUROC over positions of the best other latent, chosen on training data",
-    "other_auroc_sequences": "AUROC over sequences of the best other latent, chosen on training data",
+    "other_auroc_tokens": "AUROC over positions of the best other latent; it and its sign are chosen on training data",
+    "other_auroc_sequences": "AUROC over sequences of the best other latent; it and its sign are chosen on training data",
+    "other_latent_tokens": "number of the latent that is best over positions",
+    "other_latent_sequences": "number of the latent that is best over sequences",
+    "other_sign_tokens": "1 if that latent fires for the concept, -1 if against it",
+    "other_sign_sequences": "1 if that latent fires for the concept, -1 if against it",
     "means_auroc_tokens": "AUROC over positions of the difference of means of training activations",
     "means_auroc_sequences": "AUROC over sequences of the difference of means of training activations",
     "probe_auroc_tokens": "AUROC over positions of a logistic probe of training activations",
@@ -46,8 +50,9 @@ class ConceptAUROC:
     """AUROC, means and firing rates of concepts' latents, on the gated code of held-out labelled sequences.
 
     AUROCs are exact, by ranks with ties averaged. Positions take their sequence's label. Over sequences, scores are means
-    over positions. Probes are fitted, and the best other latent is chosen, on training sequences. Names begin with
-    `concept_`; if the source has several concepts, they end in `_` and the concept's name.
+    over positions. Other latents may fire for the concept or against it: against it, their AUROC is 1 less the plain one.
+    Probes are fitted, and the best other latent and every latent's sign are chosen, on training sequences. Names begin
+    with `concept_`; if the source has several concepts, they end in `_` and the concept's name.
     """
 
     headline: ClassVar[tuple[str, ...]] = (
@@ -105,6 +110,8 @@ class ConceptAUROC:
                     context.warn(
                         f"Latent {latent}, of concept {name!r}, never fires on held-out sequences, so its AUROC is 0.5."
                     )
+                elif own["ratio"] is None:
+                    context.warn(f"Latent {latent}, of concept {name!r}, fires only for it, so concept_ratio is not defined.")
             else:
                 context.warn(f"Concept {name!r} does not occur as both 0 and 1 in each split, so no AUROC is defined.")
             values |= {f"concept_{key}{self._endings[column]}": value for key, value in own.items()}
@@ -137,13 +144,19 @@ def _of_latent(data: LabelledCodes, column: int, latent: int) -> Values:
 
 
 def _others(train: LabelledCodes, held_out: LabelledCodes, column: int, latent: int) -> Values:
-    """How well the other latents predict the concept."""
+    """How well the other latents predict the concept, each with the sign that it has on training data."""
     found: Values = {}
     for unit in ("tokens", "sequences"):
-        chosen = _every(train, column, unit)
-        chosen[latent] = -1.0
+        fitted = _every(train, column, unit)
+        against = fitted < 0.5  # [d_sae]
+        strength = (fitted - 0.5).abs()
+        strength[latent] = -1.0
+        best = int(strength.argmax())
         measured = _every(held_out, column, unit)
-        found[f"other_auroc_{unit}"] = float(measured[chosen.argmax()])
+        measured = torch.where(against, 1.0 - measured, measured)
+        found[f"other_auroc_{unit}"] = float(measured[best])
+        found[f"other_latent_{unit}"] = float(best)
+        found[f"other_sign_{unit}"] = -1.0 if against[best] else 1.0
     living = held_out.sums[2] > 0
     living[latent] = False
     found["leakage"] = float((measured[living] > LEAKS).double().mean()) if living.any() else 0.0

@@ -72,12 +72,22 @@ def encode_labelled(context: RunContext, split: str, chosen: Iterable[int], *, s
     chosen: latents whose activations are kept at every position. Whole codes are kept at evenly spread positions with
         about 4 million active entries in all: at every position if the code is sparse.
 
-    From "held_out" they are taken all over the split, which may be sorted by kind."""
+    From "held_out" they are taken all over the split, which may be sorted by kind. Positions that are not finite are left
+    out, with a warning; a sequence without any other has no label then."""
     known = _KNOWN.setdefault(context.source, {})
     key = (split, sequences, tokens, context.seed)
     if key not in known:
         known[key] = _positions(context.source, *key)
     x, sequence, labels = known[key]
+    finite = x.isfinite().all(1)  # [n]
+    if not finite.all():
+        context.warn(
+            f"{int((~finite).sum()):,} of {len(x):,} activations of labelled sequences of the split {split!r} are not finite; "
+            "they are left out."
+        )
+        x, sequence = x[finite], sequence[finite]
+        empty = torch.bincount(sequence, minlength=len(labels)) == 0
+        labels = labels.masked_fill(empty[:, None], torch.nan)
     x = x * context.scale  # [n, d_in]
     d_sae, columns = context.sae.d_sae, torch.tensor(list(chosen), device=x.device)
     pooled = x.new_zeros(len(labels) * d_sae)
