@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saekit.errors import OptionError, PluginError
-from saekit.sae.code import Code, DenseCode, SparseCode
+from saekit.sae.code import Code, DenseCode, OfLatents, SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse, encode_selected, zero_shift
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ class SparseAutoencoder(nn.Module):
           `self.pre_at(x, pre, pattern)`, and return `self.sparse_code(x, pattern, values)`;
         - dense: compute activations [batch, d_sae] from `self.pre_activations(x)`, with their gradient, and return
           `self.dense_code(x, activations)`.
+
+        Both take `threshold`: what a pre-activation must exceed for its latent to fire here. State it if it is known.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement gate(x).")
 
@@ -173,13 +175,50 @@ class SparseAutoencoder(nn.Module):
         centred, bias = self.encoder_input(x, self.b_enc)
         return encode_selected(centred, self.W_enc, bias, chosen, pattern)
 
-    def sparse_code(self, x: Tensor, pattern: Pattern, values: Tensor, gates: Tensor | None = None) -> SparseCode:
-        """The code with `values` [nnz] at `pattern`. For gates [nnz] see `SparseCode.gates`."""
-        return SparseCode(pattern, values, lambda wanted: self.pre_activations(x, wanted), gates)
+    def sparse_code(
+        self,
+        x: Tensor,
+        pattern: Pattern,
+        values: Tensor,
+        gates: Tensor | None = None,
+        *,
+        threshold: Tensor | float | None = None,
+    ) -> SparseCode:
+        """The code with `values` [nnz] at `pattern`.
 
-    def dense_code(self, x: Tensor, activations: Tensor) -> DenseCode:
-        """The code as a dense matrix: activations [batch, d_sae], with their gradient."""
-        return DenseCode(activations, lambda wanted: self.pre_activations(x, wanted))
+        gates: [nnz], see `SparseCode.gates`.
+        threshold: what a pre-activation must exceed for its latent to fire: a number, or [d_sae], [batch, 1] or
+            [batch, d_sae]. `Code.margin` counts from it. By default it is the smallest pre-activation in the row whose
+            latent fires, which is right if all latents of a row share one threshold, but costs a dense product.
+        """
+        margins = self._margins(x, SparseCode(pattern, values.detach()), threshold)
+        return SparseCode(pattern, values, lambda wanted: self.pre_activations(x, wanted), gates, margins)
+
+    def dense_code(self, x: Tensor, activations: Tensor, *, threshold: Tensor | float | None = None) -> DenseCode:
+        """The code as a dense matrix: activations [batch, d_sae], with their gradient. For `threshold` see `sparse_code`."""
+        margins = self._margins(x, DenseCode(activations.detach()), threshold)
+        return DenseCode(activations, lambda wanted: self.pre_activations(x, wanted), margins)
+
+    def _margins(self, x: Tensor, active: Code, threshold: Tensor | float | None) -> OfLatents:
+        """What `Code.margin` calls. active: the code without a gradient."""
+
+        def margins(latents: Tensor | None) -> Tensor:
+            least = self._smallest_active(x, active) if threshold is None else threshold
+            if isinstance(least, Tensor):
+                least = least.detach()
+                if latents is not None and least.dim() and least.shape[-1] > 1:
+                    least = least[..., latents]
+            return self.pre_activations(x, latents) - least  # [batch, n]
+
+        return margins
+
+    @torch.no_grad()
+    def _smallest_active(self, x: Tensor, active: Code) -> Tensor:
+        """The smallest pre-activation in each row whose latent fires: [batch, 1]. If none does, the largest, at least 0."""
+        pre = self.pre_activations(x)  # [batch, d_sae]
+        rows, latents, _ = active.nonzero()
+        least = pre.amax(1).clamp_min(0.0)  # [batch]
+        return least.scatter_reduce(0, rows, pre[rows, latents], "amin", include_self=False).unsqueeze(1)
 
     # --- around training --------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from saekit.sae.kernels import Pattern
 
-PreActivations = Callable[["Tensor | None"], Tensor]
+OfLatents = Callable[["Tensor | None"], Tensor]
+"""From latents [n], or None for all of them, to a value of each in each row: [batch, n]."""
 
 
 class Code(ABC):
@@ -25,8 +26,8 @@ class Code(ABC):
 
     d_sae: int
 
-    def __init__(self, pre_activations: PreActivations | None) -> None:
-        self._pre_activations = pre_activations
+    def __init__(self, pre_activations: OfLatents | None, margins: OfLatents | None = None) -> None:
+        self._pre_activations, self._margins = pre_activations, margins
 
     def pre(self, latents: Tensor | None = None) -> Tensor:
         """Pre-activations of some latents (all if None), before any gating: [batch, n].
@@ -35,6 +36,15 @@ class Code(ABC):
         if self._pre_activations is None:
             raise ValueError("This code was not made by an encoder, so it has no pre-activations.")
         return self._pre_activations(latents)
+
+    def margin(self, latents: Tensor | None = None) -> Tensor:
+        """How far some latents (all if None) are from just firing, in units of their pre-activations: [batch, n].
+
+        Positive where a latent fires, negative where it does not, and 0 at what it must exceed, which the architecture
+        says (`threshold` of `SparseAutoencoder.sparse_code`). The gradient is that of `pre`, so silent latents have one."""
+        if self._margins is None:
+            raise ValueError("This code was not made by an encoder, so nothing says when its latents fire.")
+        return self._margins(latents)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -83,10 +93,11 @@ class SparseCode(Code):
         self,
         pattern: Pattern,
         values: Tensor,
-        pre_activations: PreActivations | None = None,
+        pre_activations: OfLatents | None = None,
         gates: Tensor | None = None,
+        margins: OfLatents | None = None,
     ) -> None:
-        super().__init__(pre_activations)
+        super().__init__(pre_activations, margins)
         self.pattern = pattern
         self.values = values  # [nnz]
         self.gates = gates  # [nnz], summed by the architecture's own sparsity loss; None if it has no gate to learn
@@ -152,8 +163,10 @@ def _distinct(place: Tensor, latents: Tensor) -> bool:
 class DenseCode(Code):
     """A code stored as [batch, d_sae], for gates that are not sparse, or not yet."""
 
-    def __init__(self, activations: Tensor, pre_activations: PreActivations | None = None) -> None:
-        super().__init__(pre_activations)
+    def __init__(
+        self, activations: Tensor, pre_activations: OfLatents | None = None, margins: OfLatents | None = None
+    ) -> None:
+        super().__init__(pre_activations, margins)
         self.activations = activations  # [batch, d_sae]
         self.d_sae = activations.shape[1]
 

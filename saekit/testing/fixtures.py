@@ -98,7 +98,7 @@ def make_step(
         graph=_ring(sae) if graph else None,
     )
     if not sparse:
-        step.code = DenseCode(step.code.dense(), step.code.pre)
+        step.code = DenseCode(step.code.dense(), step.code.pre, step.code.margin)
         step.reconstruction = sae.reconstruct(step.x, step.code)
     return step
 
@@ -125,7 +125,7 @@ def _sequences(sae: SparseAutoencoder, labels: bool | Tensor, sparse: bool, seed
     with evaluating(sae):
         code = sae.encode(x[mask])
     if not sparse:
-        code = DenseCode(code.dense(), code.pre)
+        code = DenseCode(code.dense(), code.pre, code.margin)
     return SequenceBatch(x, mask, labels.to(like), tokens, target, code)
 
 

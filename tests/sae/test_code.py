@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saekit import DenseCode, SparseCode
+from saekit.builtin.architectures.batchtopk import BatchTopK
 from saekit.builtin.architectures.standard import Standard
 from saekit.builtin.architectures.topk import TopK
 from saekit.sae.kernels import Pattern, decode_sparse, sampled_product, transposed_sum
@@ -122,6 +123,65 @@ def test_pre_activations_of_some_latents_are_those_of_all(architecture: type) ->
     (gradient,) = torch.autograd.grad(code.pre(some).sum(), sae.W_enc)
     assert gradient[:, some].abs().sum() > 0
     assert gradient.abs().sum(0).count_nonzero() == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "architecture", ["standard", "clipped", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"]
+)
+def test_a_positive_margin_fires_and_a_negative_one_does_not(random_sae, inputs, architecture: str, training: bool) -> None:
+    """Every bias and threshold is drawn, so each latent has its own."""
+    sae = random_sae(architecture).double().train(training)
+    code = sae.encode(inputs.double())
+    margin, fires = code.margin(), code.dense() != 0
+    assert bool(fires[margin > 1e-9].all()) and not bool(fires[margin < -1e-9].any())
+    assert bool((margin > 1e-9).any()) and bool((margin < -1e-9).any())
+    some = torch.tensor([5, 0, 39])
+    torch.testing.assert_close(code.margin(some), margin[:, some])
+    torch.testing.assert_close(code.pre(some) - code.margin(some), (code.pre() - margin)[:, some])
+
+
+def test_the_margin_of_topk_is_the_distance_to_the_smallest_activation_of_the_row() -> None:
+    sae = TopK(6, 40, k=4)
+    sae.initialise(torch.Generator().manual_seed(1), torch.randn(20, 6))
+    code = sae.encode(torch.randn(9, 6))
+    some = torch.tensor([5, 0, 39])
+    smallest = torch.where(code.dense() > 0, code.dense(), torch.inf).amin(1, keepdim=True)
+    assert torch.equal(code.margin(some), code.pre(some) - smallest)
+    (gradient,) = torch.autograd.grad(code.margin(some).sum(), sae.W_enc)
+    assert gradient.abs().sum(0).nonzero().flatten().tolist() == [0, 5, 39]
+
+
+def test_a_code_keeps_the_threshold_that_it_was_made_with() -> None:
+    """The sequences of a step are encoded in evaluation mode, and asked for their margins in the middle of training."""
+    sae = BatchTopK(6, 40, k=4).double()
+    sae.initialise(torch.Generator().manual_seed(1), torch.randn(20, 6).double())
+    sae.encode(torch.randn(64, 6).double())
+    code = sae.eval().encode(torch.randn(9, 6).double())
+    before = code.margin().clone()
+    sae.train().encode(100 * torch.randn(64, 6).double())
+    assert torch.equal(code.margin(), before)
+
+
+class Sharp(Standard):
+    """Says nothing of its threshold, and its activations are not in units of its pre-activations."""
+
+    def gate(self, x):
+        return self.dense_code(x, torch.linspace(0.1, 9, self.d_sae).to(x) * self.pre_activations(x).relu())
+
+
+def test_an_architecture_that_says_nothing_has_margins_from_the_row() -> None:
+    sae = Sharp(6, 40).double()
+    sae.initialise(torch.Generator().manual_seed(1), torch.randn(20, 6).double())
+    x = torch.randn(30, 6).double()
+    sae.b_enc.data.normal_()
+    code = sae.encode(x)
+    margin, fires = code.margin(), code.dense() != 0
+    assert torch.equal(margin >= 0, fires) and bool(fires.any())
+    sae.b_enc.data.fill_(-100.0)
+    assert bool((sae.encode(x).margin() < 0).all())
+    with pytest.raises(ValueError, match="not made by an encoder"):
+        DenseCode(torch.ones(2, 3)).margin()
 
 
 @pytest.mark.parametrize("architecture", [Standard, TopK])

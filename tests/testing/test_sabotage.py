@@ -293,12 +293,44 @@ class ShiftsHalf(SparseAutoencoder):
 
     def gate(self, x):
         pre = self.pre_activations(x)
-        return self.dense_code(x, pre.relu() + (pre - self.b_enc + self.second).relu())
+        activations = pre.relu() + (pre - self.b_enc + self.second).relu()
+        return self.dense_code(x, activations, threshold=(self.b_enc - self.second).clamp_max(0.0))
 
     @torch.no_grad()
     def rescale(self, scale):
         super().rescale(scale)
         self.second.div_(scale)
+
+
+class KeepsItsThresholds(SparseAutoencoder):
+    """Has a threshold for each latent, and does not hand them on with the code."""
+
+    def __init__(self, d_in, d_sae, d_out=None):
+        super().__init__(d_in, d_sae, d_out)
+        self.floors = torch.nn.Parameter(torch.zeros(d_sae))
+
+    @property
+    def latent_parameters(self):
+        return {**super().latent_parameters, "floors": 0.0}
+
+    def gate(self, x):
+        pre = self.pre_activations(x)
+        return self.dense_code(x, pre * (pre > self.floors), **self.told())
+
+    def told(self):
+        return {}
+
+    @torch.no_grad()
+    def rescale(self, scale):
+        super().rescale(scale)
+        self.floors.div_(scale)
+
+
+class TellsItsThresholds(KeepsItsThresholds):
+    """The same, said."""
+
+    def told(self):
+        return {"threshold": self.floors}
 
 
 class AnotherGate(Small):
@@ -346,6 +378,8 @@ ARCHITECTURES: dict[str, tuple[Any, set[str]]] = {
     "draws_elsewhere": (DrawsElsewhere, {"initialise_draws_from_its_generator", "deterministic", "latents_start_again"}),
     "keeps_under_another_name": (KeepsUnderAnotherName, {"options_rebuild", "saved_and_loaded"}),
     "forgets_a_latent_parameter": (ForgetsALatentParameter, {"latents_start_again"}),
+    "tells_its_thresholds": (TellsItsThresholds, set()),
+    "keeps_its_thresholds": (KeepsItsThresholds, {"margin_tells_who_fires"}),
     "shifts_half": (ShiftsHalf, {"shift_moves_pre_activations"}),
     "reads_what_it_does_not_write": (ReadsWhatItDoesNotWrite, {"saelens_format"}),
 }

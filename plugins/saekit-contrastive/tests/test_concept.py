@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from saekit_contrastive.class_contrast import FORMS, contrast
-from saekit_contrastive.concept import Concept, ConceptRows, bar, resolve_latents
+from saekit_contrastive.concept import Concept, ConceptRows, resolve_latents
 
 from saekit import UsageError
 
@@ -53,40 +53,49 @@ def test_values_against_the_definition(kit) -> None:
     step = kit.step_of()
     batch = step.sequences
     sequence = batch.mask.nonzero()[:, 0]
-    scores = batch.code.pre(torch.tensor([5]))[:, 0] - bar(batch.code)
+    scores = batch.code.margin(torch.tensor([5]))[:, 0]
     tokens = kit.prepared(Concept(latents={"prose": 5}), step.sae)(step)
     torch.testing.assert_close(tokens, contrast(scores, batch.labels[sequence, 1]))
     means = torch.stack([scores[sequence == i].mean() for i in range(len(batch))])
     pooled = kit.prepared(Concept(latents={"1": 5}, on="sequences"), step.sae)(step)
     torch.testing.assert_close(pooled, contrast(means, batch.labels[:, 1]))
     rows = kit.prepared(ConceptRows(latents={"prose": 5}), step.sae)(step)
-    torch.testing.assert_close(
-        rows, contrast(step.code.pre(torch.tensor([5]))[:, 0] - bar(step.code), step.labels[:, 1])
-    )
+    torch.testing.assert_close(rows, contrast(step.code.margin(torch.tensor([5]))[:, 0], step.labels[:, 1]))
     both = kit.prepared(Concept(), step.sae)(step)
     each = [kit.prepared(Concept(latents={name: n}), step.sae)(step) for n, name in enumerate(CONCEPTS)]
     torch.testing.assert_close(both, torch.stack(each).mean())
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-def test_the_bar_is_the_smallest_active_value_of_each_row(kit, sparse: bool) -> None:
-    step = kit.step_of(sparse=sparse)
-    dense = step.code.dense().detach()
-    torch.testing.assert_close(bar(step.code), torch.where(dense > 0, dense, torch.inf).amin(1))
-    silent = kit.step_of(architecture="standard", options={}, sparse=sparse)
+def differing(sae):
+    """The SAE, its latents with biases and thresholds that differ."""
+    draws = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        silent.sae.b_enc.fill_(-100)
-    assert not bar(kit.step_of(silent.sae, sparse=sparse).code).any()
+        for parameter in sae.parameters():
+            if parameter.shape == (sae.d_sae,):
+                parameter.add_(0.5 * torch.randn(sae.d_sae, generator=draws).to(parameter))
+        sae.constrain_weights()
+    return sae
 
 
-def test_above_the_bar_a_latent_passes_the_gate(kit) -> None:
-    """So a positive score means that the latent fires, for topk as for a plain ReLU."""
-    for architecture in ("topk", "standard"):
-        code = kit.step_of(architecture=architecture, options={}).code
-        scores = code.pre(torch.arange(64)) - bar(code)[:, None]
-        fired = code.dense() > 0
-        assert fired[scores > 1e-9].all() and not fired[scores < -1e-9].any()
-        assert (scores > 1e-9).any() and (scores < -1e-9).any()
+@pytest.mark.parametrize(
+    "architecture", ["topk", "standard", "clipped", "jumprelu", "gated", "batchtopk", "matryoshka", "hsae"]
+)
+@pytest.mark.parametrize("loss", [Concept, ConceptRows])
+def test_a_positive_score_fires_and_a_negative_one_does_not(kit, monkeypatch, loss, architecture: str) -> None:
+    """Positive scores that were silent when a score was counted from the row's smallest activation: jumprelu .85, gated .34."""
+    options = {"base": {"use": "jumprelu"}} if architecture == "hsae" else {}
+    step = kit.step_of(differing(kit.step_of(architecture=architecture, options=options).sae))
+    code = step.sequences.code if loss is Concept else step.code
+    seen = []
+    monkeypatch.setattr(
+        "saekit_contrastive.concept.mean_contrast", lambda scores, *_: seen.append(scores) or scores.sum()
+    )
+    for latent in range(0, 64, 2):
+        kit.prepared(loss(latents={"code": latent, "prose": latent + 1}), step.sae)(step)
+    scores = torch.cat(seen, 1)  # [rows, 64]
+    fires = code.dense() != 0
+    assert fires[scores > 1e-9].all() and not fires[scores < -1e-9].any()
+    assert (scores > 1e-9).any() and (scores < -1e-9).any()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,10 @@ from saekit.testing.tiny import tiny_table
 CONCEPTS = [0, 1, 2]
 
 
+def draws():
+    return torch.Generator().manual_seed(0)
+
+
 def source_of():
     component = Registry().find("source", "synthetic")
     given = {"d_in": 48, "n_features": 64, "probability": 0.04, "concepts": CONCEPTS, "held_out": 6000}
@@ -30,6 +34,8 @@ def trained(source, loss: Concept | None, architecture: str, tmp_path):
     sae = build_sae(component, {}, x, d_in=48, d_sae=96)
     with torch.no_grad():
         sae.b_enc[: len(CONCEPTS)] = -3.0
+        if architecture == "jumprelu":  # thresholds that differ, as after a training
+            sae.threshold.copy_(torch.linspace(0.0, 2.0, sae.d_sae)[torch.randperm(sae.d_sae, generator=draws())])
     context = RunContext(
         sae, source, parse_config(tiny_table(), "a tiny run"), torch.device("cpu"), tmp_path, lambda message: None
     )
@@ -53,7 +59,7 @@ def trained(source, loss: Concept | None, architecture: str, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["topk", "standard"])
+@pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu"])
 def test_three_planted_concepts_are_found_from_a_dead_start(architecture: str, tmp_path) -> None:
     source = source_of()
     found = {}

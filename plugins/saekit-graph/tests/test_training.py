@@ -63,6 +63,21 @@ def test_the_other_forms_are_of_the_mean_in_units_of_its_rms() -> None:
     torch.testing.assert_close(a_cluster(step, form="hinge")(step), expected)
 
 
+def test_from_the_bar_each_member_counts_from_its_own_threshold() -> None:
+    step = a_step(architecture="jumprelu")
+    with torch.no_grad():
+        step.sae.threshold.copy_(torch.linspace(0.0, 2.0, step.sae.d_sae))
+    step = a_step(sae=step.sae)
+    members = torch.tensor([LATENT, *OTHERS])
+    scores = (step.sequences.code.pre(members) - step.sae.threshold[members]).mean(1)
+    y = step.sequences.labels[step.sequences.mask.nonzero()[:, 0], 0]
+    expected = scores[y == 0].mean() - scores[y == 1].mean()
+    torch.testing.assert_close(a_cluster(step, form="raw", zero="bar")(step), expected)
+    unit = scores[~y.isnan()].square().mean().sqrt()
+    expected = 0.5 * ((0.5 - scores[y == 1] / unit).relu().mean() + (0.5 + scores[y == 0] / unit).relu().mean())
+    torch.testing.assert_close(a_cluster(step, form="hinge", zero="bar")(step), expected)
+
+
 @pytest.mark.parametrize("form", ["raw", "hinge", "bce", "pairwise"])
 @pytest.mark.parametrize("zero", ["middle", "bar"])
 def test_dead_latents_move(form: str, zero: str) -> None:

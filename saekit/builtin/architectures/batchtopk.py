@@ -88,11 +88,13 @@ class BatchTopK(SparseAutoencoder):
         if self.training:
             pattern = self._largest_of_batch(pre)
             values = self.pre_at(x, pre, pattern).relu()
+            threshold = values.detach().amin()  # that of this batch
             self._follow(values.detach())
         else:
-            pattern = Pattern.of_mask(pre > self.threshold.clamp_min(0.0))
+            threshold = self.threshold.clamp_min(0.0)
+            pattern = Pattern.of_mask(pre > threshold)
             values = self.pre_at(x, pre, pattern)
-        return self.sparse_code(x, pattern, values)
+        return self.sparse_code(x, pattern, values, threshold=threshold)
 
     @torch.no_grad()
     def _largest_of_batch(self, pre: Tensor) -> Pattern:

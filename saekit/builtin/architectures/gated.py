@@ -53,7 +53,9 @@ class Gated(SparseAutoencoder):
         latents = pattern.indices  # [nnz]
         magnitude = torch.exp(self.r_mag)[latents] * z + self.b_mag[latents]  # [nnz]
         gates = z + self.b_gate[latents]  # [nnz], positive on the whole pattern, so this is ReLU(gate)
-        return self.sparse_code(x, pattern, magnitude.relu(), gates)
+        # Both paths must be positive: the gate, and the magnitude, which is so above a gate of this size.
+        threshold = (self.b_gate - self.b_mag * torch.exp(-self.r_mag)).detach().relu()  # [d_sae]
+        return self.sparse_code(x, pattern, magnitude.relu(), gates, threshold=threshold)
 
     @torch.no_grad()
     def rescale(self, scale: float) -> None:

@@ -89,11 +89,11 @@ class JumpReLU(SparseAutoencoder):
         pre = self.dense_pre(x)  # [batch, d_sae]
         if not self.training:
             pattern = Pattern.of_mask(pre > self.threshold)
-            return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern))
+            return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern), threshold=self.threshold)
         pattern = Pattern.of_mask(pre > self.threshold.detach() - self.bandwidth / 2)
         z = self.pre_at(x, pre, pattern)  # [nnz]
         values, gates = _Jump.apply(z, self.threshold[pattern.indices], self.bandwidth)  # [nnz] each
-        return self.sparse_code(x, pattern, values, gates)
+        return self.sparse_code(x, pattern, values, gates, threshold=self.threshold)
 
     @torch.no_grad()
     def constrain_weights(self) -> None:

@@ -49,11 +49,12 @@ class Standard(SparseAutoencoder):
 
     def gate(self, x: Tensor) -> Code:
         if self._density >= self.sparse_below:
-            code: Code = self.dense_code(x, self.activation(self.pre_activations(x)))  # [batch, d_sae]
+            code: Code = self.dense_code(x, self.activation(self.pre_activations(x)), threshold=0.0)  # [batch, d_sae]
         else:
             pre = self.dense_pre(x)  # [batch, d_sae]
             pattern = Pattern.of_mask(pre > 0)
-            code = self.sparse_code(x, pattern, self.activation(self.pre_at(x, pre, pattern)))  # [nnz] active
+            values = self.activation(self.pre_at(x, pre, pattern))  # [nnz] active
+            code = self.sparse_code(x, pattern, values, threshold=0.0)
         if self._batches % self.look_every == 0:
             self._density = float(code.count().mean()) / self.d_sae
         self._batches += 1

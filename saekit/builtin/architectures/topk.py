@@ -57,4 +57,5 @@ class TopK(SparseAutoencoder):
         pre = self.dense_pre(x)  # [batch, d_sae]
         latents = row_topk(pre, self.k)[1]  # [batch, k]
         pattern = Pattern.regular(latents, self.d_sae)
-        return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern).relu())  # [batch * k] values
+        values = self.pre_at(x, pre, pattern).relu()  # [batch * k]
+        return self.sparse_code(x, pattern, values, threshold=values.detach().view(-1, self.k).amin(1, keepdim=True))

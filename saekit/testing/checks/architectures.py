@@ -255,6 +255,39 @@ def shift_moves_pre_activations(subject: Subject) -> None:
             )
 
 
+def margin_tells_who_fires(subject: Subject) -> None:
+    for sparse in (False, True):
+        sae = built(subject, sparse=sparse, dtype=torch.float64)
+        with torch.no_grad():  # latents that differ in whatever each has of its own
+            for seed, parameter in enumerate(sae.parameters()):
+                if parameter.shape == (D_SAE,):
+                    parameter.add_(0.3 * activations(1, seed=20 + seed, width=D_SAE).squeeze(0))
+            sae.constrain_weights()
+        for training in (True, False):
+            _compare_margins_with_code(sae, training)
+
+
+def _compare_margins_with_code(sae: Any, training: bool) -> None:
+    sae.train(training)
+    code = sae.encode(activations().double())
+    sae.train()
+    sae.encode(activations(seed=1).double())  # a code speaks of its own batch and mode, whatever came after it
+    latents = torch.arange(D_SAE - 1, -1, -2)
+    margin, fires = code.margin(latents), code.columns(latents) != 0  # [batch, n] each
+    when = "in training" if training else "in evaluation"
+    for wrong, what in (
+        ((margin > 1e-9) & ~fires, "positive though it is silent"),
+        ((margin < -1e-9) & fires, "negative though it fires"),
+    ):
+        if bool(wrong.any()):
+            raise Failed(
+                f"{when} the margin of a latent is {what}, in {int(wrong.sum())} of {wrong.numel()} cases. Hand sparse_code or "
+                "dense_code the `threshold` that its pre-activation must exceed to fire: [d_sae] if each latent has its own."
+            )
+    if not margin.requires_grad or not bool(torch.autograd.grad(margin.sum(), sae.W_enc)[0][:, latents].any(0).all()):
+        raise Failed(f"{when} the margin of some latent has no gradient to W_enc. Fix `pre_activations`.")
+
+
 def rescale_is_homogeneous(subject: Subject) -> None:
     x, scale = activations(), 3.0
     for sparse in (False, True):
@@ -388,6 +421,11 @@ CHECKS: tuple[Check, ...] = (
         "shift_moves_pre_activations",
         "`shift_pre_activations(by)` adds `by`, and can replace subtracting b_dec from the input, in float64.",
         shift_moves_pre_activations,
+    ),
+    Check(
+        "margin_tells_who_fires",
+        "`Code.margin` is positive where a latent fires, negative where it does not, and has a gradient, in float64.",
+        margin_tells_who_fires,
     ),
     Check(
         "rescale_is_homogeneous",

@@ -1,8 +1,8 @@
 """The losses `concept` and `concept_rows`: chosen latents should fire where their concepts occur, and nowhere else.
 
 Both act on pre-activations, so that a latent that never fires moves too: through the ReLU its gradient would be zero.
-What a latent must exceed to fire differs between gates and between rows (the k-th largest pre-activation, a threshold,
-zero), so a latent's score is its pre-activation minus the row's *bar*: the smallest activation that passed the gate.
+What a latent must exceed to fire differs between gates, rows and latents (the k-th largest pre-activation, a threshold of
+its own, zero), so a latent's score is its margin: its pre-activation minus that (`Code.margin`).
 
 `ConceptLatents` and `labelled_scores` are public: other losses on labelled sequences can be built from them.
 """
@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit import Code, ComponentError, OptionError, SequenceBatch, Step
+from saekit import ComponentError, OptionError, SequenceBatch, Step
 from saekit_contrastive.class_contrast import Form, Margin, contrasts, has_both_classes
 
 if TYPE_CHECKING:
@@ -60,15 +60,6 @@ def resolve_latents(latents: dict[str, int] | None, concepts: list[str], d_sae: 
     if not found:
         raise OptionError("latents", "is empty. Name a concept and its latent, or leave it out.")
     return found
-
-
-def bar(code: Code) -> Tensor:
-    """What a latent must exceed to fire in each row: the smallest activation there, without gradient: [batch].
-
-    Zero if nothing is active. For topk it is the k-th largest pre-activation, for a plain ReLU nearly zero."""
-    rows, _, values = code.nonzero()
-    found = values.new_zeros(len(code))
-    return found.scatter_reduce_(0, rows, values.detach(), "amin", include_self=False)
 
 
 class ConceptLatents:
@@ -137,11 +128,6 @@ def mean_contrast(scores: Tensor, labels: Tensor, form: Form, margin: float) -> 
     return scores.sum() * 0.0 if value is None else value
 
 
-def _firing_scores(code: Code, latents: list[int], like: Tensor) -> Tensor:
-    """Each latent's pre-activation minus the row's bar: [rows, c]."""
-    return code.pre(torch.tensor(latents, device=like.device)) - bar(code)[:, None]
-
-
 class Concept:
     """On labelled sequences: each position takes its sequence's label, or positions are averaged first.
 
@@ -170,7 +156,7 @@ class Concept:
         """The loss of one step's sequences."""
         batch = step.sequences
         assert batch is not None and batch.code is not None  # promised by the need `sequences`
-        scores = _firing_scores(batch.code, self._concepts.latents, batch.x)  # [m, c]
+        scores = batch.code.margin(torch.tensor(self._concepts.latents, device=batch.x.device))  # [m, c]
         labelled = labelled_scores(scores, self._concepts.labels(batch.labels), batch, self._on)
         return mean_contrast(*labelled, self._form, self._margin)
 
@@ -198,5 +184,5 @@ class ConceptRows:
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""
         assert step.labels is not None  # promised by the need `labels`
-        scores = _firing_scores(step.code, self._concepts.latents, step.x)  # [batch, c]
+        scores = step.code.margin(torch.tensor(self._concepts.latents, device=step.x.device))  # [batch, c]
         return mean_contrast(scores, self._concepts.labels(step.labels), self._form, self._margin)

@@ -15,7 +15,6 @@ from saekit_contrastive.concept import (
     ConceptLatents,
     Latents,
     On,
-    bar,
     first_sequence_labels,
     labelled_scores,
     mean_contrast,
@@ -46,7 +45,7 @@ class Cluster:
             Literal["middle", "bar"],
             Field(
                 description="Where a cluster's mean is counted from. middle: halfway between the classes, so that it must "
-                "tell them apart; bar: what a latent must exceed to fire, so that it must fire as well."
+                "tell them apart; bar: what each latent must exceed to fire, so that they must fire as well."
             ),
         ] = "middle",
     ) -> None:
@@ -81,12 +80,11 @@ class Cluster:
         return mean_contrast(scores, labels, self._form, self._margin)
 
     def _scores(self, code: Code, like: Tensor) -> Tensor:
-        """Each cluster's mean pre-activation, minus the row's bar if `zero` is "bar": [rows, c]."""
+        """Each cluster's mean pre-activation, or mean margin (`Code.margin`) if `zero` is "bar": [rows, c]."""
         together, place = torch.cat(self._members).to(like.device).unique(return_inverse=True)
-        columns = code.pre(together)  # [rows, m]
+        columns = code.pre(together) if self._zero == "middle" else code.margin(together)  # [rows, m]
         parts = place.split([len(members) for members in self._members])
-        scores = torch.stack([columns[:, part].mean(1) for part in parts], 1)
-        return scores if self._zero == "middle" else scores - bar(code)[:, None]
+        return torch.stack([columns[:, part].mean(1) for part in parts], 1)
 
 
 def cluster_of(graph: FeatureGraph, latent: int) -> Tensor:
