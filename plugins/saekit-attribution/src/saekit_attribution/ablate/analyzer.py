@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from saekit import ComponentError, Result, RunContext
-from saekit_attribution.ablate.behaviour_rates import RankingName
 from saekit_attribution.ablate.experiment import AblationExperiment
 from saekit_attribution.ablate.judge import Judge, load_judge, organism_judge
+from saekit_attribution.ablate.measures import RankingName
 from saekit_attribution.ablate.questions import (
     Questions,
     QuestionSets,

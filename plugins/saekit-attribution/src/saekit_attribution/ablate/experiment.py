@@ -10,7 +10,11 @@ import torch
 
 from saekit import Result, RunContext
 from saekit_attribution.ablate.answers import drawn_answers
-from saekit_attribution.ablate.behaviour_rates import (
+from saekit_attribution.ablate.control_latents import matched_controls
+from saekit_attribution.ablate.figures import curve_figure
+from saekit_attribution.ablate.greedy_selection import PromptPair, greedy_selection
+from saekit_attribution.ablate.judge import Judge
+from saekit_attribution.ablate.measures import (
     KEPT,
     NEUTRAL,
     RATE,
@@ -18,10 +22,6 @@ from saekit_attribution.ablate.behaviour_rates import (
     NothingToMeasure,
     Rates,
 )
-from saekit_attribution.ablate.control_latents import matched_controls
-from saekit_attribution.ablate.figures import curve_figure
-from saekit_attribution.ablate.greedy_selection import PromptPair, greedy_selection
-from saekit_attribution.ablate.judge import Judge
 from saekit_attribution.ablate.questions import Questions, QuestionSets
 from saekit_attribution.ablate.side_effects import organism_text, side_effects, source_text
 from saekit_attribution.effects.attribute import attribute
