@@ -9,6 +9,7 @@ from .compatibility import CONTRACT as CONTRACT
 from .component import Component as Component
 from .component import OfKind as OfKind
 from .component_option import ComponentOption as ComponentOption
+from .controls import AgainstControls as AgainstControls
 from .errors import ComponentError as ComponentError
 from .errors import OptionError as OptionError
 from .errors import SaekitError as SaekitError
@@ -18,6 +19,9 @@ from .files import write_json as write_json
 from .files import write_text as write_text
 from .graph import FeatureGraph as FeatureGraph
 from .hookspecs import hookimpl as hookimpl
+from .intervals import Interval as Interval
+from .intervals import auroc_interval as auroc_interval
+from .intervals import wilson_interval as wilson_interval
 from .interventions.attach import Attachment as Attachment
 from .interventions.attach import Mode as Mode
 from .interventions.attach import attach as attach
