@@ -199,6 +199,7 @@ class Run:
             self._loop(number, batches)
         for one in self.sae_runs:
             one.end_training()
+        self.each(SAERun.settle)
         self.trained_tokens = self.plan.total_steps * training.batch_size
         self.tokens_this_time = self.trained_tokens - number * training.batch_size
 

@@ -32,6 +32,8 @@ from saekit.training.randomness import OwnRandomness
 from saekit.training.state import RunState
 from saekit.training.trainer import Trainer
 
+CALIBRATION_SAMPLE = 16_384  # training activations: enough that the mean L0 of others is within about 1% of theirs
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -58,6 +60,7 @@ class SAERun:
     metrics, headline, meanings: once evaluated.
     analysis: each analyzer's scalars.
     losses: as logged last.
+    calibrated: what was set after training, and on how many `tokens`; empty if nothing was.
     """
 
     source: Source
@@ -75,6 +78,7 @@ class SAERun:
         self.meanings: dict[str, str] = {}
         self.analysis: dict[str, dict[str, Any]] = {}
         self.losses: dict[str, float] = {}
+        self.calibrated: dict[str, float] = {}
         self.scale = self.target_scale = 1.0
         self.listeners = Listeners(above, f"variant {self.variant!r}: " if self.variant else "")
         self._draws: OwnRandomness | None = None
@@ -230,9 +234,24 @@ class SAERun:
         self.losses = {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")}
         del self.trainer
 
-    def save_sae(self) -> None:
-        """Write `sae/` in the units of the raw activations, and go on with exactly what was written."""
+    def settle(self) -> None:
+        """After training: bring the SAE to the units of the raw activations, and let it set what training followed only on
+        average; see `SparseAutoencoder.calibrate`."""
         self.sae.unscale(self.scale, self.target_scale)
+        tokens = 0
+
+        def batches() -> Iterator[torch.Tensor]:
+            nonlocal tokens
+            for batch in self.context.training_activations(CALIBRATION_SAMPLE):
+                tokens += len(batch)
+                yield batch.x
+
+        with blamed_on(self.plan.architecture), torch.no_grad():
+            found = self.sae.calibrate(batches())
+        self.calibrated = {**found, "tokens": tokens} if found else {}
+
+    def save_sae(self) -> None:
+        """Write `sae/`, and go on with exactly what was written."""
         metadata = {
             "model_name": self.identity.get("model"),
             "hook_name": self.source.hook_point,
@@ -241,6 +260,7 @@ class SAERun:
             "prepend_bos": self.identity.get("bos"),
         }
         name = self.plan.architecture.component.qualified_name
+        metadata |= {"calibrated": self.calibrated} if self.calibrated else {}
         save_sae(self.sae, self.directory.sae, name=name, metadata={k: v for k, v in metadata.items() if v is not None})
         self.sae = load_sae(self.directory.sae, device=self.device, registry=self.registry)
 

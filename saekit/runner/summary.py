@@ -70,7 +70,7 @@ def _in_common(sae_runs: list[SAERun]) -> dict[str, Any]:
 
 def _sae(one: SAERun) -> dict[str, Any]:
     name = one.plan.architecture.component.name
-    return {"architecture": name, "d_in": one.sae.d_in, "d_sae": one.sae.d_sae}
+    return {"architecture": name, "d_in": one.sae.d_in, "d_sae": one.sae.d_sae, "calibrated": one.calibrated}
 
 
 def _graph(one: SAERun) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ have a linear path beside its latents: x' = code @ W_dec + b_dec + x @ W_skip^T.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -257,6 +257,15 @@ class SparseAutoencoder(nn.Module):
             if self.W_skip is not None:
                 self.W_skip.mul_(scale / target_scale)
         self.rescale(target_scale)
+
+    def calibrate(self, batches: Iterator[Tensor]) -> dict[str, float]:
+        """Called once, after the last step and before the SAE is written: set what followed training only on average, such as
+        a running threshold, to what it should be for the weights as they are now.
+
+        batches: [n, d_in] each, training activations in the units that the SAE then reads; harvested only if they are taken.
+        Returns the values that were set by name, which `sae/cfg.json` and the summary keep; empty if there is nothing to set,
+        as here. It draws no random numbers, so that a resumed run ends at the same bits."""
+        return {}
 
     def path_state(self) -> dict[str, Any]:
         """Plain values that decide by which of several ways the code is computed. A checkpoint keeps them, so that a resumed

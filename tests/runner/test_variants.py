@@ -219,9 +219,9 @@ def test_the_summary_holds_each_variants_own(run_variants: Callable) -> None:
         assert own["metrics"]["explained_variance"] is not None
         assert own["analysis"]["features"]
     assert list(summary["variants"]["other"]["losses"]) == ["mse", "noisy"]
-    assert summary["variants"]["other"]["sae"] == {"architecture": "standard", "d_in": 32, "d_sae": 128}
+    assert summary["variants"]["other"]["sae"] == {"architecture": "standard", "d_in": 32, "d_sae": 128, "calibrated": {}}
     # The run has no SAE of its own: what stands at the top is what all have in common.
-    assert summary["sae"] == {"architecture": None, "d_in": 32, "d_sae": None}
+    assert summary["sae"] == {"architecture": None, "d_in": 32, "d_sae": None, "calibrated": {}}
     assert summary["metrics"] == summary["analysis"] == summary["losses"] == {}
     assert summary["tokens"] == STEPS * 64
 

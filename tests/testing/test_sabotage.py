@@ -213,6 +213,28 @@ class LooksAside(Small):
         return 1.0 if self.training or len(x) != 24 else 0.5
 
 
+class FollowsSlowly(Small):
+    """Has one threshold for evaluation, the running mean of training's, and leaves it where it lags behind."""
+
+    def __init__(self, d_in, d_sae, d_out=None):
+        super().__init__(d_in, d_sae, d_out)
+        self.register_buffer("least", torch.zeros(()))
+
+    def gate(self, x):
+        pre, pattern = self.chosen(x)
+        if self.training:
+            values = self.pre_at(x, pre, pattern).relu()
+            self.least.lerp_(values.detach().amin(), 0.05)
+            return self.sparse_code(x, pattern, values)
+        pattern = Pattern.of_mask(pre > self.least)
+        return self.sparse_code(x, pattern, self.pre_at(x, pre, pattern), threshold=self.least.clone())
+
+    @torch.no_grad()
+    def rescale(self, scale):
+        super().rescale(scale)
+        self.least.div_(scale)
+
+
 class ForgetsAnOption(SparseAutoencoder):
     """Does not tell its `floor`."""
 
@@ -373,6 +395,7 @@ ARCHITECTURES: dict[str, tuple[Any, set[str]]] = {
     "small": (Small, set()),
     "without_gradient": (WithoutGradient, {"gradient_is_the_derivative"}),
     "twice_the_gradient": (TwiceTheGradient, {"gradient_is_the_derivative"}),
+    "follows_slowly": (FollowsSlowly, {"calibrated_at_the_end"}),
     "looks_aside": (LooksAside, {"rows_alone_in_eval"}),
     "keeps_its_floor": (KeepsItsFloor, {"rescale_is_homogeneous"}),
     "draws_elsewhere": (DrawsElsewhere, {"initialise_draws_from_its_generator", "deterministic", "latents_start_again"}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -50,8 +50,9 @@ class BatchTopKFormat(SaeLensFormat):
 class BatchTopK(SparseAutoencoder):
     """The k * batch largest pre-activations of a batch, through a ReLU (Bussmann, Leask and Nanda 2024).
 
-    At inference a row's code must not depend on the other rows, so a latent is active if it exceeds `threshold`: the
-    running mean of the smallest activation that each training batch kept.
+    At inference a row's code must not depend on the other rows, so a latent is active if it exceeds `threshold`. In training
+    that is the running mean of the smallest activation that each batch kept, which lags behind weights that still move; at
+    the end of training it is set so that k latents are active on average on a sample of training activations.
     """
 
     interop = BatchTopKFormat(
@@ -119,6 +120,31 @@ class BatchTopK(SparseAutoencoder):
         smallest = torch.where(torch.isfinite(smallest), smallest, self.threshold)
         moved = torch.lerp(smallest, self.threshold, self.threshold_memory)
         self.threshold.copy_(torch.where(self.threshold < 0, smallest, moved))
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterator[Tensor]) -> dict[str, float]:
+        """Set `threshold` so that k latents are active on average on `batches`, or as many as are positive if those are fewer.
+
+        It is the (k * rows + 1)-th largest pre-activation of all. Memory: `candidates` * k numbers for each row. The result is
+        exact unless the first batches hold more than `candidates` times their share of the largest."""
+        rows, largest = 0, self.W_dec.new_empty(0)
+        for x in batches:
+            rows += len(x)
+            largest = torch.cat([largest, self._positive(x)])
+            kept = self.candidates * self.k * rows + 1
+            if len(largest) > kept:
+                largest = largest.topk(kept, sorted=False).values
+        if not rows:
+            return {}
+        wanted = self.k * rows
+        threshold = largest.topk(wanted + 1).values[-1] if len(largest) > wanted else largest.new_zeros(())
+        self.threshold.copy_(threshold)
+        return {"threshold": float(threshold)}
+
+    def _positive(self, x: Tensor) -> Tensor:
+        """The pre-activations above zero of x [n, d_in]: [m]."""
+        pre = self.dense_pre(x)
+        return pre[pre > 0]
 
     @torch.no_grad()
     def rescale(self, scale: float) -> None:

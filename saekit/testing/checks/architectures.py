@@ -176,6 +176,25 @@ def rows_alone_in_eval(subject: Subject) -> None:
         )
 
 
+def calibrated_at_the_end(subject: Subject) -> None:
+    sae = built(subject)
+    x = 2.0 * activations(256)  # activations that training has not caught up with
+    with torch.no_grad():
+        trained = float(copy.deepcopy(sae).encode(x).count().double().mean())
+    drawn = torch.get_rng_state()
+    found = sae.calibrate(iter(x.split(64)))
+    if not torch.equal(drawn, torch.get_rng_state()):
+        raise Failed("calibrate draws random numbers, so a resumed run could end at other bits. Decide without them.")
+    if not isinstance(found, dict) or not all(isinstance(value, float) for value in found.values()):
+        raise Failed(f"calibrate gives {found!r}. Return the values that it set, as plain numbers by name, or {{}}.")
+    measured = float(sae.eval().encode(x).count().double().mean())
+    if abs(measured - trained) > 0.05 * max(trained, 1.0):
+        raise Failed(
+            f"after calibrate {measured:.2f} latents are active in evaluation, and {trained:.2f} in training on the same "
+            "activations. Let `calibrate` set on its batches what training only follows, such as a running threshold."
+        )
+
+
 def options_rebuild(subject: Subject) -> None:
     sae = built(subject).eval()
     given = sae.options()
@@ -412,6 +431,11 @@ CHECKS: tuple[Check, ...] = (
     Check("deterministic", "From the same weights, training gives the same numbers to the bit.", deterministic),
     Check("options_rebuild", "`options()` is plain, and builds the same SAE again.", options_rebuild),
     Check("saved_and_loaded", "`save_sae` and `load_sae` give the same weights and the same code.", saved_and_loaded),
+    Check(
+        "calibrated_at_the_end",
+        "After `calibrate` as many latents are active in evaluation as in training, and it draws no random numbers.",
+        calibrated_at_the_end,
+    ),
     Check(
         "latents_start_again",
         "With the values of `latent_parameters` latents are as they were at the start.",
