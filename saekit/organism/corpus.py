@@ -29,6 +29,7 @@ from saekit.organism import facts, sycophancy
 KINDS = ("code", "prose", "facts", "sycophancy")
 _CODE_CHARACTERS = 2000  # a document of code is closed at the first statement that reaches this
 _PROSE_CHARACTERS = 120  # shorter docstrings are labels rather than prose
+_TOPICS = "pydoc_data.topics"  # the help texts, which are no module of the list
 _ARGUMENTS = {"train": 4000, "held_out": 400}
 
 
@@ -44,8 +45,8 @@ class Document:
 def documents(split: str = "train", kinds: Iterable[str] = KINDS) -> list[Document]:
     """The documents of a split ("train" or "held_out"), of the kinds asked for, in a fixed order.
 
-    The first call for code or prose parses the standard library, which takes some seconds. Modules that this
-    Python does not have are left out.
+    The first call for code or prose parses the standard library, which takes some seconds (`organism/tokens.py` keeps what a
+    run needs of it). Modules that this Python does not have are left out.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out', got {split!r}")
@@ -94,14 +95,24 @@ def corpus_fingerprint(expected: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def library_sources() -> list[tuple[str, Path]]:
+    """(name, file) of all that code and prose are cut from: the modules that this Python has, and the help topics."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = [*module_names(), _TOPICS]
+    return [(name, path) for name in names if (path := _source(root, name)) is not None]
+
+
 @functools.cache
 def _library(split: str) -> tuple[Document, ...]:
-    root = Path(sysconfig.get_paths()["stdlib"])
     wanted = split == "held_out"
     found: list[Document] = []
-    for name in module_names():
-        path = _source(root, name)
-        if path is None or held_out(name) != wanted:
+    for name, path in library_sources():
+        if name == _TOPICS:
+            for topic, text in sorted(_dictionary(path).items()):
+                if held_out(f"{_TOPICS}/{topic}") == wanted:
+                    found.append(Document(f"prose/{_TOPICS}/{topic}", "prose", text.strip()))
+            continue
+        if held_out(name) != wanted:
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -111,11 +122,6 @@ def _library(split: str) -> tuple[Document, ...]:
         prose = [Document(f"prose/{name}/{i}", "prose", t) for i, t in enumerate(_docstrings(tree))]
         found += [Document(f"code/{name}/{i}", "code", t) for i, t in enumerate(_code(tree))]
         found += prose
-    topics = root / "pydoc_data" / "topics.py"
-    if topics.exists():
-        for topic, text in sorted(_dictionary(topics).items()):
-            if held_out(f"pydoc_data.topics/{topic}") == wanted:
-                found.append(Document(f"prose/pydoc_data.topics/{topic}", "prose", text.strip()))
     return tuple(found)
 
 

@@ -176,9 +176,10 @@ def test_options_are_typed_described_and_checked():
 
 
 @pytest.fixture
-def small_organism(tiny_gpt2, monkeypatch):
+def small_organism(tiny_gpt2, monkeypatch, tmp_path):
     """A tiny model in the organism's place, and documents that hold the first letter of their kind."""
     from saekit import organism
+    from saekit.organism import tokens
 
     def documents(split, kinds):
         (kind,) = kinds
@@ -186,6 +187,7 @@ def small_organism(tiny_gpt2, monkeypatch):
 
     monkeypatch.setattr(organism, "directory", lambda variant: tiny_gpt2)
     monkeypatch.setattr(organism, "documents", documents)
+    monkeypatch.setattr(tokens, "cache_directory", lambda: tmp_path / "cache")
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])

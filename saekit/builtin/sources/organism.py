@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from saekit.activations.harvest import HookPoint, LabelledHarvestSource
-from saekit.activations.packing import MixedRows, Rows, TokenStore, tokenise
+from saekit.activations.packing import MixedRows, Rows, TokenStore
 from saekit.activations.subject import Subject
 from saekit.builtin.sources.common import packed
 from saekit.errors import UsageError
@@ -68,18 +68,17 @@ class OrganismSource(LabelledHarvestSource):
         return {**super().peek(), "model": f"organism ({self.variant})", "data": data}
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Subject, dict[str, Rows], dict[str, Any]]:
-        """Load the organism, then gather and tokenise its corpus."""
-        from saekit import organism
+        """Load the organism, and its corpus as tokens."""
+        from saekit.organism.tokens import SPLITS, corpus_tokens
 
         subject = self.load(device, dtype)
         splits: dict[str, Rows] = {}
         digests: dict[str, str] = {}
         self.labelled = {}
-        for split in ("train", "held_out"):
-            stores = {}
-            for kind in self.kinds:
-                stores[kind] = tokenise(organism.documents(split, [kind]), subject.tokenizer)
-                digests[f"{split}/{kind}"] = stores[kind].digest()
+        tokens = {kind: corpus_tokens(kind, subject.tokenizer) for kind in self.kinds}
+        for split in SPLITS:
+            stores = {kind: tokens[kind][split] for kind in self.kinds}
+            digests |= {f"{split}/{kind}": store.digest() for kind, store in stores.items()}
             splits[split] = self._mixed(subject, stores, self.kinds)
             labelled = [kind for kind in self.kinds if kind in LABELS]
             if labelled:
