@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 NOT_DEFINED = "not defined"
@@ -85,6 +86,16 @@ def percent(fraction: float) -> str:
     return f"{min(int(fraction * 100 + 0.5), 100 if fraction >= 1 else 99)} %"
 
 
+UNSAFE = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+"""A regular expression for what must not reach a terminal: control characters except newline and tab, what changes the
+direction of writing or ends a line unseen, halves of surrogate pairs."""
+
+
+def clean_lines(text: Any) -> str:
+    """Text in which what would control a terminal is a replacement character; lines and tabs are kept."""
+    return re.sub(UNSAFE, "\N{REPLACEMENT CHARACTER}", str(text).replace("\r\n", "\n"))
+
+
 def clean(text: Any) -> str:
-    """Text without control characters: names, warnings and tokens come from outside and must not control a terminal."""
+    """Text on one line, of printable characters alone: names, warnings and tokens in a table or a line of their own."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))

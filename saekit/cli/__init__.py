@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import keyword
 import os
 import sys
@@ -13,6 +14,8 @@ import click
 
 from saekit import plugin_commands
 from saekit.errors import ExitCode, SaekitError
+from saekit.terminal.output import echo, print_what_cannot_be_encoded
+from saekit.wording import clean_lines
 
 COMMANDS = {
     "run": "Train an SAE and analyse it: a recipe, a run file, or names on the command line.",
@@ -46,6 +49,9 @@ class LazyGroup(click.Group):
         module = f"{name}_" if keyword.iskeyword(name) else name  # import.py could not be imported
         return importlib.import_module(f"saekit.cli.{module}").command
 
+    def get_help(self, context: click.Context) -> str:
+        return clean_lines(super().get_help(context))
+
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         registry = _registry()
         with formatter.section("Commands"):
@@ -75,20 +81,23 @@ def main() -> None:
     # torch reads this once, at its first allocation: large tensors in large pages, which spares a training step on the
     # CPU a sixth of its time (docs/performance.md). A value that the user has set is kept.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    print_what_cannot_be_encoded()
     try:
         cli(standalone_mode=False)
     except SaekitError as error:
-        click.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         sys.exit(int(error.exit_code))
     except click.ClickException as error:
-        error.show()
+        told = io.StringIO()
+        error.show(told)
+        echo(told.getvalue(), err=True, nl=False)
         sys.exit(int(ExitCode.USAGE))
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted.", err=True)
+        echo("interrupted.", err=True)
         sys.exit(int(ExitCode.INTERRUPTED))
     except BrokenPipeError:
         sys.exit(int(ExitCode.OK))
     except Exception:
-        traceback.print_exc()
-        click.echo("error: this is a bug in saekit; please report it with the lines above.", err=True)
+        echo(traceback.format_exc(), err=True)
+        echo("error: this is a bug in saekit; please report it with the lines above.", err=True)
         sys.exit(int(ExitCode.RUN_FAILED))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -12,6 +11,7 @@ from saekit.kinds import KINDS
 from saekit.plugins import Registry
 from saekit.registered import RegisteredComponent
 from saekit.run_file import override, parse_override
+from saekit.terminal.output import echo, echo_json
 
 
 @click.command("check")
@@ -42,14 +42,14 @@ def command(name: str, assignments: tuple[str, ...], kind: str | None, files: tu
         required = _required(component) - options.keys()
         if whole_plugin and required:
             ask = f"saekit check {component.qualified_name} -o {sorted(required)[0]}=..."
-            click.echo(f"{component.origin}\n  left out: it needs options. Check it by itself: {ask}", err=True)
+            echo(f"{component.origin}\n  left out: it needs options. Check it by itself: {ask}", err=True)
             continue
         reports.append(_checked(component, options, registry))
     reports += [check_command(one, plugin, registry) for one, plugin in added]
     for report in reports if not as_json else ():
         _print(report)
     if as_json:
-        click.echo(json.dumps([report.to_json() for report in reports], indent=2, ensure_ascii=False))
+        echo_json([report.to_json() for report in reports])
     _raise_for(reports)
 
 
@@ -91,11 +91,12 @@ def _checked(component: RegisteredComponent, options: dict[str, Any], registry: 
 
 
 def _print(report: Any) -> None:
-    click.secho(report.component.origin, bold=True)
+    echo(report.component.origin, bold=True)
     colours = {"passed": "green", "failed": "red", "expected": "yellow", "skipped": "yellow"}
     for outcome in report.outcomes:
-        click.echo(f"  {click.style(f'{outcome.status:<8}', fg=colours[outcome.status])} {outcome.check}", nl=False)
-        click.echo(f": {outcome.message}" if outcome.message else "")
+        echo(f"  {outcome.status:<8}", nl=False, fg=colours[outcome.status])
+        echo(f" {outcome.check}", nl=False)
+        echo(f": {outcome.message}" if outcome.message else "")
 
 
 def _raise_for(reports: list[Any]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from saekit.terminal.output import console, echo, echo_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,16 +52,14 @@ def command(
     if html is not None:
         write_html(comparison_page(comparison, curves), Path(html))
     if as_json:
-        click.echo(json.dumps(to_jsonable(comparison.to_json()), indent=2, ensure_ascii=False))
+        echo_json(to_jsonable(comparison.to_json()))
         return
-    from rich.console import Console
-
-    _print(comparison, Console() if sys.stdout.isatty() else Console(width=WIDE))
+    _print(comparison, console() if sys.stdout.isatty() else console(width=WIDE))
     if html is not None:
-        click.echo(html)
+        echo(html)
 
 
-def _print(comparison: Comparison, console: Console) -> None:
+def _print(comparison: Comparison, to: Console) -> None:
     from rich.text import Text
 
     from saekit.report.compare import cells, in_numbers, setting
@@ -69,24 +68,24 @@ def _print(comparison: Comparison, console: Console) -> None:
     sides = comparison.sides
     for side in sides:
         if side.state:
-            console.print(Text(f"! {clean(side.name)} is unfinished: {side.state}.", style="yellow"))
+            to.print(Text(f"! {clean(side.name)} is unfinished: {side.state}.", style="yellow"))
     for message in comparison.warnings:
-        console.print(Text(f"! {clean(message)}", style="yellow"))
+        to.print(Text(f"! {clean(message)}", style="yellow"))
     values = {name: [cells(side, [name])[0].text for side in sides] for name in comparison.columns}
     names = [side.name for side in sides]
     if values:
         numeric = {name for name in values if all(in_numbers(side.values.get(name)) for side in sides)}
-        _tables(names, values, numeric, console)
+        _tables(names, values, numeric, to)
     differing = {key: [setting(side, key) for side in sides] for key in comparison.differences}
     if differing:
-        console.print(Text("\nWhere the configurations differ", style="bold"))
+        to.print(Text("\nWhere the configurations differ", style="bold"))
         numeric = {key for key in differing if all(in_numbers(side.config.get(key)) for side in sides)}
-        _tables(names, differing, numeric, console)
+        _tables(names, differing, numeric, to)
     elif len(sides) > 1:
-        console.print("\nThe configurations are the same, or not known.")
+        to.print("\nThe configurations are the same, or not known.")
 
 
-def _tables(names: list[str], columns: dict[str, list[str]], numeric: set[str], console: Console) -> None:
+def _tables(names: list[str], columns: dict[str, list[str]], numeric: set[str], to: Console) -> None:
     """Rows of runs; as many columns a table as there is room for. numeric: the columns that hold numbers."""
     from rich import box
     from rich.cells import cell_len
@@ -104,7 +103,7 @@ def _tables(names: list[str], columns: dict[str, list[str]], numeric: set[str], 
     while left:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
         table.add_column("run", no_wrap=True)
-        room = console.width - max(cell_len("run"), *(text.cell_len for text in first)) - 2
+        room = to.width - max(cell_len("run"), *(text.cell_len for text in first)) - 2
         shown: list[list[Text]] = []
         while left:
             name, texts = left[0]
@@ -117,5 +116,5 @@ def _tables(names: list[str], columns: dict[str, list[str]], numeric: set[str], 
             left.pop(0)
         for row, name_text in enumerate(first):
             table.add_row(name_text, *(column[row] for column in shown))
-        console.print()
-        console.print(table)
+        to.print()
+        to.print(table)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -20,6 +19,7 @@ from saekit.errors import ExitCode
 from saekit.plugin_commands import clashes
 from saekit.plugins import HEAVY, Plugin, Registry
 from saekit.registered import OWN_DISTRIBUTION
+from saekit.terminal.output import echo, echo_json
 
 SLOW = 0.5  # seconds that the import of a plugin's hooks may take before it is called slow
 PATIENCE = 120  # seconds after which an import is abandoned
@@ -48,7 +48,7 @@ def command(as_json: bool) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # whatever a plugin prints, stdout has the answer alone
         found = examination()
     if as_json:
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        echo_json(found)
     else:
         _print(found)
     if any(plugin["error"] for plugin in found["plugins"]):
@@ -201,16 +201,16 @@ def _print(found: dict[str, Any]) -> None:
         "large pages": pages_text,
     }
     for name, value in facts.items():
-        click.echo(f"{name:<12} {value}")
-    click.echo()
+        echo(f"{name:<12} {value}")
+    echo()
     for plugin in found["plugins"]:
         seconds = plugin["import_seconds"]
         offers = ", ".join([f"{plugin['components']} components", *(f"command {name}" for name in plugin["commands"])])
         state = "broken" if plugin["error"] else "disabled" if plugin["disabled"] else offers
         time = "" if seconds is None else f", imported in {seconds * 1000:.0f} ms"
-        click.echo(f"plugin {plugin['name']:<16} {plugin['distribution']} {plugin['version']}: {state}{time}")
-    click.echo()
+        echo(f"plugin {plugin['name']:<16} {plugin['distribution']} {plugin['version']}: {state}{time}")
+    echo()
     for problem in found["problems"]:
-        click.secho(f"! {problem}", fg="yellow")
+        echo(f"! {problem}", fg="yellow")
     if not found["problems"]:
-        click.echo("All is well.")
+        echo("All is well.")

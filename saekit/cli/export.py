@@ -8,6 +8,7 @@ import click
 
 from saekit.cli.import_ import LIBRARIES, empty_directory
 from saekit.errors import UsageError
+from saekit.terminal.output import echo
 
 
 @click.command("export")
@@ -24,7 +25,7 @@ def command(source: str, directory: str, library: str) -> None:
 
     target = empty_directory(directory)
     interop.FORMATS[library].write(open_sae(sae_of(source)), target)
-    click.echo(str(target))
+    echo(str(target))
 
 
 def sae_of(source: str) -> str:

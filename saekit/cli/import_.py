@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from saekit.errors import UsageError
+from saekit.terminal.output import echo
 
 LIBRARIES = ("sae_lens", "dictionary_learning", "sparsify")
 
@@ -49,8 +50,8 @@ def command(source: str, directory: str, library: str | None, mean_norm: float |
     else:
         saved = interop.take_in(interop.sae_lens.read(Path(source), mean_norm), Registry())
     save_sae(saved.sae, target, name=saved.name, metadata=saved.metadata)
-    click.echo(f"{saved.name}, {saved.sae.d_in} -> {saved.sae.d_sae} latents", err=True)
-    click.echo(str(target))
+    echo(f"{saved.name}, {saved.sae.d_in} -> {saved.sae.d_sae} latents", err=True)
+    echo(str(target))
 
 
 def empty_directory(name: str) -> Path:

@@ -16,6 +16,7 @@ from saekit.errors import UsageError
 from saekit.kinds import KINDS, article
 from saekit.plugins import Registry
 from saekit.registered import OWN_DISTRIBUTION
+from saekit.terminal.output import echo
 
 TEMPLATES = Path(__file__).parent / "templates"
 KINDS_WITH_TEMPLATES = tuple(kind for kind in KINDS if kind != "recipe")  # a recipe is a file, not code
@@ -35,10 +36,10 @@ def command(kind: str, name: str, parent: str) -> None:
     kind, name = kind.replace("-", "_"), _checked(name)
     _refuse_taken(name, Registry())
     directory = write_package(kind, name, Path(parent))
-    click.echo(f"{directory} holds {article(kind)} that works: src/saekit_{name}/{kind}.py. Next:\n")
-    click.echo(f"  pip install -e {shlex.quote(str(directory))}")
-    click.echo(f"  saekit check {name}")
-    click.echo(f"  saekit run {shlex.quote(str(directory / 'run.toml'))}")
+    echo(f"{directory} holds {article(kind)} that works: src/saekit_{name}/{kind}.py. Next:\n")
+    echo(f"  pip install -e {shlex.quote(str(directory))}")
+    echo(f"  saekit check {name}")
+    echo(f"  saekit run {shlex.quote(str(directory / 'run.toml'))}")
 
 
 def _checked(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ from saekit.errors import UsageError, near_names
 from saekit.kinds import KINDS
 from saekit.plugins import Plugin, Registry
 from saekit.registered import RegisteredComponent
+from saekit.terminal.output import echo, echo_json
 
 
 @click.group("plugins", invoke_without_command=True)
@@ -26,9 +26,12 @@ def command(context: click.Context, as_json: bool, requirements: bool, files: tu
         return
     if requirements:
         lines = sorted({f"{p.distribution}=={p.version}" for p in registry.plugins if p.file is None})
-        click.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines))
+        if as_json:
+            echo_json(lines)
+        else:
+            echo("\n".join(lines))
     elif as_json:
-        click.echo(json.dumps(_listing(registry), indent=2, ensure_ascii=False))
+        echo_json(_listing(registry))
     else:
         _print_listing(registry)
 
@@ -48,7 +51,7 @@ def show(registry: Registry, name: str, as_json: bool) -> None:
         raise UsageError(f"There is no component {name!r}.{near_names(name, names)} See: saekit plugins")
     described = [describe(c, registry) for c in found]
     if as_json:
-        click.echo(json.dumps(described, indent=2, ensure_ascii=False))
+        echo_json(described)
         return
     for entry in described:
         _print_component(entry)
@@ -122,20 +125,20 @@ def _print_listing(registry: Registry) -> None:
     kind_before = None
     for component in registry.components():
         if component.kind != kind_before:
-            click.secho(f"\n{component.kind.replace('_', ' ')}", bold=True)
+            echo(f"\n{component.kind.replace('_', ' ')}", bold=True)
             kind_before = component.kind
         origin = f"{component.distribution} {component.version}"
-        click.echo(f"  {component.name:<20} {component.summary}  [{origin}]")
+        echo(f"  {component.name:<20} {component.summary}  [{origin}]")
     for plugin in registry.plugins:
         if plugin.disabled:
-            click.echo(f"\ndisabled: {plugin.name} ({plugin.distribution} {plugin.version})")
+            echo(f"\ndisabled: {plugin.name} ({plugin.distribution} {plugin.version})")
         if plugin.error:
-            click.secho(f"\nfailed to load: {plugin.name} ({plugin.distribution} {plugin.version})", fg="red")
-            click.echo(f"  {plugin.error}\n  {plugin.fix}")
+            echo(f"\nfailed to load: {plugin.name} ({plugin.distribution} {plugin.version})", fg="red")
+            echo(f"  {plugin.error}\n  {plugin.fix}")
         for message in notes(plugin):
-            click.echo(f"\nwarning: {plugin.origin}: {message}")
+            echo(f"\nwarning: {plugin.origin}: {message}")
     for warning in registry.warnings:
-        click.echo(f"\nwarning: {warning}", err=True)
+        echo(f"\nwarning: {warning}", err=True)
 
 
 def notes(plugin: Plugin) -> list[str]:
@@ -147,15 +150,15 @@ def notes(plugin: Plugin) -> list[str]:
 
 
 def _print_component(entry: dict[str, Any]) -> None:
-    click.secho(f"{entry['kind']} {entry['name']}", bold=True)
-    click.echo(f"from {entry['distribution']} {entry['version']}, in full {entry['qualified_name']}, source {entry['source']}\n")
-    click.echo(entry["doc"] + "\n")
+    echo(f"{entry['kind']} {entry['name']}", bold=True)
+    echo(f"from {entry['distribution']} {entry['version']}, in full {entry['qualified_name']}, source {entry['source']}\n")
+    echo(entry["doc"] + "\n")
     for option in entry["options"]:
         default = "required" if option["required"] else f"default {option['default']!r}"
-        click.echo(f"  {option['name']} ({option['type']}, {default})")
+        echo(f"  {option['name']} ({option['type']}, {default})")
         if option["description"]:
-            click.echo(f"      {option['description']}")
+            echo(f"      {option['description']}")
     for need, providers in entry["needs"].items():
-        click.echo(f"\nneeds {need!r}: provided by {', '.join(providers) or 'nothing installed'}")
+        echo(f"\nneeds {need!r}: provided by {', '.join(providers) or 'nothing installed'}")
     if entry["provides"]:
-        click.echo(f"\nprovides {', '.join(entry['provides'])}")
+        echo(f"\nprovides {', '.join(entry['provides'])}")

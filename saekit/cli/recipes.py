@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from saekit.plugins import Registry
+from saekit.terminal.output import echo
 
 
 @click.command("recipes")
@@ -15,7 +16,7 @@ def command(name: str | None) -> None:
     if name is not None:
         from saekit.runner.compose import recipe_path
 
-        click.echo(recipe_path(registry.find("recipe", name)).read_text(encoding="utf-8"), nl=False)
+        echo(recipe_path(registry.find("recipe", name)).read_text(encoding="utf-8"), nl=False)
         return
     for component in registry.components("recipe"):
-        click.echo(f"{component.name:<20} {component.summary}  [{component.distribution} {component.version}]")
+        echo(f"{component.name:<20} {component.summary}  [{component.distribution} {component.version}]")

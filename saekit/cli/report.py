@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from saekit.terminal.output import echo
+
 
 @click.command("report")
 @click.argument("run", metavar="RUN")
@@ -15,4 +17,4 @@ def command(run: str) -> None:
     from saekit.run_directory import RunDirectory
 
     with RunDirectory.at(run).locked():
-        click.echo(str(write_report(Path(run))))
+        echo(str(write_report(Path(run))))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import click
 
 from saekit.errors import UsageError
 from saekit.kinds import SECTIONS
+from saekit.terminal.output import echo_json
 
 
 def _completed(function: str, *first: str) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ def command(
         else:
             document = _start(what, uses, overrides, plugins, no_plugins, directory, dry_run, as_json)
     if as_json:
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        echo_json(document)
 
 
 def _resume(where: str, no_plugins: tuple[str, ...], as_json: bool) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from saekit.terminal.output import echo_json
 
 
 @click.command("schema")
@@ -12,4 +12,4 @@ def command() -> None:
     """Print the JSON Schema of a run file, for editors."""
     from saekit.config import RunConfig
 
-    click.echo(json.dumps(RunConfig.model_json_schema(by_alias=True), indent=2))
+    echo_json(RunConfig.model_json_schema(by_alias=True))

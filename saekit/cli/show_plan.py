@@ -6,6 +6,7 @@ from typing import Any
 
 from saekit.files import to_jsonable
 from saekit.runner.plan import Part, RunPlan, SAEPlan
+from saekit.terminal import output
 
 
 def plan_as_json(plan: RunPlan) -> dict[str, Any]:
@@ -41,9 +42,7 @@ def _part(part: Part) -> dict[str, Any]:
 
 def print_plan(plan: RunPlan) -> None:
     """The plan on stdout: a table for each SAE, and what they share."""
-    from rich.console import Console
-
-    console = Console()
+    console = output.console()
     for member in plan.members:
         console.print(_table(member))
         training = member.config.training

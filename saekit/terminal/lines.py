@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from rich.console import Console
-
 from saekit import protocols
 from saekit.hookspecs import hookimpl
 from saekit.protocols import RunInfo
 from saekit.result import Result
+from saekit.terminal.output import console, echo
 from saekit.terminal.state import Phase, RunState
 from saekit.terminal.summary import render_summary
 from saekit.wording import clean, count, duration, label, number, percent
@@ -87,8 +86,8 @@ class LinesView:
     @hookimpl
     def run_finished(self, summary: dict[str, Any]) -> None:
         # Whatever the environment says about colours, this view prints no control characters.
-        console = Console(file=self._stream, width=100, color_system=None, force_terminal=False, legacy_windows=False)
-        render_summary(summary, console)
+        drawn = console(file=self._stream, width=100, color_system=None, force_terminal=False, legacy_windows=False)
+        render_summary(summary, drawn)
 
     @hookimpl
     def run_failed(self, error: BaseException) -> None:
@@ -101,7 +100,7 @@ class LinesView:
         return self._file or sys.stderr
 
     def _say(self, text: str) -> None:
-        print(clean(text), file=self._stream, flush=True)
+        echo(clean(text), file=self._stream)
 
     def _is_due(self, phase: Phase) -> bool:
         """Whether a tenth of the phase, or the interval, has passed since its last line; if so, note the new line."""

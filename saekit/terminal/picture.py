@@ -9,11 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rich.console import Console
-
 from saekit.errors import SaekitError, UsageError
 from saekit.files import write_text
 from saekit.run_directory import read_run
+from saekit.terminal import output
 from saekit.terminal.block import draw
 from saekit.terminal.state import RunState
 from saekit.terminal.summary import render_summary
@@ -24,7 +23,7 @@ WIDTH = 96
 
 def picture(summary: dict[str, Any], history: list[dict[str, Any]], width: int = WIDTH) -> str:
     """The final state of the view as SVG text, redrawn from `summary.json` and the lines of `metrics.jsonl`."""
-    console = Console(
+    console = output.console(
         file=io.StringIO(), record=True, width=width, height=60, force_terminal=True, color_system="truecolor"
     )
     console.print()
@@ -63,7 +62,7 @@ def main(arguments: list[str]) -> int:
             raise UsageError(f"{arguments[0]}: has no readable summary.json; the run has not finished.")
         write_text(Path(arguments[1]), picture(run.summary, run.history))
     except SaekitError as error:
-        print(error, file=sys.stderr)
+        output.echo(error, err=True)
         return int(error.exit_code)
     return 0
 

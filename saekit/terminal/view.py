@@ -15,6 +15,7 @@ from saekit import protocols
 from saekit.hookspecs import hookimpl
 from saekit.protocols import RunInfo
 from saekit.result import Result
+from saekit.terminal import output
 from saekit.terminal.block import draw
 from saekit.terminal.state import RunState
 from saekit.terminal.summary import render_summary
@@ -30,7 +31,7 @@ class LiveView:
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or output.console(stderr=True)
         self.state = RunState()
         self._clock = clock
         self._lock = threading.Lock()  # the drawing thread must not read a dictionary while it changes
