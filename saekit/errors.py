@@ -15,7 +15,9 @@ class ExitCode(IntEnum):
     RUN_FAILED = 1
     USAGE = 2
     PLUGIN_FAILED = 3
+    HUNG_UP = 129
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class SaekitError(Exception):
@@ -84,9 +86,13 @@ class PluginError(SaekitError):
 
 
 class Interrupted(SaekitError):
-    """The user pressed Ctrl-C; the run directory named in the message can be resumed."""
+    """A signal ended the run, by default that of Ctrl-C; the run directory named in the message can be resumed.
 
-    exit_code = ExitCode.INTERRUPTED
+    Its exit code is that of a process that the signal ended: 128 more than the signal's number."""
+
+    def __init__(self, message: str, signal: int = ExitCode.INTERRUPTED - 128) -> None:
+        super().__init__(message)
+        self.exit_code = ExitCode(128 + signal)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import keyword
@@ -72,7 +73,8 @@ def _registry() -> Any:
 def cli() -> None:
     """Train sparse autoencoders on a network's activations, and ask questions of what they found.
 
-    Exit codes: 0 done, 1 the run failed, 2 usage or configuration, 3 a plugin failed, 130 interrupted.
+    Exit codes: 0 done, 1 the run failed, 2 usage or configuration, 3 a plugin failed, 130 interrupted
+    (129 by SIGHUP, 143 by SIGTERM).
     """
 
 
@@ -85,7 +87,8 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except SaekitError as error:
-        echo(f"error: {error}", err=True)
+        with contextlib.suppress(OSError):  # after SIGHUP there is no terminal any more
+            echo(f"error: {error}", err=True)
         sys.exit(int(error.exit_code))
     except click.ClickException as error:
         told = io.StringIO()

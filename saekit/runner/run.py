@@ -226,19 +226,28 @@ class Run:
     def _loop(self, number: int, batches: ShuffledBatches) -> None:
         """Train from step `number` on: each batch is harvested once and given to every SAE in turn."""
         training, last = self.config.training, self.plan.total_steps
-        began, first = time.perf_counter(), number
+        began, first, saved = time.perf_counter(), number, number
         pooled = any(one.trainer.needs_sequences for one in self.sae_runs)
 
         def speed() -> float:
             return (number - first) * training.batch_size / (time.perf_counter() - began)
 
         while number < last:
-            batch, sequences = self._harvest(number, batches, pooled)
+            position = batches.position
+            try:
+                with self._interruption.waiting():
+                    batch, sequences = self._harvest(number, batches, pooled)
+            except KeyboardInterrupt:  # a block may take minutes, and whoever asks a process to end seldom waits so long
+                if number != saved:
+                    self._checkpoint(number, position)
+                self._interruption.stop_if_asked(number, last)
+                raise
             number += 1
             self.each(SAERun.train_on, batch, sequences, speed)
             self._tell("phase_advanced", phase="train", done=number * training.batch_size)
-            if number % training.checkpoint_every == 0 or number == last or self._interruption.asked:
+            if number % training.checkpoint_every == 0 or number == last or self._interruption.asked is not None:
                 self._checkpoint(number, batches.position)
+                saved = number
             self._interruption.stop_if_asked(number, last)
 
     def _harvest(self, number: int, batches: ShuffledBatches, pooled: bool) -> tuple[Activations, SequenceBatch | None]:

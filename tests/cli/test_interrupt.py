@@ -56,15 +56,17 @@ def started(process: Running, file: Path) -> None:
     raise AssertionError("the run never came to its place")
 
 
-def interrupted(arguments: list, hook: str, tmp_path: Path, times: int = 1, step: int = 0) -> tuple[int, str, str]:
-    """Run until `hook`, send SIGINT so many times, let it go on; exit code, stdout and stderr."""
+def interrupted(
+    arguments: list, hook: str, tmp_path: Path, times: int = 1, step: int = 0, number: int = signal.SIGINT
+) -> tuple[int, str, str]:
+    """Run until `hook`, send the signal so many times, let it go on; exit code, stdout and stderr."""
     gate = tmp_path / "gate"
     gate.touch()
     use = f"waits:hook={hook},file={gate},step={step}"
     with running(*arguments, "--callback", use) as process:
         started(process, gate)
         for _ in range(times):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             time.sleep(0.3)
         gate.unlink()
         out, err = process.communicate(timeout=180)
@@ -100,6 +102,61 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(arguments: list, command: C
     kept = json.loads((run / "provenance.json").read_text())
     assert len(kept["resumed"]) == 1
     assert kept["command"] != kept["resumed"][0]["command"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_save_a_checkpoint_however_often_they_come(number: int, arguments: list, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, out, err = interrupted(arguments, "step_ended", tmp_path, times=2, step=7, number=number)
+    assert code == 128 + number, err
+    assert out == ""
+    assert f"interrupted by {signal.Signals(number).name} after step 8 of {STEPS}" in err
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+SLOW_SOURCE = """
+import time
+from saekit import Component, hookimpl
+from saekit.activations.shuffle import stop_point
+from saekit.builtin.sources import SyntheticSource
+
+class Slow(SyntheticSource):
+    def __init__(self, *, gate: str):
+        super().__init__(d_in=8, n_features=16)
+        self.gate = gate
+
+    def blocks(self, split, *, size, seed, start=0):
+        for number, block in enumerate(super().blocks(split, size=size, seed=seed, start=start), start):
+            if number == 2 and split == "train":
+                open(self.gate, "w").close()
+                for _ in range(600):
+                    stop_point()
+                    time.sleep(0.1)
+            yield block
+
+@hookimpl
+def saekit_sources():
+    yield Component("slow", Slow)
+"""
+
+
+def test_a_checkpoint_does_not_wait_for_the_harvest(
+    run_file: Callable[..., Path], plugin_file: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """The signal comes while training waits for block 2: both blocks before it are trained on, and saved."""
+    gate, run, began = tmp_path / "gate", tmp_path / "run", time.monotonic()
+    source = {"use": "slow", "gate": str(gate.with_suffix(".there"))}
+    file = run_file(source=source, training__tokens=STEPS * 64, training__checkpoint_every=1000)
+    with running("run", file, "--plugin", plugin_file("slow", SLOW_SOURCE), "--directory", run) as process:
+        started(process, gate)
+        time.sleep(1.0)  # until the blocks that are there have been trained on
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=180)
+    assert process.returncode == 143, err
+    done = len(logged(run))
+    assert f"interrupted by SIGTERM after step {done} of {STEPS}" in err
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{done:08d}"]
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow
