@@ -182,8 +182,9 @@ class Source(Protocol):
     def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
         """Blocks number `start`, `start + 1`, ... of about `size` activations each.
 
-        The split "train" never ends: after one pass over the data another begins, in another order. "held_out" ends, keeps
-        the order of the documents, and shares no document with "train"."""
+        The split "train" never ends: after one pass over the data another begins, in another order. "held_out" ends, shares
+        no document with "train", and comes in an order that no seed changes but that does not follow the data: its first
+        activations are those of a small budget, and should be from all over the split."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -205,6 +206,11 @@ class Source(Protocol):
 
     def token_batches(self, split: str, *, rows: int) -> Iterator[TokenBatch]:
         """Rows of tokens, in the order and numbering of `blocks` for "held_out". Only with a `subject`."""
+        ...
+
+    def documents(self, sequences: Tensor) -> Tensor:
+        """The first and the last of the documents that each held-out sequence (by `Activations.sequence`) holds, those
+        between them included: [n] -> [n, 2]. Optional; without it the report counts sequences, or rows, not documents."""
         ...
 
     def token_strings(self, tokens: Tensor) -> list[str]:

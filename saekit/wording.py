@@ -63,6 +63,18 @@ def count(value: float) -> str:
     raise AssertionError("unreachable")
 
 
+def held_out_amounts(counts: dict[str, Any]) -> list[tuple[list[str], str]]:
+    """How much held-out data metrics saw, "20.0k tokens of 412 documents", with the names of those that saw as much.
+
+    counts: of each metric by its name, as `summary.json` has them."""
+    groups: dict[str, list[str]] = {}
+    for name, of in counts.items():
+        told = next((unit for unit in ("documents", "sequences") if of.get(unit) not in (None, of.get("tokens"))), None)
+        amount = f"{count(of.get('tokens') or 0)} {'tokens' if told else 'rows'}"
+        groups.setdefault(f"{amount} of {count(of[told])} {told}" if told else amount, []).append(name)
+    return [(names, amount) for amount, names in groups.items()]
+
+
 def duration(seconds: float) -> str:
     """0.8 s, 42 s, 3 min 05 s, 2 h 07 min."""
     if seconds < 9.95:

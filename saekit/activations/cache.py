@@ -2,7 +2,8 @@
 
 DIR/source.json                 what the activations are made of; written first
 DIR/train-00000.safetensors     shards, each whole or absent; the rows of a training shard are shuffled
-DIR/held_out-00000.safetensors  held-out shards keep the order of the documents
+DIR/held_out-00000.safetensors  held-out shards keep the order in which the source gives them
+DIR/documents.json              the first and the last document of each held-out sequence, if the source knows them
 DIR/tokens.json                 the text of each token that occurs
 DIR/index.json                  the shards; written last, so that its presence means that everything is there
 """
@@ -28,7 +29,7 @@ from saekit.protocols import Source
 from saekit.seeds import derived_seed
 
 CacheDtype = Literal["float32", "float16", "bfloat16"]
-FORMAT = 1
+FORMAT = 2
 """Raised when the content of a cache changes, so that an older one is refused instead of misread."""
 SPLITS = ("train", "held_out")
 CHUNK = 1024  # rows read from one place; the rows of a training shard are already shuffled among themselves
@@ -73,6 +74,8 @@ class CachedSource:
             self.token_strings = self._token_strings
         if hasattr(source, "sequences"):
             self.sequences = self._sequences
+        if hasattr(source, "documents"):
+            self.documents = self._documents_of
 
     def peek(self) -> dict[str, Any]:
         """What the source knows, and whether the cache exists already; see `protocols.Source.peek`."""
@@ -121,6 +124,7 @@ class CachedSource:
 
                 shards = {"train": self._write_train(progress), "held_out": self._write_held_out(progress)}
                 self._write_token_strings(shards)
+                self._write_documents()
                 write_json(self._index(), {"format": FORMAT, "shards": shards})
         self._read_index()
 
@@ -172,6 +176,12 @@ class CachedSource:
         if new:
             known |= dict(zip(new, self._source().token_strings(torch.tensor(new)), strict=True))
         return [known[token] for token in tokens.tolist()]
+
+    def _documents_of(self, sequences: Tensor) -> Tensor:
+        """The documents of cached held-out sequences, without loading the source; see `protocols.Source.documents`."""
+        table = _read_json(self.directory / "documents.json")
+        known = dict(zip(table["sequences"], table["documents"], strict=True))
+        return torch.tensor([known[sequence] for sequence in sequences.tolist()], dtype=torch.long).reshape(-1, 2)
 
     def _source(self) -> Any:
         """The wrapped source, opened."""
@@ -362,6 +372,13 @@ class CachedSource:
             ordered = sorted(ids)
             strings = self._source().token_strings(torch.tensor(ordered))
             write_json(self.directory / "tokens.json", dict(zip(map(str, ordered), strings, strict=True)))
+
+    def _write_documents(self) -> None:
+        shards = self._shards("held_out")
+        if hasattr(self.wrapped, "documents") and shards and "sequence" in shards[0]:
+            sequences = torch.cat([shard["sequence"].rows(0, len(shard["sequence"])) for shard in shards]).unique().long()
+            found = self._source().documents(sequences).tolist()
+            write_json(self.directory / "documents.json", {"sequences": sequences.tolist(), "documents": found})
 
     # --- reading -----------------------------------------------------------------------------------------------
 

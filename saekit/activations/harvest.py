@@ -146,10 +146,14 @@ class HarvestSource:
             number += 1
 
     def token_batches(self, split: str, *, rows: int) -> Iterator[TokenBatch]:
-        """Rows of tokens, in the order and numbering of `blocks` for "held_out"; for "train", once, unshuffled."""
+        """Rows of tokens, in the order and numbering of `blocks` for "held_out"; for "train", each once, in a fixed order."""
         available = self._split(split)
         for first in range(0, available.count, rows):
             yield self._tokens(available, np.arange(first, min(first + rows, available.count)), None)
+
+    def documents(self, sequences: Tensor) -> Tensor:
+        """The documents of held-out rows: [n] -> [n, 2]; see `protocols.Source.documents`."""
+        return torch.from_numpy(self._split("held_out").documents(sequences.cpu().numpy()))
 
     def identity(self) -> dict[str, Any]:
         """What determines the activations; see `protocols.Source.identity`."""

@@ -3,6 +3,9 @@
 A packed row is BOS, if the model has one, and the next stretch of a stream of documents, each followed by EOS. The stream
 of a pass holds every document once, in an order drawn from (seed, pass). Row r belongs to pass r // rows_a_pass, so any
 row can be made without those before it, and a resumed run skips rows at no cost.
+
+Held-out rows are the rows of the documents in their own order, each once, taken in an order that is the same for every run. So
+the first of them come from all over the split, and a metric with a smaller budget sees the beginning of what the others see.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -87,6 +91,11 @@ def tokenise(documents: Iterable[HasText], tokenizer: Any, *, eos: bool = True) 
     )
 
 
+def held_out_order(count: int) -> np.ndarray:
+    """The order in which `count` held-out things are taken, [count]: drawn once for all, so that runs can be compared."""
+    return np.random.Generator(np.random.PCG64(derived_seed("held out order"))).permutation(count)
+
+
 class Rows(Protocol):
     """Rows of tokens by number. `count`: how many rows hold every token once. `length`: tokens in a row, on average."""
 
@@ -96,7 +105,13 @@ class Rows(Protocol):
     def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number: [n] -> ids [n, context] int64 and mask [n, context], False at padding.
 
-        seed: None for the documents in their own order (numbers below `count`); a number for passes without end."""
+        seed: None for every row once, in `held_out_order` (numbers below `count`); a number for passes without end."""
+        ...
+
+    def documents(self, numbers: np.ndarray) -> np.ndarray:
+        """The first and the last of the documents that each row of `take(numbers, None)` holds: [n] -> [n, 2] int64.
+
+        A row holds all those between them as well: documents are numbered in their own order."""
         ...
 
     def labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
@@ -115,7 +130,7 @@ class PackedRows:
 
     def __init__(self, store: TokenStore, documents: np.ndarray, *, context: int, bos: int | None, pad: int = 0):
         self.store = store
-        self.documents = documents
+        self._documents = documents
         self.context = context
         self.bos = bos
         self.pad = pad
@@ -128,6 +143,10 @@ class PackedRows:
         self.count = -(-self.tokens // self._width)
         self._passes = Passes(len(documents), "pass", self._lengths)
 
+    @cached_property
+    def _held_out_order(self) -> np.ndarray:
+        return held_out_order(self.count)
+
     def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number; see `Rows.take`."""
         ids = np.full((len(numbers), self.context), self.pad, dtype=np.int64)  # [n, context]
@@ -136,6 +155,8 @@ class PackedRows:
         if self.bos is not None:
             ids[:, 0] = self.bos
         passes, places = np.divmod(numbers, self.count)  # [n], [n]
+        if seed is None:
+            places = self._held_out_order[places]
         for number in np.unique(passes):
             chosen = np.flatnonzero(passes == number)  # [r]
             starts = places[chosen] * self._width
@@ -149,13 +170,20 @@ class PackedRows:
     def labels(self, numbers: np.ndarray, seed: int | None) -> None:
         """None: a row may hold several documents; see `Rows.labels`."""
 
+    def documents(self, numbers: np.ndarray) -> np.ndarray:
+        """The documents of held-out rows; see `Rows.documents`."""
+        _, ends = self._passes.order(None, 0)
+        starts = self._held_out_order[numbers] * self._width  # [n]
+        last = np.minimum(starts + self._width, self.tokens) - 1
+        return np.searchsorted(ends, np.stack([starts, last], 1), side="right")
+
     def _stream(self, positions: np.ndarray, seed: int | None, number: int) -> np.ndarray:
         """Tokens at some positions of a pass's stream of documents: [p] -> [p]."""
         order, ends = self._passes.order(seed, number)
         which = np.searchsorted(ends, positions, side="right")  # [p], place of the document in the pass
         documents = order[which]
         begins = ends[which] - self._lengths[documents]
-        return self.store.ids[self.store.offsets[self.documents[documents]] + positions - begins]
+        return self.store.ids[self.store.offsets[self._documents[documents]] + positions - begins]
 
 
 class SequenceRows:
@@ -183,26 +211,30 @@ class SequenceRows:
         if not lengths.any():
             raise UsageError("the documents have no tokens at all. Give data that holds text.")
         pieces = -(-lengths // width)  # [m], rows of each document
-        self.documents = np.repeat(documents, pieces)  # [count], the document of each row
-        which = np.arange(len(self.documents)) - np.repeat(
+        self._documents = np.repeat(documents, pieces)  # [count], the document of each row
+        which = np.arange(len(self._documents)) - np.repeat(
             np.cumsum(pieces) - pieces, pieces
         )  # [count], 0, 1, ... of it
         total, parts = np.repeat(lengths, pieces), np.repeat(pieces, pieces)
         self._starts, self._ends = which * total // parts, (which + 1) * total // parts  # [count] each, in the document
-        self.count = len(self.documents)
+        self.count = len(self._documents)
         self.length = float((self._ends - self._starts).mean()) + (bos is not None)
         self._given = given
         self._passes = Passes(self.count, "sequences")
 
+    @cached_property
+    def _held_out_order(self) -> np.ndarray:
+        return held_out_order(self.count)
+
     def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number; see `Rows.take`."""
-        rows = self._passes.take(numbers, seed)  # [n]
+        rows = self._rows(numbers, seed)  # [n]
         first = int(self.bos is not None)
         lengths = self._ends[rows] - self._starts[rows]  # [n]
         places = np.arange(self.context) - first  # [context], of a row's text
         inside = (places >= 0) & (places < lengths[:, None])  # [n, context]
         ids = np.full((len(numbers), self.context), self.pad, dtype=np.int64)  # [n, context]
-        begins = self.store.offsets[self.documents[rows]] + self._starts[rows]  # [n]
+        begins = self.store.offsets[self._documents[rows]] + self._starts[rows]  # [n]
         ids[inside] = self.store.ids[(begins[:, None] + places)[inside]]
         if self.bos is not None:
             ids[:, 0] = self.bos
@@ -211,7 +243,15 @@ class SequenceRows:
 
     def labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
         """The labels of the rows' documents; see `Rows.labels`."""
-        return None if self._given is None else self._given[self.documents[self._passes.take(numbers, seed)]]
+        return None if self._given is None else self._given[self._documents[self._rows(numbers, seed)]]
+
+    def documents(self, numbers: np.ndarray) -> np.ndarray:
+        """The document of each held-out row, twice; see `Rows.documents`."""
+        return self._documents[self._rows(numbers, None)][:, None].repeat(2, 1)
+
+    def _rows(self, numbers: np.ndarray, seed: int | None) -> np.ndarray:
+        """Which rows the numbers mean: [n] -> [n]."""
+        return self._held_out_order[numbers] if seed is None else self._passes.take(numbers, seed)
 
 
 class MixedRows:
@@ -254,6 +294,15 @@ class MixedRows:
         """The labels of the rows' parts; see `Rows.labels`."""
         return None if self.given is None else self.given[self.places(numbers, seed)[0]]
 
+    def documents(self, numbers: np.ndarray) -> np.ndarray:
+        """The documents of held-out rows, numbered through all parts; see `Rows.documents`."""
+        kinds, within = self.places(numbers, None)
+        found = np.empty((len(numbers), 2), dtype=np.int64)
+        for k, part in enumerate(self.parts):
+            chosen = kinds == k
+            found[chosen] = part.documents(within[chosen]) + (k << 40)
+        return found
+
     def places(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Which part each row comes from, [n], and its number there, [n]."""
         if seed is not None:
@@ -284,10 +333,8 @@ class Passes:
         self._lengths = np.ones(count, dtype=np.int64) if lengths is None else lengths
         self._orders: dict[tuple[int | None, int], tuple[np.ndarray, np.ndarray]] = {}
 
-    def take(self, numbers: np.ndarray, seed: int | None) -> np.ndarray:
-        """Which thing each number means: [n] -> [n]. Without a seed they keep their order, in one pass."""
-        if seed is None:
-            return numbers
+    def take(self, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """Which thing each number means: [n] -> [n]."""
         passes, places = np.divmod(numbers, self.count)  # [n], [n]
         found = np.empty_like(numbers)
         for number in np.unique(passes):

@@ -129,7 +129,7 @@ class Chunks:
         return len(self.table)
 
     def only(self, which: np.ndarray) -> Chunks:
-        """The chunks that are chosen ([C] booleans)."""
+        """Some of the chunks: by [C] booleans in the order that they have, by [n] numbers in that of the numbers."""
         some = Chunks([], self.size)
         some._take(self.table[which], self.size)
         return some
@@ -142,7 +142,8 @@ class Chunks:
         height, number = max(1, round(rows / self.size)), start
         while seed is not None or number * height < len(self):
             first, last = number * height, (number + 1) * height
-            yield self._passes.take(np.arange(first, last if seed is not None else min(last, len(self))), seed)
+            numbers = np.arange(first, last if seed is not None else min(last, len(self)))
+            yield numbers if seed is None else self._passes.take(numbers, seed)
             number += 1
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from saekit.report.curves import POINTS, logged_names, loss_figures, measure_figures, overlaid
 from saekit.run_directory import RunFiles
-from saekit.wording import NOT_DEFINED, clean, count, duration, is_number, label, memory, number
+from saekit.wording import NOT_DEFINED, clean, count, duration, held_out_amounts, is_number, label, memory, number
 
 TABLE_ROWS = 2000
 LATENTS = 200
@@ -111,6 +111,7 @@ def page(run: RunFiles) -> dict[str, Any]:
         "identity": _identity(summary, sae),
         "cards": [(label(n), *_shown(metrics[n]), meanings.get(n, "")) for n in headline],
         "metrics": [(n, *_shown(v), meanings.get(n, "")) for n, v in metrics.items()],
+        "measured_on": _measured_on(summary),
         "losses": [(n, *_shown(v)) for n, v in _dict(summary.get("losses")).items()],
         "variants": _variants(run),
         "variant_reports": [(name, _link(run, files.directory.report)) for name, files in run.variants.items()],
@@ -128,6 +129,13 @@ def page(run: RunFiles) -> dict[str, Any]:
         "warnings": [str(w) for w in _list(summary.get("warnings"))],
         "problems": [*run.problems, *(f"{name}: {text}" for name, v in run.variants.items() for text in v.problems)],
     }
+
+
+def _measured_on(summary: dict[str, Any]) -> list[str]:
+    """How much held-out data each metric saw, and what is to be noted about it."""
+    counts = {name: of for name, of in _dict(summary.get("held_out")).items() if isinstance(of, dict)}
+    lines = [f"{', '.join(names)}: {amount}." for names, amount in held_out_amounts(counts)]
+    return [*lines, *map(str, _list(summary.get("notes")))]
 
 
 def _identity(summary: dict[str, Any], sae: dict[str, Any]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saekit.errors import RunError
+from saekit.runner.held_out import CountedSource, HeldOutUse
 from saekit.training.loss_input import Step
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class RunContext:
     scale, target_scale: 1 once training is over; while a loss prepares itself before the first step, the factors that
         training applies (`training.normalize`).
     graph: what `[graph]` built of this SAE, for metrics and analyzers; None without it, and during training.
+    use: counts the held-out data that is taken, for the summary; for metrics only.
     """
 
     sae: SparseAutoencoder
@@ -42,6 +44,7 @@ class RunContext:
     scale: float = 1.0
     target_scale: float = 1.0
     graph: FeatureGraph | None = None
+    use: HeldOutUse | None = None
 
     @property
     def seed(self) -> int:
@@ -53,7 +56,7 @@ class RunContext:
         return Step.of(self.sae, batch, self.scale, self.target_scale)
 
     def held_out(self, tokens: int | None = None) -> Iterator[Step]:
-        """Held-out activations through the SAE, in the order of the documents, without gradients.
+        """Held-out activations through the SAE, without gradients, in the order that every metric and analyzer sees.
 
         tokens: how many activations at most; `evaluation.tokens` by default."""
         import torch
@@ -65,8 +68,10 @@ class RunContext:
     def held_out_activations(self, tokens: int) -> Iterator[Activations]:
         """Held-out activations as the source gives them, in batches on the run's device; at most `tokens` in all.
 
-        Activations that are not finite are left out, with a warning. RunError if none is finite."""
-        return self._activations("held_out", tokens, self.config.evaluation.batch_size)
+        Fewer are the beginning of more. Activations that are not finite are left out, with a warning. RunError if none is
+        finite."""
+        batches = self._activations("held_out", tokens, self.config.evaluation.batch_size)
+        return batches if self.use is None else self.use.of_activations(batches)
 
     def training_activations(self, tokens: int) -> Iterator[Activations]:
         """The activations that training began with, or would have, as the source gives them, in batches on the run's device;
@@ -102,7 +107,9 @@ class RunContext:
 
     def _batches(self, split: str, tokens: int, size: int) -> Iterator[Activations]:
         training, left = self.config.training, tokens
-        for block in self.source.blocks(split, size=min(tokens, training.buffer), seed=training.order_seed):
+        # What is taken of a block counts, not the block.
+        source = self.source.wrapped if isinstance(self.source, CountedSource) else self.source
+        for block in source.blocks(split, size=min(tokens, training.buffer), seed=training.order_seed):
             for start in range(0, len(block), size):
                 batch = block.rows(slice(start, min(start + size, start + left)))
                 left -= len(batch)

@@ -25,6 +25,7 @@ from saekit.report import write_report
 from saekit.run_directory import RunDirectory
 from saekit.runner.blame import explained
 from saekit.runner.hardware import choose_device, peak_memory
+from saekit.runner.held_out import HeldOutUse
 from saekit.runner.interruption import Interruption
 from saekit.runner.plan import RunPlan
 from saekit.runner.provenance import plugins_used, provenance, with_resumption
@@ -287,8 +288,8 @@ class Run:
     def _evaluate(self) -> None:
         """Harvest the held-out activations once, and give each batch to the metrics of every SAE."""
         self.each(SAERun.begin_evaluation)
-        done = 0
-        context = dataclasses.replace(self.sae_runs[0].context, warn=self._warn)  # the data concern every SAE
+        done, use = 0, HeldOutUse()
+        context = dataclasses.replace(self.sae_runs[0].context, warn=self._warn, use=use)  # the data concern every SAE
         with torch.no_grad():
             for batch in context.held_out_activations(self.config.evaluation.tokens):
                 self.each(SAERun.evaluate_on, batch)
@@ -296,7 +297,7 @@ class Run:
                 self._tell("phase_advanced", phase="evaluate", done=done)
         if done == 0:
             raise RunError("the held-out split gave no activations. Give more data, or a larger held_out share.")
-        self.each(SAERun.end_evaluation)
+        self.each(SAERun.end_evaluation, use)
 
     def _analyse(self) -> None:
         done = 0

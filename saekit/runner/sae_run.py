@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from saekit.protocols import RunInfo, Source
 from saekit.result import Result
 from saekit.runner.blame import blamed_on, explained, of_variant
 from saekit.runner.context import RunContext
+from saekit.runner.held_out import CountedSource, HeldOutUse
 from saekit.runner.plan import Part, SAEPlan
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code
@@ -58,6 +60,7 @@ class SAERun:
     info: what its listeners are told of the run.
     graph: once built, if the run file asks for one.
     metrics, headline, meanings: once evaluated.
+    held_out: how much held-out data each metric was given.
     analysis: each analyzer's scalars.
     losses: as logged last.
     calibrated: what was set after training, and on how many `tokens`; empty if nothing was.
@@ -76,6 +79,7 @@ class SAERun:
         self.metrics: dict[str, float | None] = {}
         self.headline: list[str] = []
         self.meanings: dict[str, str] = {}
+        self.held_out: dict[str, dict[str, int | None]] = {}
         self.analysis: dict[str, dict[str, Any]] = {}
         self.losses: dict[str, float] = {}
         self.calibrated: dict[str, float] = {}
@@ -83,6 +87,7 @@ class SAERun:
         self.listeners = Listeners(above, f"variant {self.variant!r}: " if self.variant else "")
         self._draws: OwnRandomness | None = None
         self._metrics: list[tuple[Part, Any]] = []
+        self._use: dict[str, HeldOutUse] = {}
         self._prepared: dict[str, Any] = {}  # analyzers that have been prepared before training, by their key
         with of_variant(self.variant):
             for part in (*plan.sections["callback"], *plan.sections["tracker"]):
@@ -296,6 +301,11 @@ class SAERun:
         warn = self.listeners.warn
         return RunContext(self.sae, self.source, self.config, self.device, directory, warn, scale, target_scale, self.graph)
 
+    def _measuring(self, part: Part) -> RunContext:
+        """The context of a metric: what it takes of the held-out data is counted."""
+        use = self._use.setdefault(part.label, HeldOutUse())
+        return dataclasses.replace(self.context, source=CountedSource(self.source, use), use=use)
+
     @property
     def context(self) -> RunContext:
         """What metrics are given of the trained SAE; an analyzer gets the same with its own directory."""
@@ -309,7 +319,7 @@ class SAERun:
         for part, metric in self._metrics:
             if hasattr(metric, "prepare"):
                 with blamed_on(part):
-                    metric.prepare(self.context)
+                    metric.prepare(self._measuring(part))
 
     def evaluate_on(self, batch: Activations) -> None:
         """Hand one held-out batch to every metric that streams."""
@@ -321,8 +331,8 @@ class SAERun:
                 with blamed_on(part):
                     metric.update(step)
 
-    def end_evaluation(self) -> None:
-        """Compute every metric; those that need the model run it now."""
+    def end_evaluation(self, streamed: HeldOutUse) -> None:
+        """Compute every metric; those that need the model run it now. streamed: what the others were given."""
         whose: dict[str, Part] = {}
         if self._not_finite:
             self.listeners.warn(
@@ -331,8 +341,10 @@ class SAERun:
         for part, metric in self._metrics:
             warned = len(self.listeners.warnings)
             with blamed_on(part):
-                values = metric.compute() if hasattr(metric, "update") else metric.measure(self.context)
+                values = metric.compute() if hasattr(metric, "update") else metric.measure(self._measuring(part))
                 self.metrics |= {name: None if v is None else float(v) for name, v in values.items()}
+            if hasattr(metric, "update"):
+                self._use.setdefault(part.label, HeldOutUse()).merge(streamed)
             for name in values:
                 if name in whose:
                     raise RunError(_both_return(name, whose[name], part))
@@ -341,6 +353,7 @@ class SAERun:
             self.headline += [name for name in getattr(metric, "headline", ()) if name in values]
             self.meanings |= getattr(metric, "meanings", {})
         self._metrics = []
+        self.held_out = {name: use.counts(self.source) for name, use in self._use.items() if use}
         self.listeners.emit("evaluated", metrics=self.metrics, variant=self.variant)
 
     def _say_why(self, metric: Any, values: dict[str, Any], *, has_warned: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from saekit.runner.held_out import notes
 from saekit.runner.provenance import plugins_used
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def _of(one: SAERun) -> dict[str, Any]:
         "metrics": one.metrics,
         "headline": one.headline,
         "meanings": one.meanings,
+        "held_out": one.held_out,
+        "notes": notes(one.held_out),
         "analysis": one.analysis,
         "losses": one.losses,
     }
@@ -65,7 +68,8 @@ def _in_common(sae_runs: list[SAERun]) -> dict[str, Any]:
     """The same keys for a run of variants. It has no single SAE, so nothing may look as if it belonged to one."""
     saes = [_sae(one) for one in sae_runs]
     common = {key: value if all(sae[key] == value for sae in saes) else None for key, value in saes[0].items()}
-    return {"sae": common, "graph": None, "metrics": {}, "headline": [], "meanings": {}, "analysis": {}, "losses": {}}
+    return {"sae": common, "graph": None, "metrics": {}, "headline": [], "meanings": {}, "held_out": {}, "notes": [],
+            "analysis": {}, "losses": {}}  # fmt: skip
 
 
 def _sae(one: SAERun) -> dict[str, Any]:

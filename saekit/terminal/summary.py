@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit.run_directory import RunDirectory
-from saekit.wording import clean, count, duration, label, memory, number
+from saekit.wording import clean, count, duration, held_out_amounts, label, memory, number
 
 WIDEST = 108
 GAP = 4  # columns between two headline metrics
@@ -44,7 +44,9 @@ def render_summary(summary: dict[str, Any], console: Console) -> None:
     )  # fmt: skip
     for message in summary.get("warnings") or []:
         console.print(Padding(Text(f"! {clean(message)}", style="yellow"), (0, 2), expand=False), width=width)
-    if summary.get("warnings"):
+    for message in summary.get("notes") or []:
+        console.print(Padding(Text(clean(message), style="dim"), (0, 2), expand=False), width=width)
+    if summary.get("warnings") or summary.get("notes"):
         console.print()
     # Paths are there to be copied: the terminal may wrap them, but they contain no line break.
     for name, text in _where(summary):
@@ -122,6 +124,12 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, list[Text]]]:
     rest = {name: value for name, value in (summary.get("metrics") or {}).items() if headline and name not in headline}
     if rest:
         yield "also", _pairs(rest)
+    seen = held_out_amounts(summary.get("held_out") or {})
+    if seen:
+        most = max(seen, key=lambda group: len(group[0]))  # the others are named
+        yield "held out", [
+            Text(group[1] if group is most else f"{', '.join(map(clean, group[0]))}: {group[1]}") for group in seen
+        ]
     if summary.get("losses"):
         yield "losses", _pairs(summary["losses"], words=False)
     for name, scalars in (summary.get("analysis") or {}).items():

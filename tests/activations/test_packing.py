@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saekit.activations.documents import Document
-from saekit.activations.packing import MixedRows, PackedRows, TokenStore, first_token, tokenise
+from saekit.activations.packing import (
+    MixedRows,
+    PackedRows,
+    SequenceRows,
+    TokenStore,
+    first_token,
+    held_out_order,
+    tokenise,
+)
 from saekit.errors import UsageError
 
 BOS, PAD = 100, 101
@@ -37,8 +45,9 @@ def test_every_token_comes_once_a_pass_in_full_rows(lengths, context, bos, seed,
     number = number if seed is not None else 0
     ids, mask = rows.take(np.arange(number * rows.count, (number + 1) * rows.count), seed)
     assert ids.shape == mask.shape == (rows.count, context)
-    assert mask[:-1].all() and mask[-1].any()  # padding in the last row alone
-    assert (ids[~mask] == PAD).all() and not (np.diff(mask[-1].astype(int)) > 0).any()
+    short = (~mask).any(1)
+    assert short.sum() <= 1 and mask.any(1).all()  # padding at the end of one row alone
+    assert (ids[~mask] == PAD).all() and not (np.diff(mask.astype(int), axis=1) > 0).any()
     if bos is not None:
         assert (ids[:, 0] == bos).all()
         ids, mask = ids[:, 1:], mask[:, 1:]
@@ -46,11 +55,33 @@ def test_every_token_comes_once_a_pass_in_full_rows(lengths, context, bos, seed,
 
 
 @given(documents, contexts, firsts)
-def test_documents_stay_whole_and_in_order_without_a_seed(lengths, context, bos):
+def test_held_out_rows_are_those_of_documents_one_after_the_other_in_an_order_of_their_own(lengths, context, bos):
     rows = rows_of(lengths, context, bos)
     ids, mask = rows.take(np.arange(rows.count), None)
     first = int(bos is not None)
-    assert (ids[:, first:][mask[:, first:]] == np.arange(1000, 1000 + sum(lengths))).all()
+    in_order = np.argsort(held_out_order(rows.count))
+    assert (ids[in_order, first:][mask[in_order, first:]] == np.arange(1000, 1000 + sum(lengths))).all()
+
+
+def test_the_first_held_out_rows_are_from_all_over_the_split():
+    rows = rows_of([40] * 200, 8)
+    found = rows.documents(np.arange(100))[:, 0]  # a tenth of the rows
+    assert found.min() < 20 and found.max() > 180 and len(set(found)) > 60
+    sequences = SequenceRows(store([5] * 200), np.arange(200), context=8, bos=None, pad=PAD)
+    assert np.ptp(sequences.documents(np.arange(20))) > 150
+
+
+@given(documents, contexts, firsts)
+def test_which_documents_a_held_out_row_holds(lengths, context, bos):
+    whole, first = store(lengths), int(bos is not None)
+    for kind in (PackedRows, SequenceRows):
+        rows = kind(whole, np.arange(len(lengths)), context=context, bos=bos, pad=PAD)
+        ids, mask = rows.take(np.arange(rows.count), None)
+        for row, (begin, end) in enumerate(rows.documents(np.arange(rows.count))):
+            tokens = ids[row, first:][mask[row, first:]] - 1000
+            of = np.searchsorted(whole.offsets, tokens, side="right") - 1
+            if len(of):
+                assert (of[0], of[-1]) == (begin, end)
 
 
 @given(documents, contexts, st.integers(0, 5), st.data())

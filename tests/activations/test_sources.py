@@ -56,12 +56,12 @@ def test_activations_are_those_of_the_tokens_they_stand_beside(source):
     assert torch.equal(block.tokens, ids[block.sequence, block.position])
 
 
-def test_held_out_ends_keeps_the_order_and_shares_no_document_with_train(source):
+def test_held_out_ends_keeps_its_order_and_shares_no_document_with_train(source):
     held_out = blocks(source, "held_out", size=50)
     sequence = torch.cat([block.sequence for block in held_out])
     place = sequence * 16 + torch.cat([block.position for block in held_out])
     assert (place.diff() > 0).all() and sequence.max() == source._splits["held_out"].count - 1
-    train, held = (set(source._splits[split].documents.tolist()) for split in ("train", "held_out"))
+    train, held = (set(source._splits[split]._documents.tolist()) for split in ("train", "held_out"))
     assert train and held and not train & held and len(train | held) == 48
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.activations.documents import find_files
-from saekit.activations.packing import Passes
+from saekit.activations.packing import Passes, held_out_order
 from saekit.activations.stored import (
     SUFFIXES,
     Chunks,
@@ -38,7 +38,8 @@ class TensorsSource:
     hold many chunks: keep `chunk` well below `training.buffer`, and smaller still if neighbouring rows are much alike.
 
     A share of the chunks, or of the files, is held out, spread evenly. If rows [n, d] of one text lie next to each other,
-    held-out chunks border on training data: hold out files instead, or store [n, T, d].
+    held-out chunks border on training data: hold out files instead, or store [n, T, d]. Held-out chunks are taken in an
+    order that is the same for every run, so that the first of them come from all over the data.
 
     Memory: the block and one mapped chunk. All labels are read once.
     """
@@ -106,8 +107,9 @@ class TensorsSource:
 
     def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Iterator[Activations]:
         """Blocks `start`, `start + 1`, ... of about `size` activations; see `protocols.Source.blocks`."""
-        chunks = self._split(split)
-        order = seed if split == "train" else None
+        chunks, order = self._split(split), seed if split == "train" else None
+        if split == "held_out":
+            chunks = chunks.only(held_out_order(len(chunks)))
         length = self._length or 1
         rows = max(1, size // length)
         yield from read_blocks(
@@ -249,6 +251,7 @@ class TensorsSource:
         if labelled:
             rows = np.concatenate(labelled)
             self._labelled = {split: rows[self._belongs(chunks, rows)] for split, chunks in self._splits.items()}
+            self._labelled["held_out"] = self._labelled["held_out"][held_out_order(len(self._labelled["held_out"]))]
             self._passes = Passes(len(self._labelled["train"]), "labelled sequences")
 
     def _belongs(self, chunks: Chunks, rows: np.ndarray) -> np.ndarray:

@@ -155,6 +155,28 @@ def held_out_ends(subject: Subject) -> None:
         raise Failed("what is held out, or its order, depends on the seed. Metrics of two runs could not be compared.")
 
 
+def held_out_is_in_no_order(subject: Subject) -> None:
+    source = opened(subject)
+    blocks = first_blocks(source, split="held_out")
+    if hasattr(source, "token_batches"):
+        rows = next(source.token_batches("held_out", rows=4))
+        wanted = rows.tokens[rows.keep]
+        given = torch.cat([block.tokens for block in blocks])[: len(wanted)]
+        if not torch.equal(given, wanted[: len(given)]):
+            raise Failed("token_batches gives other held-out rows than blocks, or in another order. Metrics would see other text.")
+    if not hasattr(source, "documents") or blocks[0].sequence is None:
+        raise NotApplicable("it does not tell which documents its held-out sequences are from.")
+    order = torch.tensor(list(dict.fromkeys(torch.cat([block.sequence for block in blocks]).tolist())))  # [n], as they come
+    found = source.documents(order)
+    if list(found.shape) != [len(order), 2] or bool((found[:, 0] > found[:, 1]).any()):
+        raise Failed(f"documents gives {list(found.shape)} for {len(order)} sequences. Give the first and the last of each.")
+    if int(found.max() - found.min()) >= 8 and bool((found[:, 0].diff() >= 0).all()):
+        raise Failed(
+            "what is held out comes in the order of the documents, so that a small budget sees only the first of them. Take it in "
+            "an order drawn once for all runs."
+        )
+
+
 def train_does_not_end(subject: Subject) -> None:
     source = opened(subject)
     wanted, rows = 20, 0
@@ -233,6 +255,11 @@ CHECKS: tuple[Check, ...] = (
     Check("begins_anywhere", "`blocks(start=n)` begins with block n, where a resumed run goes on.", begins_anywhere),
     Check("train_does_not_end", "The split `train` begins another pass where the data ends.", train_does_not_end),
     Check("held_out_ends", "The split `held_out` is not empty, ends, and keeps its order for every seed.", held_out_ends),
+    Check(
+        "held_out_is_in_no_order",
+        "Held-out documents, if it tells them, do not come in their own order; `token_batches` gives the same rows as `blocks`.",
+        held_out_is_in_no_order,
+    ),
     Check("held_out_is_apart", "What is held out is not in the training data, as far as can be seen.", held_out_is_apart),
     Check("identity_is_plain", "`identity` is plain JSON, and the same for the same options.", identity_is_plain),
     Check(
