@@ -4,6 +4,7 @@ from .activations.batch import TokenBatch as TokenBatch
 from .activations.huggingface import load_subject as load_subject
 from .activations.sites import hook_points as hook_points
 from .activations.subject import Subject as Subject
+from .activations.trained_positions import TrainedPositions as TrainedPositions
 from .api import run as run
 from .compatibility import CONTRACT as CONTRACT
 from .component import Component as Component

@@ -189,7 +189,8 @@ class Source(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What determines the activations, for provenance and caches: names and hashes of model, tokenizer and data,
-        hook point, whether the first position is left out."""
+        hook point; `drop_first` and `drop_special`, whether the first position and those of `special_tokens` are left out, which
+        is recorded with the SAE."""
         ...
 
     def fingerprint(self) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from saekit.activations.sites import Site
+from saekit.activations.trained_positions import TrainedPositions
 from saekit.errors import UsageError
 from saekit.interventions.downstream import ReadAfter, site_of
 from saekit.interventions.edits import Edit, EditTable, Statistics, replaced_columns
@@ -60,10 +61,13 @@ class Attachment:
         self.codes: list[Code] = []
         self.visits = self.changed = 0
         self._edits = edits or EditTable({}, sae.d_sae)
-        self._keep_error, self._positions, self._record = keep_error, positions, record
+        self._keep_error, self._record = keep_error, record
+        self._positions: Positions | TrainedPositions | None = positions
+        if positions is None and not sae.trained_positions.everywhere:
+            self._positions = sae.trained_positions
         self._reads, self._after = list(reads), list(after)
         self._acts = mode is Mode.NO_CHANGE or (mode is Mode.EDIT and bool(len(self._edits) or not keep_error))
-        self._text = TextTracker(model) if record or positions is not None else None
+        self._text = TextTracker(model) if record or self._positions is not None else None
         self._orders: list[ReadAfter] = []
         self._stack: ExitStack | None = None
 
@@ -208,7 +212,7 @@ class Attachment:
                 f"{where}: the activation is on {activation.device} and the SAE on {self.sae.W_dec.device}. "
                 f"Move the SAE: sae.to({str(activation.device)!r})."
             )
-        if activation.ndim == 2 and self._positions is not None:
+        if activation.ndim == 2 and not isinstance(self._positions, TrainedPositions | None):
             raise UsageError(
                 f"{where}: the activation is {list(activation.shape)}, which has no positions to choose from. "
                 "Leave `positions` out."
@@ -236,7 +240,8 @@ def attach(
         activations [m], in the order of the positions, to new ones. They act on activations after gating.
     keep_error: add the SAE's reconstruction error back to the edited reconstruction; for edits only.
     positions: where to act: a slice, a position or a list of them, a boolean mask [n, T], or a function from positions
-        [n, T] to booleans; None for everywhere. Negative positions count from the end, if the text has one.
+        [n, T] to booleans; None for those that the SAE was trained on (`sae.trained_positions`), and `slice(None)` for
+        everywhere. Negative positions count from the end, if the text has one.
     statistics: {"max": ..., "rms": ...}, each [d_sae] or {latent: number}, for edits in these units.
     record: keep the codes in `Attachment.code` and `codes`.
     reads: hook points that will be read by other means; a forward that reaches one before the edit is an error.

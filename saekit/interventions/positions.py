@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saekit.activations.trained_positions import TrainedPositions
 from saekit.errors import UsageError
 
 Positions = slice | int | Sequence[int] | Tensor | Callable[[Tensor], Tensor]
@@ -29,12 +30,14 @@ class Stretch:
     lengths: [n, 1] tokens of each text so far.
     past: how many columns earlier forwards have seen.
     growing: whether more tokens may follow (the model keeps a cache).
+    tokens: [n, T]; None if the model's arguments do not show them.
     """
 
     absolute: Tensor
     lengths: Tensor
     past: int
     growing: bool
+    tokens: Tensor | None = None
 
 
 @dataclass
@@ -43,6 +46,7 @@ class _Call:
     past: int
     mask: Tensor | None  # [n, past + T]
     growing: bool
+    ids: Tensor | None = None  # [n, T]
 
 
 class TextTracker:
@@ -85,7 +89,7 @@ class TextTracker:
         width, past = tokens.shape[1], 0 if cache is None else int(cache.get_seq_length())
         covers = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + width
         growing = cache is not None or bool(given.get("use_cache"))
-        self._call = _Call(width, past, mask if covers else None, growing)
+        self._call = _Call(width, past, mask if covers else None, growing, given.get("input_ids"))
 
     def stretch(self, rows: int, width: int, device: torch.device) -> Stretch:
         """The stretch of a forward with an activation of [rows, width, d]. Call it once for each forward."""
@@ -97,10 +101,11 @@ class TextTracker:
         if call.mask is not None and call.mask.shape[0] == rows:
             real = call.mask.to(device, torch.bool)
             absolute = (real.cumsum(1) - 1).masked_fill(~real, -1)[:, call.past :]
-            return Stretch(absolute, real.sum(1, keepdim=True), call.past, call.growing)
+            return Stretch(absolute, real.sum(1, keepdim=True), call.past, call.growing, call.ids)
         columns = torch.arange(call.past, call.past + width, device=device)
         lengths = torch.full((rows, 1), call.past + width, device=device)
-        return Stretch(columns.expand(rows, width), lengths, call.past, call.growing)
+        ids = call.ids if call.ids is not None and call.ids.shape[0] == rows else None
+        return Stretch(columns.expand(rows, width), lengths, call.past, call.growing, ids)
 
 
 def checked_positions(positions: Positions | None) -> Positions | None:
@@ -125,9 +130,11 @@ def checked_positions(positions: Positions | None) -> Positions | None:
         ) from None
 
 
-def chosen(positions: Positions, stretch: Stretch) -> Tensor:
+def chosen(positions: Positions | TrainedPositions, stretch: Stretch) -> Tensor:
     """Which of a forward's positions are chosen: boolean [n, T]. Only a mask can choose padding."""
     at = stretch.absolute
+    if isinstance(positions, TrainedPositions):
+        return positions.among(at, stretch.tokens)
     if isinstance(positions, Tensor):
         return _from_mask(positions, stretch)
     if isinstance(positions, slice):

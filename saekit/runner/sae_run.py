@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from saekit.activations.batch import Activations, SequenceBatch
+from saekit.activations.trained_positions import TrainedPositions
 from saekit.component_option import fits
 from saekit.errors import RunError, UsageError, under_key
 from saekit.files import disk_errors, to_jsonable
@@ -257,6 +258,9 @@ class SAERun:
 
     def save_sae(self) -> None:
         """Write `sae/`, and go on with exactly what was written."""
+        if self.plan.total_steps or self.sae.trained_positions.first is None:
+            special = getattr(self.source, "special_tokens", ())
+            self.sae.trained_positions = TrainedPositions.of_source(self.identity, special)
         metadata = {
             "model_name": self.identity.get("model"),
             "hook_name": self.source.hook_point,

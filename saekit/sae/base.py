@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from saekit.activations.trained_positions import TrainedPositions
 from saekit.errors import OptionError, PluginError
 from saekit.sae.code import Code, DenseCode, OfLatents, SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse, encode_selected, zero_shift
@@ -53,6 +54,7 @@ class SparseAutoencoder(nn.Module):
     Options are the keyword-only parameters of a subclass's constructor. It keeps each as an attribute of the same name, from
     which `options` reads it.
 
+    trained_positions: on which positions of a text it was trained, which `sae/` keeps; see `TrainedPositions`.
     transcoder: whether d_out was given.
     reads_centred: whether the encoder subtracts b_dec from its input.
     """
@@ -71,6 +73,7 @@ class SparseAutoencoder(nn.Module):
         SparseAutoencoder.check({"skip": skip}, transcoder=d_out is not None)
         self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
         self.transcoder = d_out is not None
+        self.trained_positions = TrainedPositions()
         self.decoder_norm, self.skip = decoder_norm, skip
         self.reads_centred = not self.transcoder  # a transcoder's b_dec belongs to the other site
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in).t())  # [d_in, d_sae]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from saekit.activations.trained_positions import TrainedPositions
 from saekit.errors import UsageError
 from saekit.files import disk_errors, whole_file, write_json
 from saekit.plugins import Registry
@@ -58,6 +59,7 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metada
         "options": sae.options(),
         "d_out": sae.d_out,
         "transcoder": sae.transcoder,
+        "trained_positions": sae.trained_positions.to_dict(),
     }
     cfg = {
         "architecture": form.counterpart(sae) or name,
@@ -127,6 +129,7 @@ def _own(directory: Path, cfg: dict[str, Any], ours: Any, registry: Registry) ->
     check_widths(tensors, d_in, d_sae, directory / WEIGHTS)
     d_out = width(ours, "d_out", path)
     sae = component.build(options, d_in, d_sae, d_out if ours.get("transcoder", d_out != d_in) else None)
+    sae.trained_positions = TrainedPositions.from_dict(ours.get("trained_positions", {}))
     sae.reads_centred = bool(cfg.get("apply_b_dec_to_input", sae.reads_centred))
     fill(sae, tensors, directory / WEIGHTS)
     metadata = {key: value for key, value in cfg["metadata"].items() if key not in ("saekit", "sae_lens_version")}

@@ -14,7 +14,7 @@ from saekit_attribution.effects.nodes import nodes_of
 from torch import Tensor, nn
 
 import saekit
-from saekit import UsageError
+from saekit import TrainedPositions, UsageError
 
 LENGTHS = [9, 12, 9, 20, 12, 9]
 EVERY = ("atp", "ig", "exact")
@@ -137,6 +137,19 @@ def test_batched_equals_one_by_one(tiny, subject, sae, positions: str, reference
                     torch.testing.assert_close(alone[method].weighted, other[method].weighted, rtol=0, atol=1e-5)
                 for name in ("error", "logit_diff", "moved"):
                     assert getattr(alone[method], name) == pytest.approx(getattr(other[method], name), abs=1e-5)
+
+
+def test_positions_that_the_sae_was_not_trained_on_are_no_nodes(tiny, subject, sae, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing but what is recorded with the SAE tells that the first position is left out.
+    monkeypatch.setattr(subject.tokenizer, "bos_token_id", None)
+    samples = tiny.samples([20, 20])
+    metric = LogitDifference(subject, samples, last=False, batch_tokens=4096)
+    left_out = samples[0].tokens[7]
+    for rule, wanted in ((TrainedPositions(True), 0), (TrainedPositions(False), 1), (TrainedPositions(False, (left_out,)), 1)):
+        monkeypatch.setattr(sae, "trained_positions", rule)
+        nodes = nodes_of(subject, sae, samples, metric, positions="all", reference="zero")
+        assert int(nodes.positions.min()) == wanted
+        assert (7 in nodes.positions[nodes.rows == 0].tolist()) is not bool(rule.left_out)
 
 
 @pytest.mark.parametrize("reference", REFERENCES)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from saekit.activations.batch import Activations
+from saekit.activations.trained_positions import TrainedPositions
 from saekit.protocols import Source
 from saekit.testing.checks import any_kind
 from saekit.testing.checks.shared import changed, copied, seeded
@@ -177,6 +178,19 @@ def held_out_is_in_no_order(subject: Subject) -> None:
         )
 
 
+def positions_left_out_are_told(subject: Subject) -> None:
+    source = opened(subject)
+    if not hasattr(source, "token_batches"):
+        raise NotApplicable("it has no rows of tokens.")
+    rows = next(source.token_batches("held_out", rows=4))
+    told = TrainedPositions.of_source(source.identity(), getattr(source, "special_tokens", ()))
+    if not torch.equal(told.in_rows(rows.tokens) & rows.mask, rows.keep):
+        raise Failed(
+            "its rows keep other positions than identity() tells. Say drop_first = true there if the first is left out, and "
+            "drop_special = true if those of special_tokens are: what uses the SAE later leaves the same positions alone."
+        )
+
+
 def train_does_not_end(subject: Subject) -> None:
     source = opened(subject)
     wanted, rows = 20, 0
@@ -259,6 +273,11 @@ CHECKS: tuple[Check, ...] = (
         "held_out_is_in_no_order",
         "Held-out documents, if it tells them, do not come in their own order; `token_batches` gives the same rows as `blocks`.",
         held_out_is_in_no_order,
+    ),
+    Check(
+        "positions_left_out_are_told",
+        "Which positions its rows of tokens leave out follows from `identity` (`drop_first`, `drop_special`).",
+        positions_left_out_are_told,
     ),
     Check("held_out_is_apart", "What is held out is not in the training data, as far as can be seen.", held_out_is_apart),
     Check("identity_is_plain", "`identity` is plain JSON, and the same for the same options.", identity_is_plain),

@@ -57,7 +57,7 @@ class BehaviourMeasurement:
     def __init__(self, context: RunContext, judge: Judge | None, settings: Ablate, questions: QuestionSets) -> None:
         self.settings, self.judge, self.template_type = settings, judge, questions.template_type
         self.subject, self.sae = context.source.subject, context.sae
-        self.skip_first = self.subject.bos_token_id is not None
+        self.skip_first = self.sae.trained_positions.skips_first(self.subject.bos_token_id)
         sets = ("rank by", questions.ranking), ("draw the curve on", questions.curve), ("test on", questions.test)
         for name, some in sets:
             if not some.samples or not some.tokens:

@@ -90,9 +90,8 @@ def nodes_of(
     considered = torch.zeros(n, length, dtype=torch.bool, device=activation.device)
     considered[:, -1] = True
     if positions == "all":
-        begun = torch.tensor([s.tokens[0] == subject.bos_token_id for s in samples], device=activation.device)
-        considered[:] = True
-        considered[:, 0] &= ~begun | (length == 1)  # SAEs are not trained on it; kept if it is the only position
+        tokens = torch.tensor([s.tokens for s in samples], device=activation.device)
+        considered |= sae.trained_positions.in_rows(tokens, bos=subject.bos_token_id)
     base, known = base_activation(metric, samples, considered)
     wide = torch.promote_types(activation.dtype, sae.W_dec.dtype)
     x, base, considered, known = (t[:, offset:] for t in (activation.to(wide), base.to(wide), considered, known))
