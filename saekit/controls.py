@@ -26,7 +26,7 @@ class AgainstControls:
     False
     >>> print(gain.sentence("gain", "other latents"))
     The gain of 2.88 does not exceed its controls: 1 of 4 other latents reaches as much, up to 3.21 (mean 2.23, standard \
-deviation 0.718; the gain is 0.909 of them above the mean).
+deviation 0.718; the effect is 0.91 of them above the mean).
     """
 
     effect: float | None
@@ -124,7 +124,7 @@ deviation 0.718; the gain is 0.909 of them above the mean).
                 f"does not clearly {exceed} its controls: none of {n} {controls} reaches {as_much} ({_text(self.best)} at "
                 f"{most}), but it is not {ENOUGH_SPREADS:g} of their standard deviations from their mean"
             )
-        return f"{own} {found} ({self._distance(effect)}).{self._by_chance()}"
+        return f"{own} {found} ({self._distance}).{self._by_chance()}"
 
     # --- details ----------------------------------------------------------------------------------------------------
 
@@ -141,14 +141,16 @@ deviation 0.718; the gain is 0.909 of them above the mean).
         assert self.effect is not None
         return other - self.effect if self.higher else self.effect - other
 
-    def _distance(self, effect: str) -> str:
+    @property
+    def _distance(self) -> str:
         mean = f"mean {_text(self.mean)}"
         if self.spread == 0:
             return f"{mean}; all of them are equal"
         assert self.spreads is not None
         above = "above" if (self.spreads >= 0) == self.higher else "below"
         spread = f"standard deviation {_text(self.spread)}"
-        return f"{mean}, {spread}; the {effect} is {_text(abs(self.spreads))} of them {above} the mean"
+        far = f"{abs(self.spreads):.{2 if abs(self.spreads) < 10 else 0}f}"
+        return f"{mean}, {spread}; the effect is {far} of them {above} the mean"
 
     def _by_chance(self) -> str:
         n = len(self.finite) + 1

@@ -18,13 +18,13 @@ def test_an_effect_that_a_control_reaches_does_not_exceed_them() -> None:
     assert (found.exceeds, found.reaching, found.best) == (False, 1, 3.21)
     assert found.sentence("gain", "other latents") == (
         "The gain of 2.88 does not exceed its controls: 1 of 3 other latents reaches as much, up to 3.21 (mean 2.07, "
-        "standard deviation 1.11; the gain is 0.732 of them above the mean)."
+        "standard deviation 1.11; the effect is 0.73 of them above the mean)."
     )
 
 
 def test_an_effect_beyond_all_controls_and_two_of_their_spreads_exceeds_them() -> None:
     assert told(5.0, *[1.0, 1.2] * 5) == (
-        "The gain of 5 exceeds its controls: 10 other latents reach 1.2 at most (mean 1.1, standard deviation 0.105; the gain "
+        "The gain of 5 exceeds its controls: 10 other latents reach 1.2 at most (mean 1.1, standard deviation 0.105; the effect "
         "is 37 of them above the mean)."
     )
     assert told(5.0, 1.0, 1.2).endswith(" With so few controls it would come first by chance 1 time in 3.")

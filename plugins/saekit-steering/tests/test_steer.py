@@ -14,8 +14,9 @@ import torch
 from saekit_steering.continuations import distinct, judged, load_judge, log_perplexity
 from saekit_steering.prompts import DEFAULT, load_prompts
 from saekit_steering.steer import Steer
+from saekit_steering.steering_vectors import KINDS
 
-from saekit import RunContext, UsageError
+from saekit import AgainstControls, RunContext, UsageError
 
 SEED = {
     "model": str,
@@ -108,7 +109,7 @@ def test_each_kind_has_its_own_figures_beside_controls(steer, context: RunContex
         "held-out text",
     ]
     kinds = [row["direction"] for row in result.tables["controls"]]
-    assert kinds == ["latent", "random", "random", "other latent", "other latent"]
+    assert kinds == ["latent", *["random"] * 2, *["random covariance"] * 2, *["other latent"] * 2]
     assert all(row["kl"] > 0 for row in result.tables["sweep"] if row["strength"])
     texts = result.tables["texts"]
     assert {(row["kind"], row["sampling"]) for row in texts} == {
@@ -120,6 +121,37 @@ def test_each_kind_has_its_own_figures_beside_controls(steer, context: RunContex
     assert sets["concept"] == "even"
     assert sets["positive"]
     assert sets["negative"]
+
+
+def test_it_is_said_whether_the_effect_exceeds_its_controls(steer, context: RunContext) -> None:
+    result = steer()(context)
+    rows = result.tables["controls"]
+    of = {kind: [row["gain"] for row in rows if row["direction"] == kind] for kind in KINDS}
+    own = of.pop("latent")[0]
+    told = [AgainstControls.of(own, some).sentence("gain", KINDS[kind]) for kind, some in of.items()]
+    assert result.notes[:3] == told  # before any other note
+    for kind, some in of.items():
+        assert result.scalars[f"{kind.replace(' ', '_')}_gain_max"] == max(some)
+    assert any(note.startswith("The delta_f_right of ") for note in result.notes)
+
+
+def test_a_null_effect_is_told_as_one(steer, context: RunContext) -> None:
+    """Every latent has the same decoder row, so all others gain as much."""
+    kept = context.sae.W_dec.detach().clone()
+    with torch.no_grad():
+        context.sae.W_dec[:] = context.sae.W_dec[0]
+    try:
+        notes = steer(strengths=[0.5])(dataclasses.replace(context, graph=None)).notes
+    finally:
+        with torch.no_grad():
+            context.sae.W_dec.copy_(kept)
+    assert re.match("The gain of .* does not (clearly )?exceed its controls: .*other latents", notes[2])
+
+
+def test_without_controls_nothing_is_claimed(steer, context: RunContext) -> None:
+    result = steer(strengths=[0.5], controls=0)(context)
+    assert result.notes[0].startswith("Nothing was measured beside the latent")
+    assert result.scalars["random_gain_mean"] is None
 
 
 def test_the_page_needs_no_network_and_runs_no_foreign_script(steer, context: RunContext) -> None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from saekit_steering.activation_statistics import directions_like
 from saekit_steering.cluster import Cluster
 from saekit_steering.prompts import Prompt, batches
 from saekit_steering.scoring import Scorer, output_score
-from saekit_steering.steering_vectors import latent_vectors, other_latent_vectors, random_vectors, strengths
+from saekit_steering.steering_vectors import (
+    latent_vectors,
+    on_the_sphere,
+    other_latent_vectors,
+    random_vectors,
+    strengths,
+)
 from saekit_steering.typical_tokens import typical_tokens
 
 import saekit
@@ -96,7 +103,8 @@ def test_every_direction_of_one_strength_is_equally_long(context: RunContext) ->
         row_norm = float(sae.W_dec[0].norm())
         sweep = strengths([0.5, 2.0], "absolute", 1.0, row_norm)
         living = torch.ones(sae.d_sae, dtype=torch.bool)
-        for make in (random_vectors(sae, 0, sweep, 3, 0), other_latent_vectors(sae, 0, living, sweep, 23, 0)):
+        drawn = on_the_sphere(3, sae.d_in, 0)
+        for make in (random_vectors(sae, 0, drawn, sweep), other_latent_vectors(sae, 0, living, sweep, 23, 0)):
             for vector in make:
                 added = vector.scale * vector.strength.absolute * vector.sae.W_dec[vector.row]
                 assert float(added.norm()) == pytest.approx(vector.strength.norm, rel=1e-5)
@@ -110,10 +118,23 @@ def test_every_direction_of_one_strength_is_equally_long(context: RunContext) ->
 
 def test_random_directions_come_from_the_seed_and_point_anywhere(context: RunContext) -> None:
     sweep = strengths([1.0], "absolute", 1.0, 1.0)
-    first, again, other = (random_vectors(context.sae, 0, sweep, 4, seed)[0].sae.W_dec for seed in (0, 0, 1))
+    drawn = (on_the_sphere(4, context.sae.d_in, seed) for seed in (0, 0, 1))
+    first, again, other = (random_vectors(context.sae, 0, rows, sweep)[0].sae.W_dec for rows in drawn)
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
     assert torch.linalg.matrix_rank(first) == 4
+
+
+def test_directions_with_the_covariance_of_activations_have_it() -> None:
+    """Over many draws, in batches of any size, whatever the mean of the activations is."""
+    mixed = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(300, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) @ mixed + 100.0
+    drawn = directions_like([x[:7], x[7:200], x[200:]], 20_000, 0)
+    assert drawn.shape == (20_000, 4) and float(drawn.mean(0).abs().max()) < 0.1
+    torch.testing.assert_close(drawn.t() @ drawn / 20_000, torch.cov(x.t(), correction=0), rtol=0.1, atol=0.1)
+    assert torch.equal(directions_like([x], 3, 5), directions_like([x], 3, 5))
+    in_a_plane = torch.cat([x[:, :2], torch.full_like(x[:, :2], 3.0)], 1)  # what never varies is in no direction
+    assert float(directions_like([in_a_plane], 5, 0)[:, 2:].abs().max()) < 1e-9
 
 
 def test_strength_zero_changes_nothing(context: RunContext) -> None:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saekit import Result, RunContext, TokenBatch, write_json, write_text
-from saekit_steering.activation_statistics import ActivationStatistics, activation_statistics
+from saekit_steering.activation_statistics import (
+    ActivationStatistics,
+    activation_statistics,
+    directions_like,
+    held_out_batches,
+)
 from saekit_steering.cluster import Classes, ClassMoments, Cluster
 from saekit_steering.continuations import Continuation, continuations
 from saekit_steering.html_page import html_page
@@ -20,6 +25,7 @@ from saekit_steering.steering_vectors import (
     SteeringVector,
     Strength,
     latent_vectors,
+    on_the_sphere,
     other_latent_vectors,
     random_vectors,
     strengths,
@@ -54,7 +60,8 @@ class SteeringExperiment:
 
     def run(self) -> Result:
         context, settings = self.context, self.settings
-        statistics = activation_statistics(context, settings.statistics_tokens)
+        batches_read = held_out_batches(context, settings.statistics_tokens)
+        statistics = activation_statistics(context.sae, batches_read)
         size = self._unit(statistics)
         if size is None:
             return Result(
@@ -64,7 +71,8 @@ class SteeringExperiment:
                 ]
             )
         typical, by_class = self._estimates()
-        vectors = self._vectors(size, statistics)
+        like_activations = directions_like(batches_read, settings.controls, context.seed)
+        vectors = self._vectors(size, statistics, like_activations)
         scorer = Scorer(context, self.cluster, typical)
         scored = scorer(vectors, batches(self.prompts, settings.batch_tokens), self._lens(vectors))
         self._on_held_out(scorer, vectors, scored)
@@ -112,7 +120,9 @@ class SteeringExperiment:
         }[self.settings.unit]
         return size if math.isfinite(size) and size > 0 else None
 
-    def _vectors(self, size: float, statistics: ActivationStatistics) -> list[SteeringVector]:
+    def _vectors(
+        self, size: float, statistics: ActivationStatistics, like_activations: torch.Tensor
+    ) -> list[SteeringVector]:
         settings, sae = self.settings, self.context.sae
         row_norm = float(sae.W_dec[settings.latent].detach().norm())
 
@@ -125,7 +135,8 @@ class SteeringExperiment:
         seed, n = self.context.seed, settings.controls
         return [
             *latent_vectors(sae, settings.latent, sweep(asked)),
-            *random_vectors(sae, settings.latent, sweep(further), n, seed),
+            *random_vectors(sae, settings.latent, on_the_sphere(n, sae.d_in, seed), sweep(further)),
+            *random_vectors(sae, settings.latent, like_activations, sweep(further), "random covariance"),
             *other_latent_vectors(sae, settings.latent, statistics.std > 0, sweep(asked), n, seed),
         ]
 

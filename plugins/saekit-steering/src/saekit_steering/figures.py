@@ -6,7 +6,7 @@ from typing import Any
 
 from saekit_steering.effect_curve import EffectCurve
 
-COLOURS = {"latent": "#c0392b", "random": "#7f8c8d", "other latent": "#2980b9"}
+COLOURS = {"latent": "#c0392b", "random": "#7f8c8d", "random covariance": "#8e44ad", "other latent": "#2980b9"}
 
 
 def effect_figure(curves: dict[tuple[str, int], EffectCurve], kind: str) -> dict[str, Any]:

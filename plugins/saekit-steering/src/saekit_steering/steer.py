@@ -27,7 +27,8 @@ class Steer:
     """Adds strength x decoder row of one latent at the site that the SAE reads, for a sweep of strengths, and measures: the
     log-odds of the concept's tokens coming next, KL divergence, the latent and its graph neighbours (f, and g propagated
     over the graph) before and after at the same site, and the text that the model writes. The controls are random
-    directions and other latents of the same norm; KL divergence is compared with theirs at equal effect.
+    directions, isotropic and with the activations' covariance, and other latents, all of the same norm; a note says whether
+    the effect exceeds theirs, and KL divergence is compared at equal effect.
 
     Every position but the first is steered. No judge model is needed; `judge` can name one.
     """
@@ -53,7 +54,7 @@ class Steer:
     ] = None
     neighbours: Annotated[int, Field(ge=0, description="Graph neighbours to read with the latent (top_k).")] = 10
     controls: Annotated[
-        int, Field(ge=0, description="Random directions, and as many other latents, of the same norm.")
+        int, Field(ge=0, description="Directions of each of the three kinds of control, of the same norm.")
     ] = 10
     effect: Annotated[
         float | None,

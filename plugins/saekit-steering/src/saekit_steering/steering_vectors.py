@@ -13,6 +13,14 @@ import saekit
 from saekit import Attachment, Code, SparseAutoencoder, Subject
 
 Unit = Literal["norm", "absolute", "max", "rms"]
+Kind = Literal["latent", "random", "random covariance", "other latent"]
+KINDS: dict[Kind, str] = {
+    "latent": "the latent",
+    "random": "random directions",
+    "random covariance": "random directions with the activations' covariance",
+    "other latent": "other latents",
+}
+"""Every kind of direction, the steered latent first and its controls after it, in words."""
 AFTER_FIRST = slice(1, None)
 """The steered positions: SAEs are not trained on the first one, and much of a model's attention rests there."""
 
@@ -52,12 +60,12 @@ class Strength:
 
 @dataclass(frozen=True)
 class SteeringVector:
-    """A direction with a strength. kind: "latent", "random", or "other latent". number: which of its kind.
+    """A direction with a strength. kind: one of `KINDS`. number: which of its kind.
 
     sae, row: the dictionary and the row, of which `scale` times `strength.absolute` is added, so that all vectors of
         one strength have the same norm."""
 
-    kind: str
+    kind: Kind
     number: int
     sae: SparseAutoencoder
     row: int
@@ -88,13 +96,18 @@ def latent_vectors(sae: SparseAutoencoder, latent: int, sweep: Sequence[Strength
     return [SteeringVector("latent", 0, sae, latent, 1.0, strength) for strength in sweep]
 
 
-def random_vectors(sae: SparseAutoencoder, latent: int, sweep: Sequence[Strength], n: int, seed: int) -> list[SteeringVector]:
-    """`n` directions drawn uniformly from the sphere, with the norm of the latent's decoder row, at every strength."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = nn.functional.normalize(torch.randn(n, sae.d_in, generator=generator), dim=1)
-    rows = rows.to(sae.W_dec) * sae.W_dec[latent].detach().norm()
-    directions = Directions(rows)
-    return [SteeringVector("random", i, directions, i, 1.0, strength) for i in range(n) for strength in sweep]
+def on_the_sphere(n: int, d: int, seed: int) -> Tensor:
+    """`n` random directions, every one of them as likely: [n, d]."""
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def random_vectors(
+    sae: SparseAutoencoder, latent: int, directions: Tensor, sweep: Sequence[Strength], kind: Kind = "random"
+) -> list[SteeringVector]:
+    """Drawn directions [n, d_in] with the norm of the latent's decoder row, at every strength."""
+    rows = nn.functional.normalize(directions.double(), dim=1).to(sae.W_dec) * sae.W_dec[latent].detach().norm()
+    drawn = Directions(rows)
+    return [SteeringVector(kind, i, drawn, i, 1.0, strength) for i in range(len(rows)) for strength in sweep]
 
 
 def other_latent_vectors(

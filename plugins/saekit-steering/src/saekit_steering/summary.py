@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from saekit import Result
+from saekit import AgainstControls, Result
 from saekit_steering.continuations import mean_scores
 from saekit_steering.effect_curve import mean
 from saekit_steering.figures import damage_figure, effect_figure
 from saekit_steering.measurements import Curves, Measurements, matched_kl
 from saekit_steering.prompts import NEUTRAL, UNRELATED
+from saekit_steering.steering_vectors import KINDS
 from saekit_steering.tables import cluster_table, control_table, examples, sweep_table
 
-KINDS = ("latent", "random", "other latent")
+CONTROLS = tuple(kind for kind in KINDS if kind != "latent")
 HEADLINE = [
-    "gain", "monotone", "random_gain_max", "kl_matched", "random_kl_matched",
+    "gain", "monotone", "random_gain_max", "random_covariance_gain_max", "other_latent_gain_max", "kl_matched", "random_kl_matched",
     "delta_f_latent", "delta_f_neighbours", "delta_f_right", "delta_g_right",
 ]  # fmt: skip
 
@@ -20,7 +21,7 @@ HEADLINE = [
 def summarise(found: Measurements) -> Result:
     """The analyzer's result, without its files."""
     curves = found.curves()
-    result = Result()
+    result = Result(notes=beside_controls(found, curves))
     result.scalars = scalars(found, curves, result.notes)
     result.tables = {
         "sweep": sweep_table(found),
@@ -32,6 +33,44 @@ def summarise(found: Measurements) -> Result:
     result.headline = [name for name in HEADLINE if name in result.scalars]
     result.figures = {"effect": effect_figure(curves, NEUTRAL), "damage": damage_figure(curves, UNRELATED)}
     return result
+
+
+def beside_controls(found: Measurements, curves: Curves) -> list[str]:
+    """Sentences that say whether the gain, the damage at equal effect and the cluster's changes exceed their controls."""
+    if not found.settings.controls:
+        return ["Nothing was measured beside the latent (controls = 0), so nothing says whether any other direction does as well."]
+    own, gain = curves["latent", 0], found.gain_to_match(curves["latent", 0])
+    gains, damages = [], []
+    for kind in CONTROLS:
+        some = [curve for (k, _), curve in curves.items() if k == kind]
+        gains.append(AgainstControls.of(own.largest, (c.at_norms_of(own).largest for c in some)).sentence("gain", KINDS[kind]))
+        damage = [matched_kl(c, gain)["kl_matched"] for c in (own, *some)]
+        if damage[0] is not None and any(one is not None for one in damage[1:]):
+            beside = AgainstControls.of(damage[0], damage[1:], higher=False)
+            damages.append(beside.sentence(f"KL divergence at a gain of {gain:.3g}", f"{KINDS[kind]} that reach this gain"))
+    shares = []
+    for name in ("f", "g"):
+        right = _right(found, name)
+        if right["latent"]:
+            beside = AgainstControls.of(mean(right["latent"]), right["random"])
+            shares.append(beside.sentence(f"delta_{name}_right", KINDS["random"]))
+    return [*gains, *damages, *shares]
+
+
+def _right(found: Measurements, name: str) -> dict[str, list[float]]:
+    """By kind of direction: the share of the cluster whose f or g changes, at the largest strength, as with the concept."""
+    end = _end(found)
+    shares: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for number, vector in enumerate(found.vectors):
+        if vector.strength.given == end and (share := found.agreement(number, name)) is not None:
+            shares[vector.kind].append(share)
+    return shares
+
+
+def _end(found: Measurements) -> float:
+    """The largest strength in the direction of the sweep."""
+    given = [vector.strength.given for vector in found.vectors if vector.kind == "latent"]
+    return max(given) if max(given) >= 0 else min(given)
 
 
 def scalars(found: Measurements, curves: Curves, notes: list[str]) -> dict[str, float | int | None]:
@@ -46,7 +85,7 @@ def scalars(found: Measurements, curves: Curves, notes: list[str]) -> dict[str, 
     gain = found.gain_to_match(own)
     values: dict[str, float | int | None] = {"gain": own.largest, "monotone": int(own.monotone), "matched_gain": gain}
     values |= matched_kl(own, gain)
-    for kind in KINDS[1:]:
+    for kind in CONTROLS:
         some = [curve for (k, _), curve in curves.items() if k == kind]
         word = kind.replace(" ", "_")
         reached = [at[1] for c in some if gain and (at := c.damage_at(gain)) is not None]
@@ -74,16 +113,10 @@ def scalars(found: Measurements, curves: Curves, notes: list[str]) -> dict[str, 
 
 def _changes(found: Measurements, notes: list[str]) -> dict[str, float | int | None]:
     """How the cluster changes at the largest strength, for the latent and for random directions."""
-    given = [vector.strength.given for vector in found.vectors if vector.kind == "latent"]
-    end = max(given) if max(given) >= 0 else min(given)
+    end = _end(found)
     values: dict[str, float | int | None] = {}
     for name in ("f", "g"):
-        shares: dict[str, list[float]] = {"latent": [], "random": []}
-        for number, vector in enumerate(found.vectors):
-            if vector.kind in shares and vector.strength.given == end:
-                share = found.agreement(number, name)
-                if share is not None:
-                    shares[vector.kind].append(share)
+        shares = _right(found, name)
         values[f"delta_{name}_right"] = mean(shares["latent"])
         values[f"random_delta_{name}_right"] = mean(shares["random"])
         at_end = (n for n, v in enumerate(found.vectors) if v.kind == "latent" and v.strength.given == end)
