@@ -238,6 +238,41 @@ def _after(row: dict[str, Any]) -> int:
     return count
 
 
+def test_sets_are_tested_for_each_template_type(context: RunContext, data: str) -> None:
+    result = AttributionPatching(data=data, set_sizes=[2, 4], draws=3)(context)
+    rows = result.tables["sets"]
+    assert [(row["template_type"], row["latents"]) for row in rows] == [
+        (kind, size) for kind in ("like", "dislike") for size in (2, 4)
+    ]
+    for row in rows:
+        assert row["samples"] == row["questions"] == (5 if row["template_type"] == "like" else 4)
+        for name in ("necessity", "sufficiency", "put_in"):
+            assert row.keys() >= {name, f"{name}_low", f"{name}_high", f"{name}_random", f"{name}_random_most"}
+    assert any("matched random latents" in note for note in result.notes)
+    assert AttributionPatching(data=data, set_sizes=[])(context).tables.keys().isdisjoint({"sets"})
+
+
+def test_positions_are_written_by_option_only_and_only_those_with_a_score(context: RunContext, data: str) -> None:
+    options: dict[str, Any] = {"data": data, "positions": "all", "methods": ["exact", "atp"], "set_sizes": []}
+    plain = entries(written(context, AttributionPatching(**options)(context)))
+    found = entries(written(context, AttributionPatching(**options, per_position=2, save_interval=3)(context)))
+    tokens = samples_of(context, data)
+    for place in GOOD:
+        assert "positions" not in plain[place]["methods"]["atp"]
+        assert "positions" not in found[place], "an exact effect is of all positions at once"
+        rows = found[place]["methods"]["atp"]["positions"]
+        strings = context.source.token_strings(torch.tensor(tokens[place].tokens))
+        assert [row["token"] for row in rows] == [strings[row["position"]] for row in rows]
+        assert len({row["position"] for row in rows}) == len(rows) > 1
+        assert all(len(row["top_features"]) <= 2 for row in rows)
+        assert all(feature["score"] for row in rows for feature in row["top_features"])
+
+
+def test_positions_of_exact_effects_alone_are_refused() -> None:
+    with pytest.raises(UsageError, match="per_position: an exact effect is of all positions at once"):
+        AttributionPatching(methods=["exact"], per_position=3)
+
+
 def test_data_without_a_flagged_variation_gives_a_note(context: RunContext, tmp_path: Path) -> None:
     path = tmp_path / "none.json"
     path.write_text(json.dumps({"results": [question(0, ("base", "a?", "Hm", 0))]}), encoding="utf-8")
@@ -267,7 +302,7 @@ def analysed(scores: list[float], exact: list[float], error: float = 0.0, moved:
 
 
 def notes(*found: AnalysedSample) -> list[str]:
-    return summarise(found, Counter(), Counter(), top_k=5).notes
+    return summarise(found, Counter(), Counter(), top_k=5, recall_at=10).notes
 
 
 def test_a_faithful_estimate_gives_no_warning() -> None:
@@ -278,6 +313,17 @@ def test_low_fidelity_is_warned_of() -> None:
     (note,) = notes(analysed([3.0, 1.0, 2.0], [1.0, 2.0, 3.0]))
     assert "Fidelity is low" in note
     assert "-0.50" in note
+
+
+def test_an_estimate_that_misses_the_first_latents_is_warned_of() -> None:
+    """Spearman's correlation is high, since most latents have next to no effect."""
+    exact = [1.0 - 0.001 * n for n in range(5)] + [0.001 * n for n in range(95)]
+    estimate = [0.094 - 0.001 * n for n in range(5)] + [0.001 * n for n in range(90)] + [1.0 + 0.001 * n for n in range(5)]
+    found = analysed(estimate, exact)
+    assert found.fidelity("atp", 5).spearman > 0.8
+    result = summarise([found], Counter(), Counter(), top_k=5, recall_at=5)
+    assert (result.scalars["atp_recall_at_5"], result.scalars["atp_recall_at_5_by_chance"]) == (0.0, 0.05)
+    assert any("Of the 5 latents with the largest exact effects, atp has 0%" in note for note in result.notes)
 
 
 def test_scores_that_do_not_add_up_are_warned_of() -> None:

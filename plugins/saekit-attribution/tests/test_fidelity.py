@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from saekit_attribution.effects.fidelity import fidelity, pearson, spearman
+from saekit_attribution.effects.fidelity import fidelity, pearson, spearman, top_recall
 from saekit_attribution.effects.methods import Attribution
 from torch import Tensor
 
@@ -59,3 +59,26 @@ def test_the_completeness_gap_is_what_is_missing() -> None:
 def test_other_latents_are_no_comparison() -> None:
     with pytest.raises(ValueError, match="same latents"):
         fidelity(attribution(torch.ones(3)), attribution(torch.ones(4)))
+
+
+def test_recall_is_what_the_near_zero_latents_flatter() -> None:
+    """The estimate orders 190 latents without effect just as the exact effects do, and misses all ten that matter."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.rand(200, generator=generator).double() * 1e-3
+    exact[:10] = torch.linspace(1, 2, 10)
+    estimate = exact.clone()
+    estimate[:10], estimate[10:20] = 0.0009, torch.linspace(1, 2, 10)
+    found = fidelity(attribution(estimate), attribution(exact))
+    assert found.spearman > 0.85
+    assert found.recall == (0.0, 10 / 200)
+    assert top_recall(exact, exact, 10) == (1.0, 0.05)
+    estimate[:4], estimate[4:10], estimate[10:20] = exact[:4], 0.0, exact[10:20]
+    assert top_recall(-estimate, exact, 10).share == pytest.approx(0.4), "the sign is not asked for, the size is"
+
+
+def test_recall_counts_no_effect_of_zero_and_is_none_where_every_order_is_right() -> None:
+    exact = torch.tensor([3.0, 0.0, 0.0, 0.0, 2.0])
+    assert top_recall(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0]), exact, 4).share == pytest.approx(0.5)
+    assert top_recall(exact, exact, 5) is None
+    assert top_recall(exact, torch.zeros(5), 3) is None
+    assert top_recall(torch.tensor([1.0, 2.0, float("nan")]), torch.ones(3), 1) is None

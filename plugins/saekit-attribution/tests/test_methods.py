@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from saekit_attribution.effects import logit_difference, methods
-from saekit_attribution.effects.attribute import Failed, Refused, attribute
+from saekit_attribution.effects.attribute import Refused, attribute
+from saekit_attribution.effects.batching import Failed
 from saekit_attribution.effects.fidelity import fidelity
 from saekit_attribution.effects.logit_difference import LogitDifference
 from saekit_attribution.effects.nodes import nodes_of

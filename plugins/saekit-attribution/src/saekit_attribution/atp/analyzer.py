@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
-from saekit import Result, RunContext, SparseAutoencoder, Subject, top_examples
+from saekit import OptionError, Result, RunContext, SparseAutoencoder, Subject, top_examples
 from saekit_attribution.atp.progress import Progress, restored, stored
 from saekit_attribution.atp.sample_analysis import AnalysedSample, atp_analysis
+from saekit_attribution.atp.set_tests import set_tests
 from saekit_attribution.atp.summary import summarise
 from saekit_attribution.common_options import ORGANISM, BatchTokens, ChatTemplate, Data, Joiner, MaxTokensToCheck, Steps
 from saekit_attribution.effects.attribute import Outcome, attribute
+from saekit_attribution.effects.batching import Failed
+from saekit_attribution.effects.latent_sets import SetEffects, set_effects
 from saekit_attribution.effects.methods import Method
 from saekit_attribution.effects.nodes import Positions, Reference
 from saekit_attribution.labelled_data.document import LabelledData, Pair, Place, Skipped
@@ -58,6 +62,17 @@ class AttributionPatching:
         steps: Steps = 8,
         max_tokens_to_check: MaxTokensToCheck = 20,
         top_k: Annotated[int, Field(gt=0, description="Latents written for each sample.")] = 50,
+        per_position: Annotated[
+            int, Field(ge=0, description="Latents written for each position, by atp and ig; 0 writes no positions.")
+        ] = 0,
+        recall_at: Annotated[
+            int, Field(gt=0, description="How many of the first exact latents an estimate should find.")
+        ] = 10,
+        set_sizes: Annotated[
+            list[Annotated[int, Field(gt=0)]],
+            Field(description="Sizes of sets of first latents, tested together; [] tests none."),
+        ] = [10],  # noqa: B006
+        draws: Annotated[int, Field(ge=2, description="Sets of matched random latents beside each set.")] = 5,
         save_interval: Annotated[int, Field(gt=0, description="Samples between intermediate saves.")] = 10,
         batch_tokens: BatchTokens = 4096,
         joiner: Joiner = None,
@@ -67,6 +82,10 @@ class AttributionPatching:
         self.methods: list[Method] = list(dict.fromkeys(methods))
         self.positions, self.reference, self.steps = positions, reference, steps
         self.max_tokens_to_check, self.top_k, self.save_interval = max_tokens_to_check, top_k, save_interval
+        self.per_position, self.recall_at = per_position, recall_at
+        self.set_sizes, self.draws = list(dict.fromkeys(set_sizes)), draws
+        if per_position and self.methods == ["exact"]:
+            raise OptionError("per_position", "an exact effect is of all positions at once. Add 'atp' or 'ig' to methods.")
         self.batch_tokens, self.joiner, self.chat_template = batch_tokens, joiner, chat_template
 
     def __call__(self, context: RunContext) -> Result:
@@ -81,9 +100,12 @@ class AttributionPatching:
             outcomes[sample.place] = outcome
         analysed = [AnalysedSample(s, restored(outcomes[s.place])) for s in todo if not _unanswered(outcomes[s.place])]
         entries = {place: outcome for place, outcome in outcomes.items() if _unanswered(outcome)}
+
+        def strings(tokens: Sequence[int]) -> list[str]:
+            return context.source.token_strings(torch.tensor(tokens))
+
         for a in analysed:
-            strings = context.source.token_strings(torch.tensor([a.sample.target, a.sample.base]))
-            entries[a.sample.place] = atp_analysis(a, strings, self.top_k)
+            entries[a.sample.place] = atp_analysis(a, strings, self.top_k, self.recall_at)
         labelled.write(progress.results, entries)
         progress.finish()
         return self._result(context, analysed, entries, progress)
@@ -130,7 +152,21 @@ class AttributionPatching:
             reference=self.reference,
             steps=self.steps,
             batch_tokens=self.batch_tokens,
+            per_position=self.per_position,
             on_error="keep",
+        )
+
+    def _set_effects(
+        self, context: RunContext, samples: list[Sample], sets: list[list[int]]
+    ) -> list[SetEffects | Failed]:
+        return set_effects(
+            context.source.subject,
+            context.sae,
+            samples,
+            sets,
+            positions=self.positions,
+            reference=self.reference,
+            batch_tokens=self.batch_tokens,
         )
 
     def _identity(self, context: RunContext, labelled: LabelledData) -> dict[str, Any]:
@@ -151,15 +187,32 @@ class AttributionPatching:
     ) -> Result:
         skipped = Counter(entry["skipped"] for entry in entries.values() if "skipped" in entry)
         failed = Counter(entry["error"] for entry in entries.values() if "error" in entry)
-        result = summarise(analysed, skipped, failed, top_k=self.top_k)
+        result = summarise(analysed, skipped, failed, top_k=self.top_k, recall_at=self.recall_at)
         result.files.append(progress.results.name)
         latents = [row["latent"] for row in result.tables.get("ranking", [])][:SHOWN]
         result.tables["examples"] = top_examples(context, latents)
         if "exact" in self.methods and next(context.source.subject.model.parameters()).dtype.itemsize < 4:
             result.notes.append(HALF_PRECISION)
+        exceeding = self._test_sets(context, analysed, result) if self.set_sizes else []
         for note in result.notes:
             context.warn(f"atp: {note}")
+        result.notes += exceeding
         return result
+
+    def _test_sets(self, context: RunContext, analysed: list[AnalysedSample], result: Result) -> list[str]:
+        """Adds the table `sets` and what a reader must be warned of; returns what is as it should be."""
+        tests, problems = set_tests(
+            analysed,
+            partial(self._set_effects, context),
+            self.set_sizes,
+            draws=self.draws,
+            d_sae=context.sae.d_sae,
+            seed=context.seed,
+        )
+        result.tables["sets"] = [test.row() for test in tests]
+        sentences = [sentence for test in tests for sentence in test.sentences()]
+        result.notes += [text for text, exceeds in sentences if not exceeds] + problems
+        return [text for text, exceeds in sentences if exceeds]
 
 
 def _unanswered(entry: dict[str, Any]) -> bool:

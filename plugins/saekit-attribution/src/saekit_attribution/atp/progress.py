@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from saekit import to_jsonable, write_json
-from saekit_attribution.effects.attribute import Failed, Outcome, Refused
+from saekit_attribution.effects.attribute import Outcome, Refused
+from saekit_attribution.effects.batching import Failed
+from saekit_attribution.effects.by_position import PositionScores
 from saekit_attribution.effects.methods import Attribution
 
 BEGUN = "atp_analysis.json"
@@ -96,7 +99,9 @@ def stored(outcome: Outcome) -> dict[str, Any]:
 
 def _as_lists(attribution: Attribution) -> dict[str, Any]:
     named = {name: getattr(attribution, name) for name in ("latents", *TENSORS, *NUMBERS)}
-    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in named.items()}
+    lists = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in named.items()}
+    places = attribution.by_position
+    return lists | {"by_position": None if places is None else [dataclasses.asdict(place) for place in places]}
 
 
 def restored(entry: dict[str, Any]) -> dict[str, Attribution]:
@@ -109,4 +114,10 @@ def _attribution(lists: dict[str, Any]) -> Attribution:
         name: None if lists[name] is None else torch.tensor(lists[name], dtype=torch.float64) for name in TENSORS
     }
     latents = torch.tensor(lists["latents"], dtype=torch.int64)
-    return Attribution(latents=latents, **tensors, **{name: lists[name] for name in NUMBERS})  # type: ignore[arg-type]
+    places = lists["by_position"]
+    return Attribution(
+        latents=latents,
+        **tensors,  # type: ignore[arg-type]
+        **{name: lists[name] for name in NUMBERS},
+        by_position=None if places is None else tuple(PositionScores(**place) for place in places),
+    )

@@ -15,11 +15,13 @@ from saekit_attribution.atp.sample_analysis import EXACT, AnalysedSample
 from saekit_attribution.effects.ranking import by_weight, ranked
 
 LOW = 0.7
-"""A median Spearman correlation with the exact effects below this gives a warning."""
+"""A median Spearman correlation with the exact effects below this gives a warning, and so does a mean recall."""
 
 
-def summarise(analysed: Sequence[AnalysedSample], skipped: Counter[str], failed: Counter[str], *, top_k: int) -> Result:
-    """scalars: counts, medians of the fidelity by method, the SAE error's share. tables: ranking,
+def summarise(
+    analysed: Sequence[AnalysedSample], skipped: Counter[str], failed: Counter[str], *, top_k: int, recall_at: int
+) -> Result:
+    """scalars: counts, medians of the fidelity and the mean recall by method, the SAE error's share. tables: ranking,
     ranking_by_template_type, skipped, failed. figures: score against exact effect. notes: what a reader must know."""
     result = Result(
         scalars={
@@ -43,28 +45,33 @@ def summarise(analysed: Sequence[AnalysedSample], skipped: Counter[str], failed:
     result.scalars["logit_diff"] = statistics.fmean(a.logit_diff for a in firsts)
     result.scalars["moved"] = statistics.fmean(a.moved for a in firsts)
     for method in methods:
-        result.scalars |= _fidelity(analysed, method)
+        result.scalars |= _fidelity(analysed, method, recall_at)
         result.scalars |= _parts(analysed, method)
     result.tables |= _rankings(analysed, methods, top_k)
     if EXACT in methods:
         for method in methods:
             if method != EXACT:
                 result.figures[f"{method}_against_exact"] = _figure(analysed, method)
-    result.notes += _notes(result.scalars, methods)
+    result.notes += _notes(result.scalars, methods, recall_at)
     if failed:
         of = f"{failed.total()} of {result.scalars['samples']} samples"
         result.notes.append(f"{of} failed; the results file says why, in the place of each.")
     return result
 
 
-def _fidelity(analysed: Sequence[AnalysedSample], method: str) -> dict[str, float | None]:
-    """Medians over the samples where the correlations are defined; nothing for the exact effects themselves."""
+def _fidelity(analysed: Sequence[AnalysedSample], method: str, recall_at: int) -> dict[str, float | None]:
+    """Medians over the samples where the correlations are defined, the mean over those where the recall is; nothing for
+    the exact effects themselves."""
     if method == EXACT:
         return {}
-    found = [a.fidelity(method) for a in analysed]
+    found = [a.fidelity(method, recall_at) for a in analysed]
+    recalls = [f.recall for f in found if f.recall is not None]
+    name = f"{method}_recall_at_{recall_at}"
     return {
         f"{method}_spearman": _median([f.spearman for f in found]),
         f"{method}_pearson": _median([f.pearson for f in found]),
+        name: statistics.fmean(recall.share for recall in recalls) if recalls else None,
+        f"{name}_by_chance": statistics.fmean(recall.by_chance for recall in recalls) if recalls else None,
     }
 
 
@@ -131,7 +138,7 @@ def _figure(analysed: Sequence[AnalysedSample], method: str) -> dict[str, Any]:
     return score_against_exact(method, estimates, exact, [(e.error, t.error) for e, t in pairs])
 
 
-def _notes(scalars: dict[str, Any], methods: list[str]) -> list[str]:
+def _notes(scalars: dict[str, Any], methods: list[str], recall_at: int) -> list[str]:
     notes = []
     if EXACT not in methods:
         notes.append("The exact effects were not computed, so it is unknown how far the scores can be trusted.")
@@ -141,6 +148,13 @@ def _notes(scalars: dict[str, Any], methods: list[str]) -> list[str]:
             notes.append(
                 f"Fidelity is low: the median Spearman correlation of {method} with the exact effects is {spearman:.2f}, "
                 f"below {LOW}. Rank by exact instead."
+            )
+        recall = scalars.get(f"{method}_recall_at_{recall_at}")
+        if recall is not None and recall < LOW:
+            chance = scalars[f"{method}_recall_at_{recall_at}_by_chance"]
+            notes.append(
+                f"Of the {recall_at} latents with the largest exact effects, {method} has {recall:.0%} among its own first "
+                f"{recall_at} (by chance {chance:.0%}). Rank by exact instead."
             )
         gap, moved = scalars[f"{method}_completeness_gap"], scalars["moved"]
         if abs(gap) > abs(moved) / 2:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from saekit import OptionError, SparseAutoencoder, Subject, UsageError, is_out_of_memory
+from saekit import OptionError, SparseAutoencoder, Subject, UsageError
+from saekit_attribution.effects.batching import Failed, batches, resilient
 from saekit_attribution.effects.logit_difference import frozen
 from saekit_attribution.effects.methods import METHODS, Attribution, batch_attributions
 from saekit_attribution.effects.nodes import Positions, Reference
@@ -21,14 +22,6 @@ class Refused:
     """A sample that has no attribution, and why."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A sample whose computation failed. error: "OOM" or the exception's type. details: its message."""
-
-    error: str
-    details: str
 
 
 Outcome = dict[str, Attribution] | Refused | Failed
@@ -44,6 +37,7 @@ def attribute(
     reference: Reference = "zero",
     steps: int = 8,
     batch_tokens: int = 4096,
+    per_position: int = 0,
     on_error: Literal["raise", "keep"] = "raise",
 ) -> list[Outcome]:
     """For each sample, in order, the `Attribution` by each of `methods`, keyed by the method's name.
@@ -56,6 +50,7 @@ def attribute(
     reference: "zero", or "base": the base run's activations at aligned positions and zero elsewhere. A sample whose
         prompt equals its base prompt is `Refused`.
     batch_tokens: tokens that go through the model at a time, halved when memory runs out; samples of equal length share a batch.
+    per_position: latents in each of `Attribution.by_position`; 0 leaves it out.
     on_error: "keep" puts `Failed` in the place of a sample that cannot be computed, and continues.
 
     UsageError for an option outside its range and for an SAE that does not fit the site.
@@ -75,49 +70,15 @@ def attribute(
 
     def compute(chosen: list[int]) -> list[Outcome]:
         batch = [samples[number] for number in chosen]
-        return list(batch_attributions(subject, sae, batch, methods, positions, reference, steps, batch_tokens))
+        return list(
+            batch_attributions(subject, sae, batch, methods, positions, reference, steps, batch_tokens, per_position)
+        )
 
     left = [number for number in range(len(samples)) if number not in outcomes]
     with subject.lock, frozen(subject.model), frozen(sae), torch.autocast(subject.device.type, enabled=False):
-        for chosen in _batches(samples, left, batch_tokens):
-            outcomes.update(_resilient(compute, chosen, on_error == "keep"))
+        for chosen in batches(samples, left, batch_tokens):
+            outcomes.update(resilient(compute, chosen, on_error == "keep"))
     return [outcomes[number] for number in range(len(samples))]
-
-
-def _batches(samples: Sequence[Sample], numbers: list[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of samples of equal length, at most `batch_tokens` tokens or a single sample at a time."""
-    lengths: dict[int, list[int]] = {}
-    for number in numbers:
-        lengths.setdefault(len(samples[number].tokens), []).append(number)
-    for length, chosen in sorted(lengths.items()):
-        count = math.ceil(len(chosen) / max(1, batch_tokens // length))
-        for part in range(count):  # of one size, rather than a small one at the end
-            yield chosen[part * len(chosen) // count : (part + 1) * len(chosen) // count]
-
-
-def _resilient(
-    compute: Callable[[list[int]], list[Outcome]], chosen: list[int], keep: bool
-) -> Iterator[tuple[int, Outcome]]:
-    """The outcomes by number. A batch that runs out of memory is halved; with `keep`, so is one that fails otherwise."""
-    problem: Failed | None = None
-    try:
-        found = compute(chosen)
-    except UsageError:
-        raise
-    except Exception as error:
-        short = is_out_of_memory(error)
-        if not keep and not (short and len(chosen) > 1):
-            raise
-        problem = Failed("OOM" if short else type(error).__name__, str(error))
-    if problem is None:
-        yield from zip(chosen, found, strict=True)
-    elif len(chosen) == 1:
-        yield chosen[0], problem
-    else:  # outside the handler, where the error would keep the batch's tensors alive
-        if problem.error == "OOM" and torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        for half in (chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]):
-            yield from _resilient(compute, half, keep)
 
 
 def _check(

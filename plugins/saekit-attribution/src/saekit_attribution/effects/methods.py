@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saekit import SparseAutoencoder, Subject
+from saekit_attribution.effects.by_position import PositionScores, by_position
 from saekit_attribution.effects.logit_difference import LogitDifference
 from saekit_attribution.effects.nodes import Nodes, Positions, Reference, nodes_of
 from saekit_attribution.labelled_data.teacher_forcing import Sample
@@ -42,6 +43,8 @@ class Attribution:
     error: the score of the SAE's error.
     logit_diff: logit(target) - logit(base) of the undisturbed model.
     moved: how far that falls when every node is at its reference; the scores of a complete method, with `error`, add up to it.
+    by_position: the scores at each position, the largest alone; None where they were not asked for, and for exact, whose
+        effects are of all positions at once.
     """
 
     latents: Tensor
@@ -52,6 +55,7 @@ class Attribution:
     error: float
     logit_diff: float
     moved: float
+    by_position: tuple[PositionScores, ...] | None = None
 
 
 def batch_attributions(
@@ -63,8 +67,11 @@ def batch_attributions(
     reference: Reference,
     steps: int,
     batch_tokens: int,
+    per_position: int = 0,
 ) -> Iterator[dict[str, Attribution]]:
-    """The attributions of samples that all have the same length, in their order."""
+    """The attributions of samples that all have the same length, in their order.
+
+    per_position: how many latents `Attribution.by_position` holds for each position; 0 for none."""
     metric = LogitDifference(subject, samples, last=positions == "decisive", batch_tokens=batch_tokens)
     with torch.no_grad():
         nodes = nodes_of(subject, sae, samples, metric, positions=positions, reference=reference)
@@ -86,7 +93,15 @@ def batch_attributions(
     latents, activations = split(nodes.node_latents), split(nodes.summed(nodes.values))
     differences, all_moved = plain.tolist(), moved.tolist()
     parts = {
-        method: (split(of.scores), split(of.gradients), split(of.weighted), of.errors.tolist())
+        method: (
+            split(of.scores),
+            split(of.gradients),
+            split(of.weighted),
+            of.errors.sum(1).tolist(),
+            [None] * len(samples)
+            if of.entries is None or not per_position
+            else by_position(nodes, of.entries, of.errors, most=per_position, offset=metric.offset),
+        )
         for method, of in found.items()
     }
     for i in range(len(samples)):
@@ -100,18 +115,22 @@ def batch_attributions(
                 error=errors[i],
                 logit_diff=differences[i],
                 moved=all_moved[i],
+                by_position=places[i],
             )
-            for method, (scores, gradients, weighted, errors) in parts.items()
+            for method, (scores, gradients, weighted, errors, places) in parts.items()
         }
 
 
 class _Scores(NamedTuple):
-    """A method's scores for all samples of a batch, see `Attribution`. scores, gradients, weighted: [M]. errors: [n]."""
+    """A method's scores for all samples of a batch, see `Attribution`.
+
+    scores, gradients, weighted: [M]. errors: [n, P], at each position, or [n, 1] over all. entries: [E], of each entry."""
 
     scores: Tensor
     gradients: Tensor | None
     weighted: Tensor | None
     errors: Tensor
+    entries: Tensor | None
 
 
 def _linear(nodes: Nodes, sae: SparseAutoencoder, gradient: Tensor) -> _Scores:
@@ -121,12 +140,14 @@ def _linear(nodes: Nodes, sae: SparseAutoencoder, gradient: Tensor) -> _Scores:
     backward pass goes through the decoder."""
     gradient = gradient.to(nodes.x.dtype)
     products = nodes.products(gradient, sae.W_dec)
-    scores = nodes.summed(nodes.deltas * products)
+    entries = nodes.deltas * products
+    scores = nodes.summed(entries)
     activations = nodes.summed(nodes.values)
     one = nodes.summed(torch.ones_like(products)) == 1
     ratio = torch.where(activations == 0, 0.0, scores / activations)
     gradients = torch.where(one, nodes.summed(products), ratio)
-    return _Scores(scores, gradients, nodes.summed(nodes.excess * products), (gradient * nodes.error).sum((1, 2)))
+    weighted = nodes.summed(nodes.excess * products)
+    return _Scores(scores, gradients, weighted, (gradient * nodes.error).sum(2), entries)
 
 
 def _mean_gradient(metric: LogitDifference, nodes: Nodes, rows: Tensor, steps: int) -> Tensor:
@@ -147,4 +168,4 @@ def _exact(metric: LogitDifference, nodes: Nodes, sae: SparseAutoencoder, rows: 
     without = metric.values(of, lambda some: nodes.without(changing[some], sae.W_dec))
     scores = plain.new_zeros(len(nodes.node_rows)).index_copy(0, changing, plain[of] - without)
     errors = plain - metric.values(rows, lambda some: nodes.x[some] - nodes.error[some])
-    return _Scores(scores, None, None, errors)
+    return _Scores(scores, None, None, errors[:, None], None)

@@ -143,8 +143,11 @@ def base_activation(metric: LogitDifference, samples: Sequence[Sample], wanted: 
     base = torch.where(same[..., None], activation, 0.0)
     missing = known & ~same
     groups: dict[tuple[int, int], list[int]] = {}
+    # What both texts share may reach into the positions that are missing, where the inserted text begins as the rest does.
+    first = torch.where(missing, aligned, activation.shape[1]).amin(1)
     for row in missing.any(1).nonzero().flatten().tolist():
-        groups.setdefault((len(samples[row].base_tokens), int(shared[row])), []).append(row)
+        begun = min(int(shared[row]), int(first[row]))
+        groups.setdefault((len(samples[row].base_tokens), begun), []).append(row)
     for (_, begun), chosen in groups.items():
         rows = torch.tensor(chosen, device=device)
         found, start = metric.base_activation([samples[row].base_tokens for row in chosen], rows, begun)  # [m, T' - start, d]
