@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TOKENS, Case, D, make_sae
+from interventions.models import TOKENS, Case, D, make_sae
 
 import saekit
 from saekit import TrainedPositions
