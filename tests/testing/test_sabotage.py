@@ -675,7 +675,28 @@ class TellsObjects(Numbered):
         return {"data": "numbers", "dtype": self.dtype}
 
 
+class FromTheBeginning(Numbered):
+    """Gives its held-out documents, one a row, in the order in which they lie."""
+
+    def blocks(self, split, *, size, seed, start=0):
+        for number, block in enumerate(super().blocks(split, size=size, seed=seed, start=start), start):
+            block.sequence = torch.arange(len(block)) + number * size
+            yield block
+
+    def documents(self, sequences):
+        return sequences[:, None].expand(-1, 2)
+
+
+class FromAllOver(FromTheBeginning):
+    """The same in another order."""
+
+    def documents(self, sequences):
+        return (sequences * 5 % 1024)[:, None].expand(-1, 2)
+
+
 SOURCES: dict[str, tuple[Any, set[str]]] = {
+    "from_the_beginning": (FromTheBeginning, {"held_out_is_in_no_order"}),
+    "from_all_over": (FromAllOver, set()),
     "numbered": (Numbered, set()),
     "in_order": (InOrder, {"same_block_for_its_number", "begins_anywhere"}),
     "trains_on_held_out": (TrainsOnHeldOut, {"held_out_is_apart"}),
