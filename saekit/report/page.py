@@ -12,7 +12,18 @@ from urllib.parse import quote
 
 from saekit.report.curves import POINTS, logged_names, loss_figures, measure_figures, overlaid
 from saekit.run_directory import RunFiles
-from saekit.wording import NOT_DEFINED, clean, count, duration, held_out_amounts, interval, is_number, label, memory, number
+from saekit.wording import (
+    NOT_DEFINED,
+    clean,
+    count,
+    duration,
+    held_out_amounts,
+    interval,
+    is_number,
+    label,
+    memory,
+    number,
+)
 
 TABLE_ROWS = 2000
 LATENTS = 200
