@@ -15,6 +15,7 @@ from .errors import ComponentError as ComponentError
 from .errors import OptionError as OptionError
 from .errors import SaekitError as SaekitError
 from .errors import UsageError as UsageError
+from .estimate import Estimate as Estimate
 from .files import to_jsonable as to_jsonable
 from .files import write_json as write_json
 from .files import write_text as write_text

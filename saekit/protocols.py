@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
     from saekit.activations.subject import Subject
     from saekit.config import RunConfig, TrainingConfig
+    from saekit.estimate import Estimate
     from saekit.graph import FeatureGraph
     from saekit.result import Result
     from saekit.run_directory import RunDirectory
@@ -252,16 +253,18 @@ class Metric(Protocol):
         """Take in one held-out batch."""
         ...
 
-    def compute(self) -> dict[str, float | None]:
-        """Named plain numbers; None if a value is not defined (with the reason in `undefined` or given to `context.warn`)."""
+    def compute(self) -> dict[str, float | Estimate | None]:
+        """Named plain numbers; None if a value is not defined (with the reason in `undefined` or given to `context.warn`).
+
+        An `Estimate` in place of a number has its interval, what it was measured on and a sentence beside it."""
         ...
 
 
 class ModelMetric(Protocol):
     """A measure that needs the subject model, not only a batch of activations."""
 
-    def measure(self, context: RunContext) -> dict[str, float | None]:
-        """Named plain numbers, measured on held-out data."""
+    def measure(self, context: RunContext) -> dict[str, float | Estimate | None]:
+        """Named plain numbers or estimates, measured on held-out data."""
         ...
 
 

@@ -51,6 +51,13 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
+def interval(ends: Any) -> str:
+    """A confidence interval: 0.38 to 0.96. Empty for anything but two numbers."""
+    if not isinstance(ends, (list, tuple)) or len(ends) != 2 or not all(map(is_number, ends)):
+        return ""
+    return " to ".join(f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for end in ends)
+
+
 def count(value: float) -> str:
     """A count in at most six characters: 4,096, 62.3k, 1.25M, 3.00B."""
     if abs(value) < 10_000:

@@ -12,7 +12,18 @@ from urllib.parse import quote
 
 from saekit.report.curves import POINTS, logged_names, loss_figures, measure_figures, overlaid
 from saekit.run_directory import RunFiles
-from saekit.wording import NOT_DEFINED, clean, count, duration, held_out_amounts, is_number, label, memory, number
+from saekit.wording import (
+    NOT_DEFINED,
+    clean,
+    count,
+    duration,
+    held_out_amounts,
+    interval,
+    is_number,
+    label,
+    memory,
+    number,
+)
 
 TABLE_ROWS = 2000
 LATENTS = 200
@@ -109,8 +120,8 @@ def page(run: RunFiles) -> dict[str, Any]:
     return {
         "title": str(summary.get("run") or run.directory.name),
         "identity": _identity(summary, sae),
-        "cards": [(label(n), *_shown(metrics[n]), meanings.get(n, "")) for n in headline],
-        "metrics": [(n, *_shown(v), meanings.get(n, "")) for n, v in metrics.items()],
+        "cards": [(label(n), *_shown(metrics[n]), meanings.get(n, ""), _beside(summary, n)) for n in headline],
+        "metrics": [(n, *_shown(v), meanings.get(n, ""), _beside(summary, n)) for n, v in metrics.items()],
         "measured_on": _measured_on(summary),
         "losses": [(n, *_shown(v)) for n, v in _dict(summary.get("losses")).items()],
         "variants": _variants(run),
@@ -168,7 +179,12 @@ def _variants(run: RunFiles) -> Table | None:
         summary = files.summary
         row = {"variant": name, **{key: _dict(summary.get("sae")).get(key, "") for key in ("architecture", "d_sae")}}
         metrics = _dict(summary.get("metrics"))
-        rows.append(row | {key: metrics[key] for key in _list(summary.get("headline")) if key in metrics})
+        for key in _list(summary.get("headline")):
+            if key in metrics:
+                row[key] = metrics[key]
+                if ends := interval(_dict(_dict(summary.get("estimates")).get(key)).get("interval")):
+                    row[f"{key}, 95%"] = ends
+        rows.append(row)
     return _table("Variants", rows, "")
 
 
@@ -207,6 +223,14 @@ def _shown(value: Any) -> tuple[str, bool]:
     if isinstance(value, (dict, list)):
         return _compact(value), True
     return number(value), number(value) != NOT_DEFINED
+
+
+def _beside(summary: dict[str, Any], name: str) -> list[str]:
+    """What stands beside a metric: its interval, what it was measured on, its note."""
+    known = _dict(_dict(summary.get("estimates")).get(name))
+    ends, n = interval(known.get("interval")), _dict(known.get("n"))
+    on = "on " + ", ".join(f"{count(size)} {what}" for what, size in n.items() if is_number(size)) if n else ""
+    return [text for text in (f"95%: {ends}" if ends else "", on, str(known.get("note") or "")) if text]
 
 
 def figures_of(prefix: str, figures: dict[str, dict[str, Any]]) -> list[Figure]:

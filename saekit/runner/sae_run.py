@@ -16,6 +16,7 @@ from saekit.activations.batch import Activations, SequenceBatch
 from saekit.activations.trained_positions import TrainedPositions
 from saekit.component_option import fits
 from saekit.errors import RunError, UsageError, under_key
+from saekit.estimate import Estimate, value_of
 from saekit.files import disk_errors, to_jsonable
 from saekit.graph import FeatureGraph, dictionary_digest
 from saekit.listeners import Listener, Listeners
@@ -62,7 +63,9 @@ class SAERun:
     graph: once built, if the run file asks for one.
     metrics, headline, meanings: once evaluated.
     held_out: how much held-out data each metric was given.
+    estimates: what stands beside some metrics: intervals, numbers, sentences.
     analysis: each analyzer's scalars.
+    analysis_notes: each analyzer's notes.
     losses: as logged last.
     calibrated: what was set after training, and on how many `tokens`; empty if nothing was.
     """
@@ -78,10 +81,12 @@ class SAERun:
         self.config, self.directory, self.variant = info.config, info.directory, info.variant
         self.graph: FeatureGraph | None = None
         self.metrics: dict[str, float | None] = {}
+        self.estimates: dict[str, dict[str, Any]] = {}
         self.headline: list[str] = []
         self.meanings: dict[str, str] = {}
         self.held_out: dict[str, dict[str, int | None]] = {}
         self.analysis: dict[str, dict[str, Any]] = {}
+        self.analysis_notes: dict[str, list[str]] = {}
         self.losses: dict[str, float] = {}
         self.calibrated: dict[str, float] = {}
         self.scale = self.target_scale = 1.0
@@ -346,7 +351,8 @@ class SAERun:
             warned = len(self.listeners.warnings)
             with blamed_on(part):
                 values = metric.compute() if hasattr(metric, "update") else metric.measure(self._measuring(part))
-                self.metrics |= {name: None if v is None else float(v) for name, v in values.items()}
+                self.metrics |= {name: value_of(given) for name, given in values.items()}
+                self.estimates |= {n: v.beside() for n, v in values.items() if isinstance(v, Estimate) and v.beside()}
             if hasattr(metric, "update"):
                 self._use.setdefault(part.label, HeldOutUse()).merge(streamed)
             for name in values:
@@ -385,6 +391,7 @@ class SAERun:
                 raise TypeError(f"it returned {type(result).__name__}, not a saekit.Result")
             self.directory.write_analysis(part.label, result)
             self.analysis[part.label] = to_jsonable(dict(result.scalars))
+            self.analysis_notes[part.label] = list(map(str, result.notes))
         self.listeners.emit("analysed", name=part.label, result=result, variant=self.variant)
 
 

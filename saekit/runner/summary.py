@@ -55,11 +55,13 @@ def _of(one: SAERun) -> dict[str, Any]:
         "sae": _sae(one),
         "graph": _graph(one),
         "metrics": one.metrics,
+        "estimates": one.estimates,
         "headline": one.headline,
         "meanings": one.meanings,
         "held_out": one.held_out,
         "notes": notes(one.held_out),
         "analysis": one.analysis,
+        "analysis_notes": one.analysis_notes,
         "losses": one.losses,
     }
 
@@ -68,8 +70,9 @@ def _in_common(sae_runs: list[SAERun]) -> dict[str, Any]:
     """The same keys for a run of variants. It has no single SAE, so nothing may look as if it belonged to one."""
     saes = [_sae(one) for one in sae_runs]
     common = {key: value if all(sae[key] == value for sae in saes) else None for key, value in saes[0].items()}
-    return {"sae": common, "graph": None, "metrics": {}, "headline": [], "meanings": {}, "held_out": {}, "notes": [],
-            "analysis": {}, "losses": {}}  # fmt: skip
+    by_name = ("metrics", "estimates", "meanings", "held_out", "analysis", "analysis_notes", "losses")
+    nothing: dict[str, Any] = {key: {} for key in by_name}
+    return {"sae": common, "graph": None, "headline": [], "notes": [], **nothing}
 
 
 def _sae(one: SAERun) -> dict[str, Any]:

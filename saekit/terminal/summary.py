@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit.run_directory import RunDirectory
-from saekit.wording import clean, count, duration, held_out_amounts, label, memory, number
+from saekit.wording import clean, count, duration, held_out_amounts, interval, label, memory, number
 
 WIDEST = 108
 GAP = 4  # columns between two headline metrics
@@ -42,11 +42,13 @@ def render_summary(summary: dict[str, Any], console: Console) -> None:
         Panel(Group(*sections), title=title, title_align="left", subtitle=subtitle, subtitle_align="right",
               border_style="cyan", padding=(1, 2), width=width)
     )  # fmt: skip
+    for note in _notes(summary):
+        console.print(Padding(Text(clean(note)), (0, 2), expand=False), width=width)
     for message in summary.get("warnings") or []:
         console.print(Padding(Text(f"! {clean(message)}", style="yellow"), (0, 2), expand=False), width=width)
     for message in summary.get("notes") or []:
         console.print(Padding(Text(clean(message), style="dim"), (0, 2), expand=False), width=width)
-    if summary.get("warnings") or summary.get("notes"):
+    if summary.get("warnings") or summary.get("notes") or any(_notes(summary)):
         console.print()
     # Paths are there to be copied: the terminal may wrap them, but they contain no line break.
     for name, text in _where(summary):
@@ -73,7 +75,7 @@ def _headline(summary: dict[str, Any], width: int) -> list[RenderableType]:
     rows: list[list[str]] = []
     room = 0
     for name in names:
-        needed = max(len(label(name)), len(number(metrics[name]))) + GAP
+        needed = max(len(label(name)), len(number(metrics[name])), len(_interval(summary, name))) + GAP
         if room < needed or not rows:
             rows.append([])
             room = width - 6
@@ -84,6 +86,8 @@ def _headline(summary: dict[str, Any], width: int) -> list[RenderableType]:
         table = Table.grid(padding=(0, GAP, 0, 0))
         table.add_row(*(Text(clean(label(name)), style="dim") for name in row))
         table.add_row(*(_value(metrics[name], "bold cyan") for name in row))
+        if any(_interval(summary, name) for name in row):
+            table.add_row(*(Text(_interval(summary, name), style="dim") for name in row))
         sections += [Text(), table]
     return sections
 
@@ -93,6 +97,8 @@ def _variants(summary: dict[str, Any], width: int) -> list[RenderableType]:
     variants = summary.get("variants") or {}
     left = list(dict.fromkeys(name for own in variants.values() for name in own.get("headline") or []))
     first = max((cell_len(clean(name)) for name in variants), default=0)
+    cells = {key: [_with_interval(own, own.get("metrics") or {}, key) for own in variants.values()] for key in left}
+    widest = {key: max(8, *(cell.cell_len for cell in some)) for key, some in cells.items()}
     sections: list[RenderableType] = []
     while left or (variants and not sections):
         table = Table.grid(padding=(0, GAP, 0, 0))
@@ -102,8 +108,8 @@ def _variants(summary: dict[str, Any], width: int) -> list[RenderableType]:
             heads = ["architecture", "latents"]
             room -= 2 * GAP + sum(map(len, heads))
         shown: list[str] = []
-        while left and (not (heads or shown) or room >= len(label(left[0])) + GAP):
-            room -= max(len(label(left[0])), 8) + GAP
+        while left and (not (heads or shown) or room >= max(len(label(left[0])), widest[left[0]]) + GAP):
+            room -= max(len(label(left[0])), widest[left[0]]) + GAP
             shown.append(left.pop(0))
         for _ in (*heads, *shown):
             table.add_column(justify="right", no_wrap=True)
@@ -112,10 +118,18 @@ def _variants(summary: dict[str, Any], width: int) -> list[RenderableType]:
             sae = own.get("sae") or {}
             what = [clean(sae.get("architecture") or ""), number(sae.get("d_sae"))] if heads else []
             metrics = own.get("metrics") or {}
-            values = [_value(metrics[key], "bold cyan") if key in metrics else Text("") for key in shown]
+            values = [_with_interval(own, metrics, key) for key in shown]
             table.add_row(Text(clean(name), style="bold"), *map(Text, what), *values)
         sections += [Text(), table]
     return sections
+
+
+def _with_interval(own: dict[str, Any], metrics: dict[str, Any], name: str) -> Text:
+    """A variant's value with its interval; empty if it has no such metric."""
+    if name not in metrics:
+        return Text("")
+    ends = _interval(own, name)
+    return _value(metrics[name], "bold cyan").append(f" ({ends})" if ends else "", "not bold dim")
 
 
 def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, list[Text]]]:
@@ -123,7 +137,7 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, list[Text]]]:
     headline = summary.get("headline") or []
     rest = {name: value for name, value in (summary.get("metrics") or {}).items() if headline and name not in headline}
     if rest:
-        yield "also", _pairs(rest)
+        yield "also", _pairs(rest, beside=summary)
     seen = held_out_amounts(summary.get("held_out") or {})
     if seen:
         most = max(seen, key=lambda group: len(group[0]))  # the others are named
@@ -152,11 +166,30 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, list[Text]]]:
         yield "time", [Text.assemble((f"{clean(phase)} ", "dim"), duration(seconds)) for phase, seconds in spent]
 
 
-def _pairs(values: dict[str, Any], words: bool = True) -> list[Text]:
-    return [
-        Text.assemble((clean(label(name) if words else name) + " ", "dim"), _value(value, ""))
-        for name, value in values.items()
-    ]
+def _pairs(values: dict[str, Any], words: bool = True, beside: dict[str, Any] | None = None) -> list[Text]:
+    """Names and values, with the intervals in the summary `beside`."""
+    pairs = []
+    for name, value in values.items():
+        ends = _interval(beside or {}, name)
+        pair = Text.assemble((clean(label(name) if words else name) + " ", "dim"), _value(value, ""))
+        pairs.append(pair.append(f" ({ends})", "dim") if ends else pair)
+    return pairs
+
+
+def _interval(summary: dict[str, Any], name: str) -> str:
+    """The interval of a metric; empty if it has none."""
+    return interval(((summary.get("estimates") or {}).get(name) or {}).get("interval"))
+
+
+def _notes(summary: dict[str, Any], variant: str = "") -> Iterator[str]:
+    """What metrics and analyzers say of their numbers, those of each variant after its name."""
+    for name, beside in (summary.get("estimates") or {}).items():
+        if beside.get("note"):
+            yield f"{variant}{label(name)}: {beside['note']}"
+    for name, notes in (summary.get("analysis_notes") or {}).items():
+        yield from (f"{variant}{name}: {note}" for note in notes)
+    for name, own in (summary.get("variants") or {}).items():
+        yield from _notes(own, f"{name}, ")
 
 
 def _flow(items: list[Text], width: int) -> Text:

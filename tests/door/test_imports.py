@@ -28,7 +28,8 @@ LEVELS = [
     {
         "config", "variants", "schedules", "plugins", "component", "component_option", "kinds", "registered", "run_file",
         "hookspecs", "protocols", "listeners", "result", "errors", "files", "compatibility", "options", "numerics",
-        "checked_tensors", "run_directory", "lock", "seeds", "wording", "controls", "intervals", "out_of_memory", "plugin_commands",
+        "checked_tensors", "run_directory", "lock", "seeds", "wording", "controls", "intervals", "estimate",
+        "out_of_memory", "plugin_commands",
     },
 ]
 LEVEL = {name: len(LEVELS) - number for number, names in enumerate(LEVELS) for name in names}

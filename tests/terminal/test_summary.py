@@ -45,6 +45,22 @@ def test_says_what_was_trained_what_came_out_and_where_it_lies(document):
 
 
 @pytest.mark.parametrize("width", [60, 100])
+def test_an_interval_stands_under_its_value_and_notes_below(document, width):
+    estimates = {
+        "explained_variance": {"interval": [0.9, 0.925], "n": {"tokens": 100}},
+        "dead_fraction": {"interval": [0.001, 0.01], "note": "Few latents."},
+    }
+    notes = {"steer": ["The gain of 2 does not exceed its controls."]}
+    text = text_of({**document, "estimates": estimates, "analysis_notes": notes}, width)
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if "0.9134" in line)
+    assert "0.9 to 0.925" in lines[at + 1] and lines[at].index("0.9134") == lines[at + 1].index("0.9 to")
+    assert "dead fraction 0.0024 (0.001 to 0.01)" in text
+    assert "dead fraction: Few latents." in text and "steer: The gain of 2 does not exceed its controls." in text
+    assert all(len(line) <= width for line in lines if "│" in line)
+
+
+@pytest.mark.parametrize("width", [60, 100])
 def test_each_variant_has_a_row_with_all_of_its_headline_metrics(document, width):
     one = {key: document[key] for key in ("sae", "metrics", "headline", "losses", "analysis")}
     other = {**one, "sae": {**one["sae"], "d_sae": 96}, "metrics": {**one["metrics"], "l0": 7.5}, "headline": ["l0"]}

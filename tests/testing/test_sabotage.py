@@ -21,7 +21,9 @@ from saekit import (
     Activations,
     Component,
     DenseCode,
+    Estimate,
     FeatureGraph,
+    Interval,
     Pattern,
     Result,
     SaeLensFormat,
@@ -484,8 +486,27 @@ class ZeroesTheInput(Mean):
         step.reconstruction.zero_()
 
 
+class Estimates(Mean):
+    """Says how many rows stand behind the mean, and how far it may be off."""
+
+    off = 0.0
+
+    def compute(self):
+        value = super().compute()["mean_sum"]
+        ends = None if value is None else Interval(value + self.off, value + self.off + 1.0)
+        return {"mean_sum": Estimate(value, ends, {"rows": self.rows}, "A mean.")}
+
+
+class OutsideItsInterval(Estimates):
+    """An interval of something else."""
+
+    off = 2.0
+
+
 METRICS: dict[str, tuple[Any, set[str]]] = {
     "mean": (Mean, set()),
+    "estimates": (Estimates, set()),
+    "outside_its_interval": (OutsideItsInterval, {"estimates_hold"}),
     "keeps_every_batch": (KeepsEveryBatch, {"bounded_memory"}),
     "mean_of_means": (MeanOfMeans, {"whole_or_in_pieces"}),
     "unexplained": (Unexplained, {"names_and_meanings"}),

@@ -10,7 +10,7 @@ from saekit_contrastive.concept_auroc import ConceptAUROC, _others
 from saekit_contrastive.labelled_codes import LabelledCodes, encode_labelled
 from sklearn.metrics import roc_auc_score
 
-from saekit import SequenceBatch
+from saekit import Estimate, SequenceBatch, auroc_interval
 from saekit.testing import make_step
 
 D_IN, N_HELD_OUT = 16, 70
@@ -49,12 +49,20 @@ def sae_of(architecture: str = "topk", **options):
     return make_step(architecture=architecture, options=options, d_in=D_IN).sae
 
 
-def measured(context, **options) -> dict[str, float | None]:
+def estimated(context, **options) -> dict[str, Estimate | float | None]:
     metric = ConceptAUROC(**options)
     metric.prepare(context)
     values = metric.measure(context)
     assert set(values) == set(metric.meanings) and set(metric.headline) <= set(values)
     return values
+
+
+def plain(values: dict[str, Estimate | float | None]) -> dict[str, float | None]:
+    return {name: value.value if isinstance(value, Estimate) else value for name, value in values.items()}
+
+
+def measured(context, **options) -> dict[str, float | None]:
+    return plain(estimated(context, **options))
 
 
 @pytest.mark.parametrize("architecture", ["topk", "standard"])
@@ -87,6 +95,55 @@ def test_held_out_sequences_are_taken_from_all_over() -> None:
     assert 0 < float(found.labels[:, 0].mean()) < 1  # the first 32 alone are all of one class
     assert len(encode_labelled(context_of(sae_of()), "held_out", [0], sequences=999, tokens=10_000).labels) == N_HELD_OUT
     assert len(encode_labelled(context_of(sae_of()), "train", [0], sequences=999, tokens=200).x) <= 200
+
+
+def test_every_auroc_has_its_interval_clustered_by_sequence_and_what_it_was_measured_on() -> None:
+    sae = sae_of()
+    values = estimated(context_of(sae), latents={"code": 2})
+    of_aurocs = {name: value for name, value in values.items() if "auroc" in name}
+    assert len(of_aurocs) == 9 and all(isinstance(value, Estimate) for value in of_aurocs.values())
+    assert not any(isinstance(value, Estimate) for name, value in values.items() if name not in of_aurocs)
+    for name, value in of_aurocs.items():
+        assert value.interval.low <= value.value <= value.interval.high
+        positions = {"positions with it": 175, "positions without it": 175} if name.endswith("tokens") else {}
+        assert value.n == {**positions, "sequences with it": 35, "sequences without it": 35}
+    data = encode_labelled(context_of(sae), "held_out", [2], sequences=256, tokens=10_000)
+    scores = data.columns[2].detach()
+    expected = auroc_interval(scores, data.of_tokens(0), data.sequence)
+    assert values["concept_auroc_tokens"].interval == pytest.approx(expected)
+    best = int(values["concept_other_latent_tokens"])
+    scores = values["concept_other_sign_tokens"] * sae.encode(data.x).dense()[:, best].detach()
+    expected = auroc_interval(scores, data.of_tokens(0), data.sequence)
+    assert values["concept_other_auroc_tokens"].interval == pytest.approx(expected)
+
+
+def test_a_latent_at_chance_below_it_and_above_it_is_told_as_one() -> None:
+    sae = sae_of()
+    with torch.no_grad():
+        sae.W_enc[:, 2], sae.W_enc[:, 4] = 4 * torch.eye(D_IN)[3], -4 * torch.eye(D_IN)[3]
+        sae.W_enc[:, 5] = 4 * torch.eye(D_IN)[9]  # of a coordinate that has nothing to do with the concept
+    notes = {
+        latent: estimated(context_of(sae), latents={"code": latent})["concept_auroc_sequences"].note for latent in (2, 4, 5)
+    }
+    assert notes[2] == ""
+    assert notes[4].startswith("Below chance: its 95% interval ends at 0.")
+    assert notes[5].startswith("At chance: its 95% interval, 0.") and notes[5].endswith("includes 0.5.")
+
+
+def test_few_sequences_are_told() -> None:
+    """16 sequences printed .9167 without a word."""
+    source, plain = Sorted(), Sorted()._one
+    source._one = lambda split, number: plain("train", number)  # both classes in turn
+    context = context_of(sae_of(), source)
+    few = estimated(context, latents={"code": 2}, sequences=16)
+    n = few["concept_auroc_sequences"].n
+    assert n == {"sequences with it": 8, "sequences without it": 8}
+    said = [text for text in context.told if "too few for more than a rough AUROC" in text]
+    assert len(said) == 1
+    assert f"Concept 'code' was measured on {n['sequences with it']} held-out sequences with it and" in said[0]
+    enough = context_of(sae_of())
+    estimated(enough, latents={"code": 2})
+    assert not any("too few" in text for text in enough.told)
 
 
 def test_scaling_the_encoder_and_the_decoder_changes_no_score(kit) -> None:
@@ -161,20 +218,20 @@ def test_the_best_other_latent_is_chosen_on_training_data() -> None:
     """Latent 1 is best on training data, latent 2 on held-out data: the value is that of latent 1 on held-out data."""
     train = coded([[1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 0, 1]])
     held_out = coded([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 0, 0]])
-    found = _others(train, held_out, 0, 0)
+    found = plain(_others(train, held_out, 0, 0))
     assert found["other_auroc_tokens"] == found["other_auroc_sequences"] == found["leakage"] == 0.5
-    assert _others(train, held_out, 0, 1)["other_auroc_tokens"] == 1.0  # latent 0 is another one then
+    assert plain(_others(train, held_out, 0, 1))["other_auroc_tokens"] == 1.0  # latent 0 is another one then
 
 
 def test_another_latent_that_fires_against_the_concept_is_found_with_its_sign() -> None:
     """Latent 1 fires a little for the concept, latent 2 always against it; latent 3 changes sides on held-out data."""
     train = coded([[0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 1, 1]])
-    found = _others(train, coded([[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]), 0, 0)
+    found = plain(_others(train, coded([[0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]), 0, 0))
     for unit in ("tokens", "sequences"):
         assert found[f"other_auroc_{unit}"] == 1.0
         assert found[f"other_latent_{unit}"] == 2.0 and found[f"other_sign_{unit}"] == -1.0
     assert found["leakage"] == pytest.approx(1 / 3)  # latent 3 has the other sign on training data
-    turned = _others(train, coded([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]), 0, 0)
+    turned = plain(_others(train, coded([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]), 0, 0))
     assert turned["other_latent_tokens"] == 2.0 and turned["other_auroc_tokens"] == 0.0  # no sign is chosen on held-out data
 
 

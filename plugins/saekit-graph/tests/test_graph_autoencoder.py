@@ -80,3 +80,4 @@ def test_neighbours_that_fire_together_tell_more_than_strangers(tmp_path: Path, 
     scalars = run.summary["analysis"]["propagation"]
     assert scalars["latents"] > 10
     assert scalars["r2"] > scalars["r2_control"]
+    assert "its controls: " in run.summary["analysis_notes"]["propagation"][0]

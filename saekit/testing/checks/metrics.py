@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit.estimate import Estimate
 from saekit.runner.context import RunContext
 from saekit.testing.checks import any_kind
 from saekit.testing.checks.shared import changed, copied, seeded
@@ -69,7 +70,8 @@ def values_of(subject: Subject, sizes: Iterable[int] = (_ROWS,), start: int = 0)
 
 
 def number_of(value: Any) -> float | None:
-    """A value as a number, None if it is not defined."""
+    """A value as a number, without what an `Estimate` has beside it; None if it is not defined."""
+    value = value.value if isinstance(value, Estimate) else value
     number = None if value is None else float(value)
     return None if number is None or math.isnan(number) else number
 
@@ -82,8 +84,27 @@ def plain_numbers(subject: Subject) -> None:
     if not isinstance(values, dict) or not values:
         raise Failed(f"it gives {type(values).__name__} {values!r}. Return a dictionary of named numbers.")
     for name, value in values.items():
-        if not isinstance(name, str) or not (value is None or isinstance(value, int | float)):
-            raise Failed(f"{name!r} is {type(value).__name__}. Names are texts and values plain: float(...), or None.")
+        plain = value.value if isinstance(value, Estimate) else value
+        if not isinstance(name, str) or not (plain is None or isinstance(plain, int | float)):
+            what = f"the value of an Estimate, {type(plain).__name__}" if isinstance(value, Estimate) else type(plain).__name__
+            raise Failed(f"{name!r} is {what}. Names are texts and values plain: float(...), or None.")
+
+
+def estimates_hold(subject: Subject) -> None:
+    given = {name: value for name, value in values_of(subject).items() if isinstance(value, Estimate)}
+    if not given:
+        raise NotApplicable("it gives plain numbers, without an interval or a note beside them.")
+    for name, estimate in given.items():
+        value, ends = estimate.value, estimate.interval
+        if ends is not None:
+            if len(ends) != 2 or not all(isinstance(end, int | float) and math.isfinite(end) for end in ends):
+                raise Failed(f"the interval of {name!r} is {ends!r}. Give two numbers, or None.")
+            if value is None or not ends[0] <= value <= ends[1]:
+                raise Failed(f"{name!r} is {value} and its interval {ends[0]:g} to {ends[1]:g}. The value must lie in it.")
+        if not all(isinstance(what, str) and isinstance(n, int) and n >= 0 for what, n in estimate.n.items()):
+            raise Failed(f"`n` of {name!r} is {dict(estimate.n)!r}. Give how many there are of what, as whole numbers.")
+        if not isinstance(estimate.note, str):
+            raise Failed(f"the note of {name!r} is {type(estimate.note).__name__}. Give a sentence, or an empty text.")
 
 
 def whole_or_in_pieces(subject: Subject) -> None:
@@ -200,6 +221,11 @@ CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
     Check("plain_numbers", "It gives a dictionary of plain numbers, None if one is not defined.", plain_numbers),
     Check("whole_or_in_pieces", "The same rows in other batches give the same values.", whole_or_in_pieces),
+    Check(
+        "estimates_hold",
+        "An `Estimate` lies in its interval, and says what it was measured on in whole numbers.",
+        estimates_hold,
+    ),
     Check(
         "names_and_meanings",
         "It always gives the same names, each with its line in `meanings`; `headline` names some of them.",

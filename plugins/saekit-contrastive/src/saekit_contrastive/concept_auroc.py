@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from saekit import Estimate, auroc_interval
 from saekit_contrastive.auroc import auroc, auroc_of_latents
 from saekit_contrastive.concept import Latents, resolve_latents
 from saekit_contrastive.labelled_codes import LabelledCodes, encode_labelled
 from saekit_contrastive.probes import difference_of_means, logistic
 
 if TYPE_CHECKING:
-    from saekit import RunContext, SparseAutoencoder
+    from saekit import Interval, RunContext, SparseAutoencoder
 
 LEAKS = 0.9
 """Another latent with an AUROC over sequences above this predicts the concept too."""
@@ -43,16 +45,19 @@ _MEANINGS = {
     "probe_auroc_tokens": "AUROC over positions of a logistic probe of training activations",
     "probe_auroc_sequences": "AUROC over sequences of a logistic probe of training activations",
 }
-Values = dict[str, float | None]
+FEW = 20
+"""With fewer held-out sequences of either class than this, a warning says that the numbers are rough."""
+Values = dict[str, float | Estimate | None]
 
 
 class ConceptAUROC:
     """AUROC, means and firing rates of concepts' latents, on the gated code of held-out labelled sequences.
 
-    AUROCs are exact, by ranks with ties averaged. Positions take their sequence's label. Over sequences, scores are means
-    over positions. Other latents may fire for the concept or against it: against it, their AUROC is 1 less the plain one.
-    Probes are fitted, and the best other latent and every latent's sign are chosen, on training sequences. Names begin
-    with `concept_`; if the source has several concepts, they end in `_` and the concept's name.
+    AUROCs are exact, by ranks with ties averaged; beside each stand its 95% interval, clustered by sequence (see
+    `saekit.auroc_interval`), and how many positions and sequences it was measured on. Positions take their sequence's label.
+    Over sequences, scores are means over positions. Other latents may fire for the concept or against it: against it, their
+    AUROC is 1 less the plain one. Probes are fitted, and the best other latent and every latent's sign are chosen, on training
+    sequences. Names begin with `concept_`; if the source has several concepts, they end in `_` and the concept's name.
     """
 
     headline: ClassVar[tuple[str, ...]] = (
@@ -106,6 +111,7 @@ class ConceptAUROC:
                 own |= _others(train, held_out, column, latent)
                 own |= _yardsticks(train, held_out, column, train.x, held_out.x)
                 own |= _rest(train, held_out, column, latent, context.sae)
+                _warn_if_few(context, held_out, column)
                 if own["firing_pos"] == own["firing_neg"] == 0.0:
                     context.warn(
                         f"Latent {latent}, of concept {name!r}, never fires on held-out sequences, so its AUROC is 0.5."
@@ -125,12 +131,13 @@ def _both(labels: Tensor) -> bool:
 def _of_latent(data: LabelledCodes, column: int, latent: int) -> Values:
     """The values of the latent itself on held-out data."""
     labels, f = data.of_tokens(column), data.columns[latent]  # [n] each
+    over_tokens, over_sequences = _over_tokens(data, column, f), _over_sequences(data, column, data.pooled(f))
     positive, negative = f[labels > 0.5].double(), f[labels <= 0.5].double()
     e_pos, e_neg = float(positive.mean()), float(negative.mean())
     deviations = data.deviations()
     return {
-        "auroc_tokens": auroc(f, labels),
-        "auroc_sequences": auroc(data.pooled(f), data.labels[:, column]),
+        "auroc_tokens": replace(over_tokens, note=_by_chance(over_tokens)),
+        "auroc_sequences": replace(over_sequences, note=_by_chance(over_sequences)),
         "e_pos": e_pos,
         "e_neg": e_neg,
         "delta": e_pos - e_neg,
@@ -154,13 +161,74 @@ def _others(train: LabelledCodes, held_out: LabelledCodes, column: int, latent: 
         best = int(strength.argmax())
         measured = _every(held_out, column, unit)
         measured = torch.where(against, 1.0 - measured, measured)
-        found[f"other_auroc_{unit}"] = float(measured[best])
+        sign = -1.0 if against[best] else 1.0
+        found[f"other_auroc_{unit}"] = _of_other(held_out, column, best, sign, unit)
         found[f"other_latent_{unit}"] = float(best)
-        found[f"other_sign_{unit}"] = -1.0 if against[best] else 1.0
+        found[f"other_sign_{unit}"] = sign
     living = held_out.sums[2] > 0
     living[latent] = False
     found["leakage"] = float((measured[living] > LEAKS).double().mean()) if living.any() else 0.0
     return found
+
+
+def _of_other(data: LabelledCodes, column: int, latent: int, sign: float, unit: str) -> Estimate:
+    """The AUROC of another latent, times its sign: over the positions whose whole code was kept, or over sequences."""
+    if unit == "sequences":
+        return _over_sequences(data, column, sign * data.pooled_code[:, latent])
+    f = data.values.new_zeros(len(data.some))
+    own = data.latents == latent
+    f[data.rows[own]] = data.values[own]
+    return _over_tokens(data, column, sign * f, data.some)
+
+
+def _over_tokens(data: LabelledCodes, column: int, scores: Tensor, some: Tensor | None = None) -> Estimate:
+    """The AUROC of scores of all positions [n], or of those numbered `some`, clustered by sequence."""
+    labels, sequence = data.of_tokens(column), data.sequence
+    if some is not None:
+        labels, sequence = labels[some], sequence[some]
+    sequences = {name: len(sequence[chosen].unique()) for name, chosen in _classes(labels)}
+    positions = {name: int(chosen.sum()) for name, chosen in _classes(labels)}
+    n = {f"positions {name}": count for name, count in positions.items()}
+    n |= {f"sequences {name}": count for name, count in sequences.items()}
+    return Estimate(auroc(scores, labels), _interval(scores, labels, sequence), n)
+
+
+def _over_sequences(data: LabelledCodes, column: int, scores: Tensor) -> Estimate:
+    """The AUROC of scores of sequences [n_sequences]."""
+    labels = data.labels[:, column]
+    n = {f"sequences {name}": int(chosen.sum()) for name, chosen in _classes(labels)}
+    return Estimate(auroc(scores, labels), _interval(scores, labels, torch.arange(len(labels))), n)
+
+
+def _classes(labels: Tensor) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    """Which rows are with the concept, and which without it: [n] each."""
+    return ("with it", labels > 0.5), ("without it", labels <= 0.5)
+
+
+def _interval(scores: Tensor, labels: Tensor, groups: Tensor) -> Interval | None:
+    plain = [values.detach().double().cpu().numpy() for values in (scores, labels, groups)]
+    return auroc_interval(plain[0], plain[1], plain[2])
+
+
+def _by_chance(found: Estimate) -> str:
+    """What is to be said of a latent's AUROC that is not above chance."""
+    if found.interval is None or found.interval.low > 0.5:
+        return ""
+    low, high = found.interval
+    if high < 0.5:
+        return f"Below chance: its 95% interval ends at {high:.3g}, so the latent fires against the concept."
+    return f"At chance: its 95% interval, {low:.3g} to {high:.3g}, includes 0.5."
+
+
+def _warn_if_few(context: RunContext, data: LabelledCodes, column: int) -> None:
+    """Say how many sequences the AUROCs of a concept were measured on, if they are few."""
+    n = [int(chosen.sum()) for _, chosen in _classes(data.labels[:, column])]
+    if min(n) < FEW:
+        context.warn(
+            f"Concept {context.source.concepts[column]!r} was measured on {n[0]} held-out sequences with it and {n[1]} without "
+            "it: too few for more than a rough AUROC (see the intervals). Raise concept_auroc's sequences and tokens, or label "
+            "more texts."
+        )
 
 
 def _every(data: LabelledCodes, column: int, unit: str) -> Tensor:
@@ -179,8 +247,8 @@ def _yardsticks(train: LabelledCodes, held_out: LabelledCodes, column: int, fitt
     found: Values = {}
     for name, fit in (("means", difference_of_means), ("probe", logistic)):
         scores = measured_on @ fit(fitted_on[known], labels[known]).to(measured_on)
-        found[f"{name}_auroc_tokens"] = auroc(scores, held_out.of_tokens(column))
-        found[f"{name}_auroc_sequences"] = auroc(held_out.pooled(scores), held_out.labels[:, column])
+        found[f"{name}_auroc_tokens"] = _over_tokens(held_out, column, scores)
+        found[f"{name}_auroc_sequences"] = _over_sequences(held_out, column, held_out.pooled(scores))
     return found
 
 

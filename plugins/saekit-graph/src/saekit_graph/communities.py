@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from saekit import ComponentError, FeatureGraph, OptionError, Result, RunContext
+from saekit import AgainstControls, ComponentError, FeatureGraph, OptionError, Result, RunContext
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -19,7 +19,8 @@ class Communities:
     """Louvain's communities (Blondel et al. 2008) of the feature graph, seeded, and agglomerative clusters.
 
     A pair's weight is the mean over both directions. Modularity (Newman and Girvan 2004) is compared with that of graphs
-    of the same degrees with randomly swapped edges, since sparse graphs have communities by chance too. Agglomerative
+    of the same degrees with randomly swapped edges, since sparse graphs have communities by chance too; a note says whether
+    it exceeds theirs. Agglomerative
     clusters (average linkage over 1 - weight, as many as Louvain's communities of two latents or more) are made of the
     latents with edges, if there are at most 4,096 of them.
 
@@ -33,7 +34,7 @@ class Communities:
         resolution: Annotated[
             float, Field(gt=0, description="Louvain's resolution: larger values give smaller communities.")
         ] = 1.0,
-        rewired: Annotated[int, Field(ge=0, description="Rewired graphs for comparison.")] = 3,
+        rewired: Annotated[int, Field(ge=0, description="Rewired graphs for comparison.")] = 5,
         members: Annotated[int, Field(gt=0, description="The most members listed of each community.")] = 32,
     ) -> None:
         self.latents, self.resolution, self.rewired, self.members = list(latents), resolution, rewired, members
@@ -49,11 +50,8 @@ class Communities:
             other = rewire(G, context.seed + number)
             controls.append(_modularity(other, self._louvain(other, context.seed), self.resolution))
         clusters, note = self._agglomerative(G, sum(len(c) > 1 for c in found))
-        notes = [note] if note else []
-        if controls and modularity <= max(controls):
-            notes.append(
-                "The communities are no better than those of rewired graphs: the graph has no groups beyond chance."
-            )
+        notes = [AgainstControls.of(modularity, controls).sentence("modularity", "rewired graphs")]
+        notes += [note] if note else []
         alone = [j for j in self.latents if not len(graph.neighbours(j)[0])]
         if alone:
             notes.append(

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from saekit import Result, RunContext
+from saekit import AgainstControls, Result, RunContext
 from saekit_graph.communities import usable
 from saekit_graph.propagation import normalised_weight
 
@@ -68,6 +68,9 @@ class ExplainNeighbours:
                 }
                 for i in exact.argsort(descending=True, stable=True).tolist()
             ]
+        if agreements:
+            beside = AgainstControls(_mean(agreements), (_mean(controls),))
+            notes.insert(0, beside.sentence("rank agreement of GNNExplainer", "the order by edge weight alone"))
         scalars: dict[str, float | int | None] = {
             "explained": len(agreements),
             "rank_agreement": _mean(agreements),

@@ -6,13 +6,13 @@ choosing what it is tested with. Beside each set stand random latents that are a
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from saekit import AgainstControls
 from saekit_attribution.ablate.control_latents import Activity, matched_controls
 from saekit_attribution.atp.sample_analysis import AnalysedSample
 from saekit_attribution.effects.batching import Failed
@@ -70,14 +70,14 @@ class SetTest:
         }
         for name in MEASURES:
             low, high = self.interval(name)
-            controls = [share for share in self.control_shares(name) if share is not None]
+            beside = AgainstControls.of(self.share(name), self.control_shares(name))
             row |= {
-                name: self.share(name),
+                name: beside.effect,
                 f"{name}_low": low,
                 f"{name}_high": high,
-                f"{name}_random": statistics.fmean(controls) if controls else None,
-                f"{name}_random_most": max(controls, default=None),
-                f"{name}_random_spread": statistics.stdev(controls) if len(controls) > 1 else None,
+                f"{name}_random": beside.mean,
+                f"{name}_random_most": beside.best,
+                f"{name}_random_spread": beside.spread,
             }
         row["put_in_all_latents"] = _share(self.all_put_in, self.wholes["put_in"])
         return row
@@ -111,22 +111,12 @@ class SetTest:
 
     def sentences(self) -> Iterator[tuple[str, bool]]:
         """For each measure, whether the set exceeds its controls and by how much of their spread, and whether it does."""
+        what = f"{self.size} latents chosen for {self.template_type!r}" if self.template_type else f"{self.size} latents"
         for name in MEASURES:
-            share = self.share(name)
-            controls = [s for s in self.control_shares(name) if s is not None]
-            if share is None or not controls:
-                continue
-            mean, most = statistics.fmean(controls), max(controls)
-            exceeds = share > most
-            spread = statistics.stdev(controls) if len(controls) > 1 else 0.0
-            beyond = f", {(share - mean) / spread:.1f} standard deviations above their mean" if spread and exceeds else ""
-            what = f"{self.size} latents chosen for {self.template_type!r}" if self.template_type else f"{self.size} latents"
-            than = "more than" if exceeds else "no more than"
-            yield (
-                f"{what}: {MEASURES[name]} by {share:.0%} of the whole effect, {than} matched random latents ({mean:.0%} on "
-                f"average, {most:.0%} at most in {len(controls)} draws{beyond}).",
-                exceeds,
-            )
+            beside = AgainstControls.of(self.share(name), self.control_shares(name))
+            if beside.effect is not None and beside.finite:
+                found = f"{what}: {MEASURES[name]} by {beside.effect:.0%} of the whole effect."
+                yield f"{found} {beside.sentence('share', 'draws of matched random latents')}", beside.exceeds
 
 
 def set_tests(
