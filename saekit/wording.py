@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 NOT_DEFINED = "not defined"
@@ -49,6 +50,22 @@ def number(value: Any) -> str:
     if abs(value) >= 1e6 or abs(value) < 0.1:
         return f"{value:.3g}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
+
+
+def with_intervals(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Each value with its name and what stands beside it: an interval, " (0.05 to 0.26, n 50)", or nothing.
+
+    The interval is NAME_low to NAME_high, and n is NAME_n; these are not told apart then."""
+    intervals = {name for name in values if f"{name}_low" in values and f"{name}_high" in values}
+    for name, value in values.items():
+        stem, _, end = name.rpartition("_")
+        if end in ("low", "high", "n") and stem in intervals:
+            continue
+        low, high, n = (values.get(f"{name}_{end}") for end in ("low", "high", "n"))
+        if name not in intervals or low is None or high is None:
+            yield name, value, ""
+        else:
+            yield name, value, f" ({number(low)} to {number(high)}" + (")" if n is None else f", n {number(n)})")
 
 
 def count(value: float) -> str:

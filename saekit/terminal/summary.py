@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit.run_directory import RunDirectory
-from saekit.wording import clean, count, duration, held_out_amounts, label, memory, number
+from saekit.wording import clean, count, duration, held_out_amounts, label, memory, number, with_intervals
 
 WIDEST = 108
 GAP = 4  # columns between two headline metrics
@@ -154,8 +154,8 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, list[Text]]]:
 
 def _pairs(values: dict[str, Any], words: bool = True) -> list[Text]:
     return [
-        Text.assemble((clean(label(name) if words else name) + " ", "dim"), _value(value, ""))
-        for name, value in values.items()
+        Text.assemble((clean(label(name) if words else name) + " ", "dim"), _value(value, ""), (interval, "dim"))
+        for name, value, interval in with_intervals(values)
     ]
 
 
