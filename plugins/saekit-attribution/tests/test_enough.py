@@ -242,7 +242,8 @@ def test_random_latents_that_do_as_much_are_told(ablated: Callable[..., Result],
     good = answered(neutral=50)
     result = ablated(neutral_but(answered(like=50), {("exact", 10): good}, {("exact", 10): good, ("random", 0): good}))
     assert result.scalars["like_enough"] == 1
-    assert "not shown to be specific" in result.notes[-1]
+    assert "The share of answers with the flagged behaviour of 0 does not fall below its controls" in result.notes[-1]
+    assert result.notes[-1].endswith("The effect is not specific to these latents.")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

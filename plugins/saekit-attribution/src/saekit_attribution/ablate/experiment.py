@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saekit import Result, RunContext
+from saekit import AgainstControls, Result, RunContext
 from saekit_attribution.ablate.answers import drawn_answers
 from saekit_attribution.ablate.control_latents import matched_controls
 from saekit_attribution.ablate.enough import Rates
@@ -102,7 +102,9 @@ class AblationExperiment:
         rows = [row for row in self.result.tables["curve"] if row["template_type"] == self._kind]
         self.result.figures[f"{self._word}_curve"] = curve_figure(self._kind, self._behaviour, rows, before.rate)
         (self.result.notes if found.best.enough else caveats).append(words.outcome(found, before, max(self.settings.numbers)))
-        return [*caveats, *words.not_specific(after.rate, [c.rate for c in controls], confidence)]
+        beside = AgainstControls.of(after.rate.value, (c.rate.value for c in controls), higher=False)
+        (self.result.notes if beside.exceeds else caveats).append(words.beside_controls(beside))
+        return caveats
 
     @property
     def _word(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from saekit import wilson_interval
+
 FEW = 20
 """With fewer questions than this a share says little, and is told so."""
 
@@ -22,12 +24,7 @@ class Share:
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
         """The two-sided interval of Wilson (1927); (0, 1) if there are no questions."""
-        from scipy.stats import binomtest  # slow to import
-
-        if not self.questions:
-            return 0.0, 1.0
-        found = binomtest(self.count, self.questions).proportion_ci(confidence, method="wilson")
-        return float(found.low), float(found.high)
+        return wilson_interval(self.count, self.questions, confidence)
 
     def numbers(self, name: str, confidence: float = 0.95) -> dict[str, float | int | None]:
         """NAME, NAME_low, NAME_high and NAME_n (questions), for a row of a table or for scalars; None if there are no

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from saekit import AgainstControls
 from saekit_attribution.ablate.enough import Limits, Rates
 from saekit_attribution.ablate.questions import QuestionSets
 from saekit_attribution.ablate.search import Found
@@ -82,13 +82,7 @@ class Words:
             f"{found.planned} hold together with {self.limits.confidence:.0%}."
         )
 
-    def not_specific(self, after: Share, controls: Sequence[Share], confidence: float) -> list[str]:
-        """What to say if matched random latents do as much; nothing if they clearly do less."""
-        lowest = min(controls, key=lambda share: share.value or 0.0)
-        if lowest.interval(self.limits.confidence)[0] > after.interval(confidence)[1]:
-            return []
-        return [
-            f"{self.template_type}: matched random latents do as much, or not clearly less: in the lowest of {len(controls)} "
-            f"draws they leave {self.behaviour} in {lowest.text(self.limits.confidence)} of the answers, and these latents in "
-            f"{after.text(confidence)}. The effect is not shown to be specific to these latents."
-        ]
+    def beside_controls(self, beside: AgainstControls) -> str:
+        """Whether the rate falls below that with matched random latents ablated instead, and by how much of their spread."""
+        sentence = beside.sentence(f"share of answers with {self.behaviour}", "draws of matched random latents")
+        return f"{self.template_type}: {sentence}" + ("" if beside.exceeds else " The effect is not specific to these latents.")
