@@ -138,6 +138,8 @@ use = "organism"
 use = "topk"
 d_sae = 8
 k = 2
+[[loss]]
+use = "mse"
 [[analyzer]]
 use = "ablate"
 judge = "{judge}"

@@ -71,7 +71,7 @@ def context(tmp_path: Path) -> RunContext:
 def ablated(context: RunContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The result of `ablate` on a model that behaves as told."""
 
-    def run(behaviour: Behaviour, n: int = 50, **options: Any) -> Result:
+    def run(model: Behaviour, n: int = 50, **options: Any) -> Result:
         labelled = document(RANKED + 2 * n, **options.pop("metadata", {}))
         path = tmp_path / "labelled.json"
         path.write_text(json.dumps(labelled), encoding="utf-8")
@@ -81,7 +81,7 @@ def ablated(context: RunContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             texts = self.subject.tokenizer.batch_decode(prompts, skip_special_tokens=True)
             known = None if edit is None else next((k for k, latents in EDITED.items() if latents == edit.latents), None)
             part = "curve" if int(texts[0].strip("+? ")) in curve else "test"
-            kind = behaviour.flagged if texts[0].lstrip().startswith("+") else behaviour.base
+            kind = model.flagged if texts[0].lstrip().startswith("+") else model.base
             return kind(known, part, n)[: len(prompts)]
 
         judges = ModuleType("judges_of_the_test")
@@ -198,8 +198,8 @@ def test_a_behaviour_that_was_never_there_is_no_success(ablated: Callable[..., R
         ),
     )
     assert result.scalars["like_enough"] == 0 and "curve" not in result.tables
-    assert "the flagged behaviour is absent before the edit" in result.notes[0]
-    assert "0.14 (0.07 to 0.26, of 50)" in result.notes[0] and "0.12 (0.06 to 0.24, of 50)" in result.notes[0]
+    assert "the flagged behaviour is absent before the edit" in result.notes[-1]
+    assert "0.14 (0.07 to 0.26, of 50)" in result.notes[-1] and "0.12 (0.06 to 0.24, of 50)" in result.notes[-1]
 
 
 # --- what stands beside a share ---------------------------------------------------------------------------------------------

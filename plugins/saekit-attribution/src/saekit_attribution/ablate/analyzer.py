@@ -117,21 +117,21 @@ class Ablate:
         ranked, held_out, parts = self._labelled(context)
         kinds = template_types(ranked)
         behaviour = self.behaviour or ranked.behaviour or "the flagged behaviour"
-        caveats: list[str] = []
+        nothing = None
         if not kinds:
-            caveats.append("Nothing was ablated: no answer is flagged, so there is nothing to reduce.")
+            nothing = "no answer is flagged, so there is nothing to reduce."
         elif not all(parts):
-            caveats.append(
-                f"Nothing was ablated: {len(sharing_prompts(ranked))} different questions leave none to rank by, to choose on or "
-                f"to test on. Give at least {3 * FEW}, {FEW} for each."
+            nothing = (
+                f"{len(sharing_prompts(ranked))} different questions leave none to rank by, to choose on or to test on. Give at "
+                f"least {3 * FEW}, {FEW} for each."
             )
-        else:
-            for questions in self._question_sets(context.source.subject, kinds, ranked, held_out, parts):
-                experiment = AblationExperiment(context, self.judge_function, self, questions, behaviour, result)
-                caveats += experiment.measure(on_organism=self.data == ORGANISM)
-        result.notes += caveats
-        for caveat in caveats:
-            context.warn(f"ablate: {caveat}")
+        if nothing:
+            result.notes.append(f"Nothing was ablated: {nothing}")
+            context.warn(f"ablate: {result.notes[0]}")
+            return result
+        for questions in self._question_sets(context.source.subject, kinds, ranked, held_out, parts):
+            experiment = AblationExperiment(context, self.judge_function, self, questions, behaviour, result)
+            experiment.measure(on_organism=self.data == ORGANISM)
         return result
 
     def _labelled(self, context: RunContext) -> tuple[LabelledData, LabelledData, tuple[set[int], set[int], set[int]]]:

@@ -48,8 +48,8 @@ class AblationExperiment:
         self._judge = judge
         self._kind, self._behaviour = questions.template_type, behaviour
 
-    def measure(self, *, on_organism: bool) -> list[str]:
-        """Add scalars named after the template type, rows of the tables and a sentence; returns what to beware of.
+    def measure(self, *, on_organism: bool) -> None:
+        """Add scalars named after the template type, rows of the tables, and notes; warn of what to beware of.
 
         latents, enough, tries: the set, whether it was enough on the test's questions, and how many sets were tested there.
         rate, remaining, neutral, kept, margin: see `Rates`; NAME_low and NAME_high are the ends of the interval, of the
@@ -60,7 +60,8 @@ class AblationExperiment:
         try:
             measured = BehaviourMeasurement(self.context, self._judge, self.settings, self.questions)
         except NothingToMeasure as reason:
-            return [f"{self._kind}: nothing was ablated: {reason}."]
+            self._say(f"{self._kind}: nothing was ablated: {reason}.")
+            return
         self.measured, limits = measured, self.settings.limits
         before, at_base = measured.rates(self.questions.test, []), measured.at_base(self.questions.test)
         self._scalars(
@@ -69,14 +70,17 @@ class AblationExperiment:
             **at_base.numbers("rate_at_base", limits.confidence),
         )
         words = Words(self._kind, self._behaviour, limits)
-        caveats = words.few(self.questions, measured.rates(self.questions.curve, []), before)
+        for sentence in words.few(self.questions, measured.rates(self.questions.curve, []), before):
+            self._say(sentence)
         if absent := words.absent(before.rate, at_base):
-            return [*caveats, absent]
+            self._say(absent)
+            return
         rankings = self._rankings()
         self._agreement(rankings)
         candidates = self._curve(rankings)
         if not candidates:
-            return [*caveats, f"{self._kind}: nothing was ablated: by no ranking has a latent a score above zero."]
+            self._say(f"{self._kind}: nothing was ablated: by no ranking has a latent a score above zero.")
+            return
         test = functools.partial(measured.rates, self.questions.test)
         found = search(candidates, test, limits, self.settings.tries)
         self._tries(found)
@@ -101,10 +105,14 @@ class AblationExperiment:
         self._examples(chosen)
         rows = [row for row in self.result.tables["curve"] if row["template_type"] == self._kind]
         self.result.figures[f"{self._word}_curve"] = curve_figure(self._kind, self._behaviour, rows, before.rate)
-        (self.result.notes if found.best.enough else caveats).append(words.outcome(found, before, max(self.settings.numbers)))
         beside = AgainstControls.of(after.rate.value, (c.rate.value for c in controls), higher=False)
-        (self.result.notes if beside.exceeds else caveats).append(words.beside_controls(beside))
-        return caveats
+        self._say(words.outcome(found, before, max(self.settings.numbers)), beware=not found.best.enough)
+        self._say(words.beside_controls(beside), beware=not beside.exceeds)
+
+    def _say(self, sentence: str, *, beware: bool = True) -> None:
+        self.result.notes.append(sentence)
+        if beware:
+            self.context.warn(f"ablate: {sentence}")
 
     @property
     def _word(self) -> str:

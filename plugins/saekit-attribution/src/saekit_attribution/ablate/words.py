@@ -58,8 +58,8 @@ class Words:
         best, after, confidence = found.best.candidate, found.best.test, self.limits.corrected(found.planned)
         latents = f"{len(best.latents)} latents by {best.ranking}"
         change = (
-            f"{self.behaviour} goes from {before.rate.text(self.limits.confidence)} to {after.rate.text(confidence)}, the base "
-            f"answer is in {after.neutral.text(confidence)} of these answers, and {after.kept.text(confidence)} of the base "
+            f"{self.behaviour} goes from {before.rate.text(self.limits.confidence)} to {after.rate.text(confidence)}, "
+            f"{after.neutral.text(confidence)} of these prompts get the base answer, and {after.kept.text(confidence)} of the base "
             "prompts keep theirs"
         )
         if found.best.enough:
