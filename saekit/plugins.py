@@ -213,8 +213,12 @@ def _installed(requirement: str) -> bool:
     return True
 
 
+def _module_name(path: Path) -> str:
+    return f"saekit_file_{path.stem}"
+
+
 def _module_from_file(path: Path) -> ModuleType:
-    name = f"saekit_file_{path.stem}"
+    name = _module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"{path} is not a Python file.")
@@ -225,19 +229,36 @@ def _module_from_file(path: Path) -> ModuleType:
 
 
 def named_function(name: str, option: str, takes: str) -> Callable[..., Any]:
-    """The function that `name` ("module:function") names, imported from the Python path.
+    """The function that `name` names: "module:function", imported from the Python path, or "FILE.py:function".
 
+    A run file's `FILE.py` is relative to the run file, and was made absolute when it was read.
     option: the option that names it; takes: its arguments, for messages. OptionError if there is no such function."""
-    module, _, function = name.partition(":")
+    module, _, function = name.rpartition(":")
     if not module or not function:
-        raise OptionError(option, f"{name!r}: write module:function, for example my_judge:score.")
+        raise OptionError(option, f"{name!r}: write FILE.py:function or module:function, for example my_judge.py:score.")
+    if module.endswith(".py") and not Path(module).is_file():
+        raise OptionError(option, f"{module}: there is no such file. In a run file its path is relative to that file.")
     try:
-        found: Any = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise OptionError(option, f"{name!r} cannot be imported: {error}. Put its module on PYTHONPATH.") from None
+        found: Any = getattr(_loaded(Path(module)), function) if module.endswith(".py") else pkgutil.resolve_name(name)
+    except (Exception, SystemExit) as error:
+        fix = "Mend the file." if module.endswith(".py") else "Put its module on PYTHONPATH, or write FILE.py:function."
+        raise OptionError(option, f"{name!r} cannot be imported: {type(error).__name__}: {error}. {fix}") from None
     if not callable(found):
         raise OptionError(option, f"{name!r} is not a function of {takes}.")
     return found
+
+
+def _loaded(file: Path) -> ModuleType:
+    """The module in a file, executed once however many options name it."""
+    file = file.resolve()
+    known = sys.modules.get(_module_name(file))
+    if known is not None and known.__file__ == str(file):
+        return known
+    try:
+        return _module_from_file(file)
+    except BaseException:
+        sys.modules.pop(_module_name(file), None)
+        raise
 
 
 def _check_contract(module: Any, plugin: Plugin) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 class Result:
     """What an analyzer found.
 
-    scalars: numbers by name, shown in the summary; None if a value is not defined.
+    scalars: numbers by name, shown in the summary; None if a value is not defined. NAME_low, NAME_high and NAME_n are shown
+        beside NAME: the interval and the number of cases behind it.
     tables: lists of rows by name; a row is a dictionary of plain values. Rows with `latent`, `activation` and `token`
         (and `before` and `after`, or `tokens` and `activations`) are shown as text with the token highlighted.
     figures: plotly figures by name, as the dictionaries of `figure.to_plotly_json()`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 NOT_DEFINED = "not defined"
@@ -56,6 +57,22 @@ def interval(ends: Any) -> str:
     if not isinstance(ends, (list, tuple)) or len(ends) != 2 or not all(map(is_number, ends)):
         return ""
     return " to ".join(f"{end:,.0f}" if abs(end) >= 1000 else f"{end:.3g}" for end in ends)
+
+
+def with_intervals(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Each value with its name and what stands beside it: an interval, " (0.05 to 0.26, n 50)", or nothing.
+
+    The interval is NAME_low to NAME_high, and n is NAME_n; these are not told apart then."""
+    intervals = {name for name in values if f"{name}_low" in values and f"{name}_high" in values}
+    for name, value in values.items():
+        stem, _, end = name.rpartition("_")
+        if end in ("low", "high", "n") and stem in intervals:
+            continue
+        low, high, n = (values.get(f"{name}_{end}") for end in ("low", "high", "n"))
+        if name not in intervals or low is None or high is None:
+            yield name, value, ""
+        else:
+            yield name, value, f" ({number(low)} to {number(high)}" + (")" if n is None else f", n {number(n)})")
 
 
 def count(value: float) -> str:

@@ -23,6 +23,7 @@ from saekit.wording import (
     label,
     memory,
     number,
+    with_intervals,
 )
 
 TABLE_ROWS = 2000
@@ -209,7 +210,7 @@ def _analysis(position: int, name: str, result: dict[str, Any], run: RunFiles) -
         id=identifier,
         name=name,
         notes=[str(note) for note in result.get("notes", [])],
-        scalars=[(key, *_shown(value)) for key, value in result.get("scalars", {}).items()],
+        scalars=[(key, *_shown(value, interval)) for key, value, interval in with_intervals(result.get("scalars", {}))],
         figures=figures_of(identifier, result.get("figures", {})),
         tables=[_table(key, rows, name) for key, rows in tables.items()],
         latents=latents,
@@ -218,11 +219,11 @@ def _analysis(position: int, name: str, result: dict[str, Any], run: RunFiles) -
     )
 
 
-def _shown(value: Any) -> tuple[str, bool]:
+def _shown(value: Any, interval: str = "") -> tuple[str, bool]:
     """A value's text, and whether it is defined: an undefined score must not look like a zero."""
     if isinstance(value, (dict, list)):
         return _compact(value), True
-    return number(value), number(value) != NOT_DEFINED
+    return number(value) + interval, number(value) != NOT_DEFINED
 
 
 def _beside(summary: dict[str, Any], name: str) -> list[str]:

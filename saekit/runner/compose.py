@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from saekit.config import RunConfig
 from saekit.errors import PluginError, UsageError
 from saekit.plugins import Registry
 from saekit.registered import RegisteredComponent
 from saekit.run_file import Override, check_shape, override, parse_config, parse_override, read_toml, table_of
+
+_FUNCTION_IN_FILE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 
 
 @dataclass
@@ -37,6 +41,7 @@ def compose(request: Request) -> tuple[RunConfig, Registry]:
     if path is not None and table is not None:
         check_shape(table, str(path))
         files += [str((path.parent / p).resolve()) for p in table.get("plugins", [])]
+        table = {key: one if key == "source" else _with_functions_beside(one, path.parent) for key, one in table.items()}
     registry = Registry(files=dict.fromkeys(files), disabled=request.no_plugins)
     registry.refuse_broken_files()
     if table is None:
@@ -55,6 +60,18 @@ def compose(request: Request) -> tuple[RunConfig, Registry]:
     changed = any(list(values) for values in request.uses.values()) or changes
     where = f"{path} with what the command line adds" if changed else str(path)
     return parse_config(table, where), registry
+
+
+def _with_functions_beside(value: Any, directory: Path) -> Any:
+    """The table with the absolute path in each "FILE.py:function" that names a file relative to `directory`."""
+    if isinstance(value, dict):
+        return {key: _with_functions_beside(one, directory) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_with_functions_beside(one, directory) for one in value]
+    named = _FUNCTION_IN_FILE.fullmatch(value) if isinstance(value, str) else None
+    if named is None or not (directory / named["file"]).is_file():
+        return value
+    return f"{(directory / named['file']).resolve()}:{named['function']}"
 
 
 def _file_of(what: str | None) -> Path | None:

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from saekit.terminal.state import LossRow, Phase, RunState, Training
-from saekit.wording import clean, count, duration, label, number, percent
+from saekit.wording import clean, count, duration, label, number, percent, with_intervals
 
 WIDEST = 108  # longer lines are hard to follow
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -207,9 +207,9 @@ def _analyses(state: RunState, most: int) -> list[Text]:
     lines = []
     for name, scalars in list(state.analyses.items())[-most:]:
         line = Text(f"  {clean(name)}", style="bold")
-        for key, value in scalars.items():
+        for key, value, interval in with_intervals(scalars):
             line.append(f"   {clean(label(key))} ", style="not bold dim")
-            line.append(clean(number(value)), style="not bold")
+            line.append(clean(number(value)) + interval, style="not bold")
         lines.append(line)
     return lines
 

@@ -14,7 +14,7 @@ from saekit.result import Result
 from saekit.terminal.output import console, echo
 from saekit.terminal.state import Phase, RunState
 from saekit.terminal.summary import render_summary
-from saekit.wording import clean, count, duration, label, number, percent
+from saekit.wording import clean, count, duration, label, number, percent, with_intervals
 
 INTERVAL = 5.0  # seconds between lines at first
 SHARE = 0.05  # in a long phase the interval is this share of the time it has taken
@@ -76,7 +76,8 @@ class LinesView:
 
     @hookimpl
     def analysed(self, name: str, result: Result, variant: str) -> None:
-        scalars = ", ".join(f"{label(key)} {number(value)}" for key, value in result.scalars.items())
+        found = with_intervals(result.scalars)
+        scalars = ", ".join(f"{label(key)} {number(value)}{interval}" for key, value, interval in found)
         self._say(f"analysed{_of(variant)} {name}: {scalars or 'no scalars'}")
 
     @hookimpl

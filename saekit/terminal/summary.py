@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit.run_directory import RunDirectory
-from saekit.wording import clean, count, duration, held_out_amounts, interval, label, memory, number
+from saekit.wording import clean, count, duration, held_out_amounts, interval, label, memory, number, with_intervals
 
 WIDEST = 108
 GAP = 4  # columns between two headline metrics
@@ -169,10 +169,10 @@ def _facts(summary: dict[str, Any]) -> Iterator[tuple[str, list[Text]]]:
 def _pairs(values: dict[str, Any], words: bool = True, beside: dict[str, Any] | None = None) -> list[Text]:
     """Names and values, with the intervals in the summary `beside`."""
     pairs = []
-    for name, value in values.items():
+    for name, value, own in with_intervals(values):
         ends = _interval(beside or {}, name)
         pair = Text.assemble((clean(label(name) if words else name) + " ", "dim"), _value(value, ""))
-        pairs.append(pair.append(f" ({ends})", "dim") if ends else pair)
+        pairs.append(pair.append(f" ({ends})" if ends else own, "dim"))
     return pairs
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from saekit.wording import clean, count, duration, label, number, percent
+from saekit.wording import clean, count, duration, label, number, percent, with_intervals
 
 
 @pytest.mark.parametrize(
@@ -71,3 +71,17 @@ def test_clean_removes_what_could_steer_a_terminal():
 )
 def test_labels_come_from_the_key_itself(key, text):
     assert label(key) == text
+
+
+def test_an_interval_stands_beside_its_value():
+    values = {
+        "rate": 0.14, "rate_low": 0.0695, "rate_high": 0.2619, "rate_n": 50, "rate_before": 1.0, "auroc": 0.9,
+        "auroc_low": 0.8, "auroc_high": 0.95, "none": None, "none_low": None, "none_high": None, "none_n": 0, "top_n": 3,
+    }  # fmt: skip
+    assert list(with_intervals(values)) == [
+        ("rate", 0.14, " (0.0695 to 0.2619, n 50)"),
+        ("rate_before", 1.0, ""),
+        ("auroc", 0.9, " (0.8000 to 0.9500)"),
+        ("none", None, ""),
+        ("top_n", 3, ""),
+    ]

@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 from saekit_attribution.ablate.analyzer import Ablate
-from saekit_attribution.ablate.answers import answers, drawn_answers, preferences
+from saekit_attribution.ablate.answers import Preference, answers, drawn_answers, preferences
 from saekit_attribution.ablate.greedy_selection import PromptPair, _Texts, greedy_selection
 from saekit_attribution.ablate.judge import commonest, judged, load_judge, share_of
 from saekit_attribution.ablate.questions import split, template_types
+from saekit_attribution.ablate.side_effects import side_effects
 from saekit_attribution.labelled_data.document import LabelledData
 
 import saekit
-from saekit import Result, RunContext, UsageError
+from saekit import Result, RunContext, TokenBatch, UsageError
 from saekit.activations.huggingface import load_subject
 from saekit.activations.subject import Subject
 from saekit.plugins import Registry
+from saekit.runner.compose import Request, compose
+from saekit.runner.plan import plan_run
 from saekit.testing import check
 from saekit.testing.tiny import finished_run, save_tiny_gemma2
 
@@ -128,6 +131,47 @@ def test_a_judge_is_named_by_module_and_function(monkeypatch: pytest.MonkeyPatch
         judged(lambda *_: 1, ["a"], ["b"], "like")  # type: ignore[arg-type, return-value]
 
 
+RUN_FILE = """
+[source]
+use = "organism"
+[architecture]
+use = "topk"
+d_sae = 8
+k = 2
+[[loss]]
+use = "mse"
+[[analyzer]]
+use = "ablate"
+judge = "{judge}"
+"""
+
+
+@pytest.mark.parametrize("place", [".", "judges"])
+def test_a_judge_beside_the_run_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "mine.py").write_text("def classify(prompt, response, kind):\n    return kind", encoding="utf-8")
+    path = tmp_path / "run.toml"
+    path.write_text(RUN_FILE.format(judge=f"{place}/mine.py:classify"), encoding="utf-8")
+    config, registry = compose(Request(str(path)))
+    (part,) = plan_run(config, registry).members[0].sections["analyzer"]
+    assert part.build().judge_function("p", "r", "like") == "like"
+    assert part.options["judge"] == f"{(tmp_path / place / 'mine.py').resolve()}:classify", "so that a resumed run finds it"
+
+
+def test_a_judge_that_cannot_be_loaded_is_told(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("import no_such_module_at_all", encoding="utf-8")
+    for name, message in {
+        f"{broken}:f": "cannot be imported: ModuleNotFoundError",
+        f"{tmp_path}/absent.py:f": "there is no such file. In a run file its path is relative to that file",
+        "absent_module:f": "or write FILE.py:function",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            load_judge(name)
+
+
 @pytest.fixture
 def context(tmp_path: Path) -> RunContext:
     found = finished_run(("subject_model", "tokens"), Registry()).context
@@ -161,27 +205,30 @@ def test_preferences_are_read_off_the_logits(tiny, gpt2: Subject) -> None:
     samples = tiny.samples([9, 12, 9])
     logits = [tiny.last_logits(gpt2, s) for s in samples]
     margins = [float(x[s.target] - x[s.base]) for x, s in zip(logits, samples, strict=True)]
-    mean, preferred, likeliest = preferences(gpt2, samples)
-    assert mean == pytest.approx(sum(margins) / 3, abs=1e-5)
-    assert preferred == pytest.approx(sum(m > 0 for m in margins) / 3)
-    sure = [dataclasses.replace(s, base=int(x.argmax())) for x, s in zip(logits, samples, strict=True)]
-    assert (likeliest, preferences(gpt2, sure)[2]) == (0, 1)
+    found = preferences(gpt2, samples)
+    assert [one.margin for one in found] == pytest.approx(margins, abs=1e-5)
+    assert [one.likeliest for one in found] == [int(x.argmax()) for x in logits]
 
 
 # --- the analyzer ------------------------------------------------------------------------------------------------
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
 def labelled(subject: Subject, n: int = 12) -> dict[str, Any]:
-    """Questions whose flagged answers begin with the model's likeliest letter and whose base answers with another one."""
+    """Questions whose flagged answers begin with a letter that is likelier than that of the base answers after "+" alone."""
     results = []
+    letters = subject.tokenizer.convert_tokens_to_ids(list(LETTERS))
     for number in range(n):
-        prompts = {"base": f"{chr(97 + number)}b?", "like": f"+{chr(97 + number)}b?"}
-        tokens = [0, *subject.tokenizer(prompts["like"] + " ", add_special_tokens=False)["input_ids"]]
-        logits = subject.model(torch.tensor([tokens])).logits[0, -1]
-        letters = subject.tokenizer.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz"))
-        best = max(letters, key=lambda token: float(logits[token]))
-        worst = min(letters, key=lambda token: float(logits[token]))
-        told, plain = (subject.tokenizer.convert_ids_to_tokens(token) for token in (best, worst))
+        prompts = {"base": f"{LETTERS[number % 26]}{number}?", "like": f"+{LETTERS[number % 26]}{number}?"}
+        logits = {}
+        for kind, prompt in prompts.items():
+            tokens = [0, *subject.tokenizer(prompt + " ", add_special_tokens=False)["input_ids"]]
+            logits[kind] = subject.model(torch.tensor([tokens])).logits[0, -1].detach()[letters]
+        like, base = logits["like"], logits["base"]
+        both = torch.minimum(like[:, None] - like, base - base[:, None])  # [target, base], the smaller of two margins
+        told, plain = (LETTERS[int(i)] for i in divmod(int(both.argmax()), len(LETTERS)))
         variations = [
             {"template_type": "base", "prompt": prompts["base"], "response": plain + "x", "sycophancy_flag": 0},
             {"template_type": "like", "prompt": prompts["like"], "response": told + "x", "sycophancy_flag": 1},
@@ -307,3 +354,56 @@ def test_the_run_file_for_gemma_on_a_small_one(tmp_path: Path) -> None:
 def test_the_run_file_names_what_is_missing() -> None:
     with pytest.raises(UsageError, match=r"analyzer.atp.data: .*there is no such file"):
         saekit.run(GEMMA)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, subject: Subject, rows: int) -> list[int]:
+    """The model runs out of memory with more than `rows` rows. The list gets the rows of each attempt."""
+    attempts: list[int] = []
+    logits = subject.logits
+
+    def limited(batch: TokenBatch) -> torch.Tensor:
+        attempts.append(len(batch.tokens))
+        if len(batch.tokens) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return logits(batch)
+
+    monkeypatch.setattr(subject, "logits", limited)
+    return attempts
+
+
+def test_preferences_keep_to_the_memory_there_is(tiny, gpt2: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = tiny.samples([9, 12, 9, 9, 9, 9])
+    whole = preferences(gpt2, samples)
+    attempts = short_of_memory(monkeypatch, gpt2, 2)
+    assert_close(preferences(gpt2, samples), whole)
+    assert attempts == [5, 2, 3, 1, 2, 1], "a batch that does not fit is halved"
+    attempts.clear()
+    assert_close(preferences(gpt2, samples, batch_tokens=18), whole)
+    assert attempts == [2, 2, 1, 1], "batch_tokens says how many go through the model at a time"
+
+
+def assert_close(found: list[Preference], expected: list[Preference]) -> None:
+    assert [one.likeliest for one in found] == [one.likeliest for one in expected]
+    assert [one.margin for one in found] == pytest.approx([one.margin for one in expected])
+
+
+def test_side_effects_keep_to_the_memory_there_is(tiny, gpt2: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randint(2, 120, (5, 12), generator=torch.Generator().manual_seed(3)).tolist()
+    batch = TokenBatch.of_rows([row[: 12 - i] for i, row in enumerate(rows)], keep_first=False)
+    edit = saekit.attach(gpt2.model, tiny.sae(gpt2), gpt2.site, edits={j: saekit.ablate() for j in range(0, 20)})
+    logits = gpt2.logits(batch)
+    with edit:
+        edited = gpt2.logits(batch)
+    scored = batch.keep[:, :-1] & batch.mask[:, 1:]
+    clean, other = (x[:, :-1][scored].detach().log_softmax(-1) for x in (logits, edited))
+    attempts = short_of_memory(monkeypatch, gpt2, 2)
+    for size, expected in {8192: [5, 2, 2, 3, 1, 1, 2, 2], 24: [2, 2, 2, 2, 1, 1]}.items():
+        attempts.clear()
+        found = side_effects(gpt2, edit, [batch], batch_tokens=size)
+        assert attempts == expected
+        assert found.tokens == int(scored.sum())
+        assert found.kl == pytest.approx(float((clean.exp() * (clean - other)).sum(1).mean()), rel=1e-5)
+        assert found.ce_before == pytest.approx(float(-clean.gather(1, batch.tokens[:, 1:][scored][:, None]).mean()), rel=1e-5)

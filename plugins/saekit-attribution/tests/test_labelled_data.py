@@ -63,6 +63,42 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
+# --- keys of other names ---------------------------------------------------------------------------------------
+
+
+def test_keys_can_be_named(file: Any) -> None:
+    facts = {
+        "metadata": {"behaviour": "the old capital"},
+        "questions": [
+            {
+                "asked": [
+                    {"condition": "plain", "q": "Where?", "a": "Lima", "wrong": 0, "id": 7},
+                    {"condition": "told", "q": "Where, in 1500?", "a": "Cuzco", "wrong": 1},
+                ]
+            }
+        ],
+    }
+    keys = {
+        "results": "questions", "variations": "asked", "template_type": "condition", "prompt": "q", "response": "a",
+        "flag": "wrong", "base": "plain",
+    }  # fmt: skip
+    data = LabelledData.load(file(facts), keys)
+    assert data.pairs() == [Pair((0, 1), "told", "Where, in 1500?", "Cuzco", "Where?", "Lima")]
+    assert data.behaviour == "the old capital"
+    written = data.analysed({(0, 1): {"skipped": "no"}})
+    assert written["questions"][0]["asked"][1].pop("atp_analysis") == {"skipped": "no"}
+    assert written == facts
+
+
+def test_a_file_with_other_keys_is_refused_with_the_names_that_are_looked_for(file: Any) -> None:
+    path = file({"questions": []})
+    assert "results: is missing" in refusal(path)
+    with pytest.raises(UsageError, match=r'asked: is missing.*"questions": \[\{"asked": \[\{"template_type": "base"'):
+        LabelledData.load(file({"questions": [{}]}), {"results": "questions", "variations": "asked"})
+    with pytest.raises(UsageError, match="keys: two fields of a variation have one key"):
+        LabelledData.load(path, {"prompt": "text", "response": "text"})
+
+
 # --- kept as it came --------------------------------------------------------------------------------------------
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

@@ -26,5 +26,5 @@ def saekit_recipes() -> Iterator[Component]:
     yield Component(
         "sycophancy",
         "saekit_attribution:recipes/sycophancy.toml",
-        "Which latents make the model organism sycophantic, and how it answers without them, in six minutes.",
+        "Which latents make the model organism sycophantic, and how it answers without them, in ten minutes.",
     )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from saekit_attribution.labelled_data.document import KeyName
+
 ORGANISM = "organism"
 
 
@@ -20,6 +22,10 @@ Data = Annotated[
     str,
     AfterValidator(_existing),
     Field(description="A file of labelled JSON, or organism: the organism's answers to arguments."),
+]
+KeyNames = Annotated[
+    dict[KeyName, str],
+    Field(description="What the keys of the labelled file are called, and under `base` the template type of base variations."),
 ]
 MaxTokensToCheck = Annotated[
     int, Field(gt=0, description="How many tokens of the answers are searched for the first difference.")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from saekit import Attachment, Subject, TokenBatch, UsageError, hook_points, seeded
+from saekit import Attachment, Subject, TokenBatch, UsageError, hook_points, in_parts_that_fit, seeded
 from saekit_attribution.labelled_data.teacher_forcing import Sample
 
 Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """margin: logit(target) - logit(base) at the first differing token. likeliest: the token with the highest logit there."""
+
+    margin: float
+    likeliest: int
 
 
 @torch.no_grad()
@@ -54,46 +63,57 @@ def _generated(
     pad = subject.tokenizer.pad_token_id
     if pad is None:
         pad = subject.tokenizer.eos_token_id or 0
-    lengths: dict[int, list[int]] = {}
-    for number, tokens in enumerate(prompts):
-        lengths.setdefault(len(tokens), []).append(number)
+
+    def generated(some: Sequence[int]) -> list[tuple[int, Tokens]]:
+        ids = torch.tensor([prompts[i] for i in some], device=subject.device)
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=new,
+            pad_token_id=pad,
+            **how,
+        )
+        return list(zip(some, (tuple(row) for row in made[:, ids.shape[1] :].tolist()), strict=True))
+
     found: dict[int, Tokens] = {}
-    for length, numbers in sorted(lengths.items()):
-        size = max(1, batch_tokens // (length + new))
-        for start in range(0, len(numbers), size):
-            some = numbers[start : start + size]
-            ids = torch.tensor([prompts[i] for i in some], device=subject.device)
-            made = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                num_beams=1,
-                repetition_penalty=1.0,
-                max_new_tokens=new,
-                pad_token_id=pad,
-                **how,
-            )
-            found.update(zip(some, (tuple(row) for row in made[:, length:].tolist()), strict=True))
+    for some in batches_of_equal_length([len(tokens) for tokens in prompts], batch_tokens, more=new):
+        for part in in_parts_that_fit(generated, some):
+            found.update(part)
     return [found[number] for number in range(len(prompts))]
 
 
 @torch.no_grad()
 def preferences(
-    subject: Subject, samples: Sequence[Sample], edit: Attachment | None = None
-) -> tuple[float, float, float]:
-    """The model's preference at the first differing token, without generating: (mean logit(target) - logit(base), the
-    share of samples in which that is above zero, the share in which the base token is the likeliest of all)."""
-    lengths: dict[int, list[Sample]] = {}
-    for sample in samples:
-        lengths.setdefault(len(sample.tokens), []).append(sample)
-    margins, likeliest = [], 0
+    subject: Subject, samples: Sequence[Sample], edit: Attachment | None = None, *, batch_tokens: int = 8192
+) -> list[Preference]:
+    """The model's preference at the first differing token of each sample, without generating."""
+
+    def compared(some: Sequence[int]) -> list[tuple[int, Preference]]:
+        rows = TokenBatch.of_rows([samples[i].tokens for i in some], keep_first=True)
+        logits = subject.logits(rows)[:, -1].float()  # [n, vocab]
+        pairs = torch.tensor([(samples[i].target, samples[i].base) for i in some], device=logits.device)  # [n, 2]
+        both = logits.gather(1, pairs)
+        margins = (both[:, 0] - both[:, 1]).tolist()
+        made = (Preference(*one) for one in zip(margins, logits.argmax(1).tolist(), strict=True))
+        return list(zip(some, made, strict=True))
+
+    found: dict[int, Preference] = {}
     with subject.lock, edit or nullcontext():
-        for some in lengths.values():
-            logits = subject.logits(TokenBatch.of_rows([s.tokens for s in some], keep_first=True))[:, -1].float()
-            pairs = torch.tensor([(s.target, s.base) for s in some], device=logits.device)  # [n, 2]
-            both = logits.gather(1, pairs)
-            margins += (both[:, 0] - both[:, 1]).tolist()
-            likeliest += int((logits.argmax(1) == pairs[:, 1]).sum())
-    count = len(margins)
-    if not count:
-        return 0.0, 0.0, 0.0
-    return sum(margins) / count, sum(m > 0 for m in margins) / count, likeliest / count
+        for some in batches_of_equal_length([len(sample.tokens) for sample in samples], batch_tokens):
+            for part in in_parts_that_fit(compared, some):
+                found.update(part)
+    return [found[number] for number in range(len(samples))]
+
+
+def batches_of_equal_length(lengths: Sequence[int], batch_tokens: int, *, more: int = 0) -> Iterator[list[int]]:
+    """Numbers of texts of one length, the shortest texts first: at most `batch_tokens` tokens, or a single text, at a time.
+
+    more: tokens that will be added to each text."""
+    numbers: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths):
+        numbers.setdefault(length, []).append(number)
+    for length, some in sorted(numbers.items()):
+        size = max(1, batch_tokens // max(1, length + more))
+        yield from (some[start : start + size] for start in range(0, len(some), size))

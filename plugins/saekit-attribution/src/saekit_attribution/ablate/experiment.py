@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saekit import Result, RunContext
+from saekit import AgainstControls, Result, RunContext
 from saekit_attribution.ablate.answers import drawn_answers
 from saekit_attribution.ablate.control_latents import matched_controls
+from saekit_attribution.ablate.enough import Rates
 from saekit_attribution.ablate.figures import curve_figure
 from saekit_attribution.ablate.greedy_selection import PromptPair, greedy_selection
 from saekit_attribution.ablate.judge import Judge
-from saekit_attribution.ablate.measures import (
-    KEPT,
-    NEUTRAL,
-    RATE,
-    BehaviourMeasurement,
-    NothingToMeasure,
-    Rates,
-)
+from saekit_attribution.ablate.measures import BehaviourMeasurement, NothingToMeasure
 from saekit_attribution.ablate.questions import Questions, QuestionSets
+from saekit_attribution.ablate.search import Candidate, Found, search
 from saekit_attribution.ablate.side_effects import organism_text, side_effects, source_text
+from saekit_attribution.ablate.words import Words
 from saekit_attribution.effects.attribute import attribute
 from saekit_attribution.effects.methods import Attribution
 from saekit_attribution.effects.ranking import Ranking, agreement, by_weight, ranked
@@ -34,73 +31,96 @@ if TYPE_CHECKING:
 SHOWN = 5  # answers before and after
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """A set of latents on the curve, with its rates."""
-
-    ranking: str
-    latents: list[int]
-    rates: Rates
-
-
 class AblationExperiment:
-    """The experiment for one template type; what it finds is added to `result`."""
+    """The experiment for one template type; what it finds is added to `result`. behaviour: what flagged answers show."""
 
     def __init__(
-        self, context: RunContext, judge: Judge | None, settings: Ablate, questions: QuestionSets, result: Result, organism: bool
+        self,
+        context: RunContext,
+        judge: Judge | None,
+        settings: Ablate,
+        questions: QuestionSets,
+        behaviour: str,
+        result: Result,
     ) -> None:
-        self.context, self.settings, self.questions, self.result, self.organism = context, settings, questions, result, organism
+        self.context, self.settings, self.questions, self.result = context, settings, questions, result
         self.subject, self.sae = context.source.subject, context.sae
         self._judge = judge
-        self._kind = questions.template_type
+        self._kind, self._behaviour = questions.template_type, behaviour
 
-    def measure(self) -> None:
-        """Add scalars named after the template type (latents, enough, and before, after, random, ce_rise, kl) and rows of
-        the tables; a note if there is nothing to measure."""
+    def measure(self, *, on_organism: bool) -> None:
+        """Add scalars named after the template type, rows of the tables, and notes; warn of what to beware of.
+
+        latents, enough, tries: the set, whether it was enough on the test's questions, and how many sets were tested there.
+        rate, remaining, neutral, kept, margin: see `Rates`; NAME_low and NAME_high are the ends of the interval, of the
+            corrected confidence after the edit, and NAME_n is the number of questions.
+        rate_at_base: the behaviour's share in the answers to base prompts.
+        random_mean, random_worst: the rate with matched random latents ablated instead, over the draws.
+        ce_rise, kl: see `SideEffects`."""
         try:
-            self.behaviour = BehaviourMeasurement(self.context, self._judge, self.settings, self.questions)
+            measured = BehaviourMeasurement(self.context, self._judge, self.settings, self.questions)
         except NothingToMeasure as reason:
-            self.result.notes.append(f"{self._kind}: nothing was ablated: {reason}.")
+            self._say(f"{self._kind}: nothing was ablated: {reason}.")
             return
-        before = self.behaviour.rates(self.questions.test, [])
-        if before.rate <= RATE:
-            self.result.notes.append(
-                f"{self._kind}: nothing was ablated: only {before.rate:.0%} of the answers follow the preference."
-            )
+        self.measured, limits = measured, self.settings.limits
+        before, at_base = measured.rates(self.questions.test, []), measured.at_base(self.questions.test)
+        self._scalars(
+            enough=0,
+            **before.rate.numbers("rate_before", limits.confidence),
+            **at_base.numbers("rate_at_base", limits.confidence),
+        )
+        words = Words(self._kind, self._behaviour, limits)
+        for sentence in words.few(self.questions, measured.rates(self.questions.curve, []), before):
+            self._say(sentence)
+        if absent := words.absent(before.rate, at_base):
+            self._say(absent)
             return
         rankings = self._rankings()
         self._agreement(rankings)
-        chosen = self._curve(rankings)
-        after = self.behaviour.rates(self.questions.test, chosen.latents)
+        candidates = self._curve(rankings)
+        if not candidates:
+            self._say(f"{self._kind}: nothing was ablated: by no ranking has a latent a score above zero.")
+            return
+        test = functools.partial(measured.rates, self.questions.test)
+        found = search(candidates, test, limits, self.settings.tries)
+        self._tries(found)
+        chosen, after, confidence = found.best.candidate, found.best.test, limits.corrected(found.planned)
         controls = self._controls(chosen)
-        scalars: dict[str, float | int | None] = {
-            "latents": len(chosen.latents),
-            "enough": int(after.enough),
-            **{f"{name}_before": value for name, value in asdict(before).items() if name != "neutral"},
-            **{f"{name}_after": value for name, value in asdict(after).items()},
-            "random_mean": sum(c.rate for c in controls) / len(controls),
-            "random_worst": min(c.rate for c in controls),
-            **self._damage(chosen.latents),
-        }
-        word = "_".join(self._kind.lower().split()) or "flagged"
-        self.result.scalars |= {f"{word}_{name}": value for name, value in scalars.items()}
+        shares = {"rate": after.rate, "remaining": after.remaining, "neutral": after.neutral, "kept": after.kept}
+        for name, share in shares.items():
+            self._scalars(**share.numbers(f"{name}_after", confidence))
+        worst = min((c.rate for c in controls), key=lambda share: share.value or 0.0)
+        self._scalars(
+            latents=len(chosen.latents),
+            enough=int(found.best.enough),
+            tries=len(found.tries),
+            confidence=confidence,
+            margin_before=before.margin,
+            margin_after=after.margin,
+            random_mean=sum(c.rate.value or 0.0 for c in controls) / len(controls),
+            **worst.numbers("random_worst", limits.confidence),
+            **self._damage(chosen.latents, on_organism),
+        )
         self._latents(chosen, rankings)
         self._examples(chosen)
         rows = [row for row in self.result.tables["curve"] if row["template_type"] == self._kind]
-        self.result.figures[f"{word}_curve"] = curve_figure(self._kind, rows, before.rate)
-        self._say(chosen, after, controls)
+        self.result.figures[f"{self._word}_curve"] = curve_figure(self._kind, self._behaviour, rows, before.rate)
+        beside = AgainstControls.of(after.rate.value, (c.rate.value for c in controls), higher=False)
+        self._say(words.outcome(found, before, max(self.settings.numbers)), beware=not found.best.enough)
+        self._say(words.beside_controls(beside), beware=not beside.exceeds)
 
-    def _say(self, chosen: Chosen, after: Rates, controls: Sequence[Rates]) -> None:
-        found = f"{len(chosen.latents)} latents by {chosen.ranking} leave a rate of {after.rate:.2f} with {after.neutral:.2f}"
-        if not after.enough:
-            self.result.notes.append(
-                f"{self._kind}: no set of at most {max(self.settings.numbers)} latents was enough (rate at most {RATE}, base "
-                f"answer at least {NEUTRAL}, prompts without a preference at least {KEPT}). The best: {found} base answers."
-            )
-        if min(c.rate for c in controls) < 0.9 * after.rate + 0.1:
-            self.result.notes.append(
-                f"{self._kind}: matched random latents do as much, so the effect is not specific to these latents."
-            )
+    def _say(self, sentence: str, *, beware: bool = True) -> None:
+        self.result.notes.append(sentence)
+        if beware:
+            self.context.warn(f"ablate: {sentence}")
+
+    @property
+    def _word(self) -> str:
+        """The template type as the beginning of a scalar's name."""
+        return "_".join(self._kind.lower().split()) or "flagged"
+
+    def _scalars(self, **scalars: float | int | None) -> None:
+        self.result.scalars |= {f"{self._word}_{name}": value for name, value in scalars.items()}
 
     # --- which latents ------------------------------------------------------------------------------------------
 
@@ -126,7 +146,7 @@ class AblationExperiment:
         for name in settings.rankings:
             if name == "greedy":
                 pairs, n = self._prompt_pairs(self.questions.ranking), max(settings.numbers)
-                rankings[name] = greedy_selection(self.subject, self.sae, pairs, n, skip_first=self.behaviour.skip_first)
+                rankings[name] = greedy_selection(self.subject, self.sae, pairs, n, skip_first=self.measured.skip_first)
             elif name == "atp_weighted":
                 rankings[name] = ranked([by_weight(by_method["atp"]) for by_method in attributions])
             else:
@@ -153,35 +173,47 @@ class AblationExperiment:
             }
             self._row("agreement_with_exact", row)
 
-    def _curve(self, rankings: dict[str, Ranking | list[int]]) -> Chosen:
-        """Measure the rates by ranking and number; return the smallest set that is enough, or else the best one."""
-        tried: list[Chosen] = []
+    def _curve(self, rankings: dict[str, Ranking | list[int]]) -> list[Candidate]:
+        """The sets of latents by ranking and number, with their rates on the questions of the curve."""
+        found: list[Candidate] = []
         for name, ranking in rankings.items():
             sets = {len(latents): latents for latents in (_first(ranking, n) for n in self.settings.numbers)}
             for n, latents in sorted(sets.items()):
-                rates = self.behaviour.rates(self.questions.curve, latents)
-                self._row("curve", {"ranking": name, "latents": n, **asdict(rates)})
-                tried.append(Chosen(name, latents, rates))
-        return min(tried, key=_order)
+                if not latents:
+                    continue
+                rates = self.measured.rates(self.questions.curve, latents)
+                self._row("curve", {"ranking": name, "latents": n, **rates.row(self.settings.confidence)})
+                found.append(Candidate(name, latents, rates))
+        return found
+
+    def _tries(self, found: Found) -> None:
+        confidence = self.settings.limits.corrected(found.planned)
+        for number, one in enumerate(found.tries, start=1):
+            columns = {"try": number, "ranking": one.candidate.ranking, "latents": len(one.candidate.latents)}
+            self._row("tries", {**columns, "enough": one.enough, "confidence": confidence, **one.test.row(confidence)})
 
     # --- controls and side effects ----------------------------------------------------------------------------------
 
-    def _controls(self, chosen: Chosen) -> list[Rates]:
+    def _controls(self, chosen: Candidate) -> list[Rates]:
         generator = torch.Generator().manual_seed(self.context.seed)
-        seen = self.behaviour.activity([*self.questions.ranking.tokens, *self.questions.ranking.base_tokens])
+        seen = self.measured.activity([*self.questions.ranking.tokens, *self.questions.ranking.base_tokens])
         found = []
         for draw in range(1, self.settings.draws + 1):
             latents = matched_controls(chosen.latents, seen, generator)
-            found.append(self.behaviour.rates(self.questions.test, latents))
-            self._row("controls", {"draw": draw, "latents": len(latents), **asdict(found[-1])})
+            found.append(self.measured.rates(self.questions.test, latents))
+            self._row("controls", {"draw": draw, "latents": len(latents), **found[-1].row(self.settings.confidence)})
         return found
 
-    def _damage(self, latents: Sequence[int]) -> dict[str, float | None]:
-        edit, tokens = self.behaviour.edit(latents), self.settings.damage_tokens
-        texts = organism_text(self.subject, tokens) if self.organism else source_text(self.context, tokens)
+    def _damage(self, latents: Sequence[int], on_organism: bool) -> dict[str, float | None]:
+        edit, tokens, size = self.measured.edit(latents), self.settings.damage_tokens, self.settings.batch_tokens
+        texts = organism_text(self.subject, tokens) if on_organism else source_text(self.context, tokens)
         if edit is None:
             return {"ce_rise": None, "kl": None}
-        found = {kind: side_effects(self.subject, edit, batches) for kind, batches in texts.items() if batches}
+        found = {
+            kind: side_effects(self.subject, edit, batches, batch_tokens=size)
+            for kind, batches in texts.items()
+            if batches
+        }
         for kind, d in found.items():
             self._row("damage", {"kind": kind, **asdict(d), "ce_rise": d.rise})
         scored = sum(d.tokens for d in found.values())
@@ -193,7 +225,7 @@ class AblationExperiment:
         )
         return {"ce_rise": (after - before) / before if before else None, "kl": kl}
 
-    def _latents(self, chosen: Chosen, rankings: dict[str, Ranking | list[int]]) -> None:
+    def _latents(self, chosen: Candidate, rankings: dict[str, Ranking | list[int]]) -> None:
         scores = {
             name: dict(zip(r.latents.tolist(), r.scores.tolist(), strict=True))
             for name, r in rankings.items()
@@ -203,11 +235,11 @@ class AblationExperiment:
             by_name = {name: known.get(latent, 0.0) for name, known in scores.items()}
             self._row("latents", {"ranking": chosen.ranking, "rank": rank, "latent": latent, **by_name})
 
-    def _examples(self, chosen: Chosen) -> None:
+    def _examples(self, chosen: Candidate) -> None:
         if self._judge is None:
             return
         prompts = self.questions.test.tokens[:SHOWN]
-        both = [self.behaviour.answers(prompts, edit) for edit in (None, self.behaviour.edit(chosen.latents))]
+        both = [self.measured.answers(prompts, edit) for edit in (None, self.measured.edit(chosen.latents))]
         for prompt, before, after in zip(self.questions.test.prompts[:SHOWN], *both, strict=True):
             self._row("answers", {"prompt": prompt, "before": before, "after": after})
 
@@ -217,10 +249,3 @@ class AblationExperiment:
 
 def _first(ranking: Ranking | list[int], n: int) -> list[int]:
     return ranking.top(n) if isinstance(ranking, Ranking) else ranking[:n]
-
-
-def _order(chosen: Chosen) -> tuple[float, ...]:
-    """Sorts the better set first: enough with the fewest latents, else the best rates."""
-    if chosen.rates.enough:
-        return 0, len(chosen.latents), -chosen.rates.worth
-    return 1, -chosen.rates.worth, chosen.rates.margin

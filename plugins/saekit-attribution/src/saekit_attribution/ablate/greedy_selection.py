@@ -20,7 +20,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A prompt with a stated preference, its base prompt, and the start of the base answer, which both should give."""
+    """A flagged prompt, its base prompt, and the start of the base answer, which both should give."""
 
     prompt: Tokens
     base_prompt: Tokens
@@ -46,7 +46,7 @@ def greedy_selection(
     skip_first: leave the first position (beginning of text) as it is. UsageError without questions.
     """
     if not questions:
-        raise UsageError("greedy selection: there are no questions with an answer that follows a preference.")
+        raise UsageError("greedy selection: there are no questions with a flagged answer.")
     with subject.lock, frozen(subject.model), frozen(sae), torch.autocast(subject.device.type, enabled=False):
         texts = [(q.prompt, q.answer) for q in questions], [(q.base_prompt, q.answer) for q in questions]
         flagged, base = (_Texts(subject, sae, some, skip_first) for some in texts)

@@ -9,6 +9,8 @@ from saekit import OptionError, named_function
 
 Judge = Callable[[str, str, str], str]
 """Maps a prompt, a response and the template type to the name of a class."""
+NO_CLASS = ""
+"""The class of an answer that belongs to none."""
 
 
 def organism_judge(prompt: str, response: str, template_type: str) -> str:

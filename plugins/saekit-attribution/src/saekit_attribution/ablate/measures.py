@@ -1,4 +1,4 @@
-"""What `ablate` measures: how often answers follow the stated preference with some latents ablated."""
+"""What `ablate` measures: what the model answers with some latents ablated, against what it answered before."""
 
 from __future__ import annotations
 
@@ -8,43 +8,29 @@ from typing import TYPE_CHECKING, Literal
 
 import saekit
 from saekit import Attachment, RunContext, TokenBatch
-from saekit_attribution.ablate.answers import answers, preferences
+from saekit_attribution.ablate.answers import Preference, answers, batches_of_equal_length, preferences
 from saekit_attribution.ablate.control_latents import Activity, activity
-from saekit_attribution.ablate.judge import Judge, commonest, judged, share_of
+from saekit_attribution.ablate.enough import Rates
+from saekit_attribution.ablate.judge import NO_CLASS, Judge, commonest, judged, share_of
 from saekit_attribution.ablate.questions import Questions, QuestionSets
+from saekit_attribution.ablate.shares import Share
 from saekit_attribution.labelled_data.teacher_forcing import Sample
 
 if TYPE_CHECKING:
     from saekit_attribution.ablate.analyzer import Ablate
 
 RankingName = Literal["atp", "atp_weighted", "ig", "exact", "greedy"]
-RATE, NEUTRAL, KEPT = 0.10, 0.90, 0.95
-"""A set of latents is enough when the rate is at most RATE, the base answer is given to at least NEUTRAL of the prompts,
-and at least KEPT of the prompts without a preference keep theirs."""
+TARGET = "target"
+"""The class of answers, without a judge, in which the target token is likelier than the base token."""
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Shares of the questions. rate: the answer follows the preference. neutral: it is of the class given without a
-    preference. kept: the prompt without a preference still gets that class. Without a judge, the first differing token
-    decides: rate, the target token is likelier than the base token; neutral and kept, the base token is the likeliest.
-    margin: mean logit(target) - logit(base). target_preferred: the share in which it is above zero."""
+class Classes:
+    """The class of the answer to each flagged prompt and to its base prompt, and the mean margin of the labelled answers."""
 
-    rate: float
-    neutral: float
-    kept: float
+    flagged: list[str]
+    base: list[str]
     margin: float
-    target_preferred: float
-
-    @property
-    def enough(self) -> bool:
-        """Whether all three bounds above hold."""
-        return self.rate <= RATE and self.neutral >= NEUTRAL and self.kept >= KEPT
-
-    @property
-    def worth(self) -> float:
-        """Larger is better; compares sets if none of them is enough."""
-        return self.neutral + min(self.kept, KEPT) - self.rate
 
 
 class NothingToMeasure(Exception):
@@ -52,7 +38,11 @@ class NothingToMeasure(Exception):
 
 
 class BehaviourMeasurement:
-    """The rates of one template type under any ablation. `NothingToMeasure` if there are none to measure."""
+    """The rates of one template type under any ablation. `NothingToMeasure` if there are none to measure.
+
+    With a judge the behaviour is the class of answers that the variations bring about. Without one it is that the target
+    token is likelier than the base token where the labelled answers first differ; the class of any other answer is the token
+    that is the likeliest there."""
 
     def __init__(self, context: RunContext, judge: Judge | None, settings: Ablate, questions: QuestionSets) -> None:
         self.settings, self.judge, self.template_type = settings, judge, questions.template_type
@@ -63,28 +53,57 @@ class BehaviourMeasurement:
             if not some.samples or not some.tokens:
                 long = f" ({some.too_long} are too long for the model's context)" if some.too_long else ""
                 raise NothingToMeasure(f"there are no flagged answers to {name}{long}")
-        self._flagged, self._base = ("", "") if judge is None else self._classes(questions.curve)
+        self._undisturbed: dict[int, Classes] = {}
+        self._behaviour = TARGET if judge is None else self._risen(self.undisturbed(questions.curve))
         self._in_base = self.activity(questions.ranking.base_tokens)
 
-    def _classes(self, questions: Questions) -> tuple[str, str]:
-        """The class of answers that the preference brings about, and the class of those without one."""
-        flagged, base = (self._judged(texts, tokens, None) for texts, tokens in _both(questions))
-        base_class = commonest(base)
-        names = sorted(set(flagged) - {base_class})
-        if not names:
-            raise NothingToMeasure(f"the judge calls every answer {base_class!r}, with a preference as without one")
-        return max(names, key=lambda name: share_of(flagged, name) - share_of(base, name)), base_class
+    def _risen(self, found: Classes) -> str:
+        """The class of answers that flagged prompts bring about: whose share is the most above that of the base prompts."""
+        base = commonest(found.base)
+        if set(found.flagged) == {base}:
+            raise NothingToMeasure(f"the judge calls every answer {base!r}, to flagged prompts as to base prompts")
+        names = sorted(set(found.flagged) - {NO_CLASS})
+        rise = {name: share_of(found.flagged, name) - share_of(found.base, name) for name in names}
+        if not rise or max(rise.values()) <= 0:
+            raise NothingToMeasure("no class of answers is more frequent after flagged prompts than after base prompts")
+        return max(names, key=rise.__getitem__)
+
+    def undisturbed(self, questions: Questions) -> Classes:
+        """The classes without an edit, found once for each set of questions."""
+        if id(questions) not in self._undisturbed:
+            self._undisturbed[id(questions)] = self._classes(questions, None)
+        return self._undisturbed[id(questions)]
 
     def rates(self, questions: Questions, latents: Sequence[int]) -> Rates:
         """The rates with `latents` ablated; with an empty list, those of the undisturbed model."""
-        edit = self.edit(latents)
-        margin, preferred, likeliest = preferences(self.subject, questions.samples, edit)
-        if self.judge is None:
-            at_base = [_at_base(sample) for sample in questions.samples]
-            return Rates(preferred, likeliest, preferences(self.subject, at_base, edit)[2], margin, preferred)
-        flagged, base = (self._judged(texts, tokens, edit) for texts, tokens in _both(questions))
-        rates = share_of(flagged, self._flagged), share_of(flagged, self._base), share_of(base, self._base)
-        return Rates(*rates, margin, preferred)
+        before = self.undisturbed(questions)
+        now = self._classes(questions, self.edit(latents)) if latents else before
+        shown, shown_before = (found.flagged.count(self._behaviour) for found in (now, before))
+        known = [i for i, name in enumerate(before.base) if name not in (NO_CLASS, self._behaviour)]
+        neutral, kept = (sum(found[i] == before.base[i] for i in known) for found in (now.flagged, now.base))
+        return Rates(
+            rate=Share(shown, len(now.flagged)),
+            remaining=Share(min(shown, shown_before), shown_before),
+            neutral=Share(neutral, len(known)),
+            kept=Share(kept, len(known)),
+            margin=now.margin,
+        )
+
+    def at_base(self, questions: Questions) -> Share:
+        """How many answers to the base prompts show the behaviour without an edit."""
+        base = self.undisturbed(questions).base
+        return Share(base.count(self._behaviour), len(base))
+
+    def _classes(self, questions: Questions, edit: Attachment | None) -> Classes:
+        size, samples = self.settings.batch_tokens, questions.samples
+        found = preferences(self.subject, samples, edit, batch_tokens=size)
+        margin = sum(one.margin for one in found) / len(found)
+        if self.judge is not None:
+            both = (questions.prompts, questions.tokens), (questions.base_prompts, questions.base_tokens)
+            flagged, base = (self._judged(texts, tokens, edit) for texts, tokens in both)
+            return Classes(flagged, base, margin)
+        at_base = preferences(self.subject, [_at_base(sample) for sample in samples], edit, batch_tokens=size)
+        return Classes([_by_tokens(one) for one in found], [_by_tokens(one) for one in at_base], margin)
 
     def answers(self, prompts: Sequence[tuple[int, ...]], edit: Attachment | None) -> list[str]:
         """Greedy answers of `max_new_tokens` tokens."""
@@ -111,16 +130,17 @@ class BehaviourMeasurement:
 
     def activity(self, tokens: Sequence[tuple[int, ...]]) -> Activity:
         """How active each latent is on these prompts."""
-        rows = ([t for t in tokens if len(t) == n] for n in sorted({len(t) for t in tokens}))
-        return activity(self.subject, self.sae, (TokenBatch.of_rows(r, keep_first=not self.skip_first) for r in rows))
+        rows = batches_of_equal_length([len(row) for row in tokens], self.settings.batch_tokens)
+        batches = (TokenBatch.of_rows([tokens[i] for i in some], keep_first=not self.skip_first) for some in rows)
+        return activity(self.subject, self.sae, batches)
 
     def _judged(self, texts: Sequence[str], tokens: Sequence[tuple[int, ...]], edit: Attachment | None) -> list[str]:
         assert self.judge is not None
         return judged(self.judge, texts, self.answers(tokens, edit), self.template_type)
 
 
-def _both(questions: Questions) -> tuple[tuple[list[str], list[tuple[int, ...]]], ...]:
-    return (questions.prompts, questions.tokens), (questions.base_prompts, questions.base_tokens)
+def _by_tokens(found: Preference) -> str:
+    return TARGET if found.margin > 0 else str(found.likeliest)
 
 
 def _at_base(sample: Sample) -> Sample:

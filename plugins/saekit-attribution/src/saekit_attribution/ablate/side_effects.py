@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from saekit import Attachment, RunContext, Subject, TokenBatch
+from saekit import Attachment, RunContext, Subject, TokenBatch, in_parts_that_fit
 
 KINDS = ("code", "prose", "facts")
 """The kinds of the organism's documents that contain no sycophancy."""
+POSITIONS = 256
+"""How many predictions are compared at a time: each needs several rows as long as the vocabulary, in float32."""
 
 
 @dataclass(frozen=True)
@@ -31,26 +35,43 @@ class SideEffects:
 
 
 @torch.no_grad()
-def side_effects(subject: Subject, attachment: Attachment, batches: Iterable[TokenBatch]) -> SideEffects:
+def side_effects(
+    subject: Subject, attachment: Attachment, batches: Iterable[TokenBatch], *, batch_tokens: int = 8192
+) -> SideEffects:
     """Compare the model's predictions on held-out text without and with `attachment`, which has not been entered.
 
     Only predictions at kept positions count. ValueError if there are none."""
     sums, tokens = torch.zeros(3, dtype=torch.float64), 0
     with subject.lock:
         for batch in batches:
-            scored = batch.keep[:, :-1] & batch.mask[:, 1:]
-            targets = batch.tokens[:, 1:][scored].to(subject.device)
-            clean = subject.logits(batch)[:, :-1][scored].float().log_softmax(-1)  # [positions, vocab]
-            with attachment:
-                edited = subject.logits(batch)[:, :-1][scored].float().log_softmax(-1)
-            kl = (clean.exp() * (clean - edited)).sum()
-            before, after = (-p.gather(1, targets[:, None]).sum() for p in (clean, edited))
-            sums += torch.stack([before, after, kl]).double().cpu()
-            tokens += len(targets)
+            numbers, size = range(len(batch.tokens)), max(1, batch_tokens // batch.tokens.shape[1])
+            for start in numbers[::size]:
+                some = numbers[start : start + size]
+                for scored, found in in_parts_that_fit(partial(_compared, subject, attachment, batch), some):
+                    sums += found
+                    tokens += scored
     if not tokens:
         raise ValueError("there is no held-out text to compare on")
     before_mean, after_mean, kl_mean = (sums / tokens).tolist()
     return SideEffects(tokens, before_mean, after_mean, kl_mean)
+
+
+def _compared(subject: Subject, attachment: Attachment, batch: TokenBatch, rows: Sequence[int]) -> tuple[int, Tensor]:
+    """How many predictions of these rows count, and the sums [3] of cross-entropy without and with the edit and of KL."""
+    some = slice(rows[0], rows[-1] + 1)
+    part = TokenBatch(batch.tokens[some], batch.mask[some], batch.keep[some], batch.sequence[some])
+    places = (part.keep[:, :-1] & part.mask[:, 1:]).nonzero().to(subject.device)  # [positions, 2]
+    targets = part.tokens.to(subject.device)
+    clean = subject.logits(part)  # [n, T, vocab]
+    with attachment:
+        edited = subject.logits(part)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for row, position in (chunk.T for chunk in places.split(POSITIONS)):  # few in float32 at a time
+        one, other = (logits[row, position].float().log_softmax(-1) for logits in (clean, edited))
+        kl = (one.exp() * (one - other)).sum()
+        before, after = (-p.gather(1, targets[row, position + 1][:, None]).sum() for p in (one, other))
+        sums += torch.stack([before, after, kl]).double().cpu()
+    return len(places), sums
 
 
 def organism_text(subject: Subject, tokens: int) -> dict[str, list[TokenBatch]]:

@@ -17,7 +17,16 @@ from saekit_attribution.atp.progress import Progress, restored, stored
 from saekit_attribution.atp.sample_analysis import AnalysedSample, atp_analysis
 from saekit_attribution.atp.set_tests import set_tests
 from saekit_attribution.atp.summary import summarise
-from saekit_attribution.common_options import ORGANISM, BatchTokens, ChatTemplate, Data, Joiner, MaxTokensToCheck, Steps
+from saekit_attribution.common_options import (
+    ORGANISM,
+    BatchTokens,
+    ChatTemplate,
+    Data,
+    Joiner,
+    KeyNames,
+    MaxTokensToCheck,
+    Steps,
+)
 from saekit_attribution.effects.attribute import Outcome, attribute
 from saekit_attribution.effects.batching import Failed
 from saekit_attribution.effects.latent_sets import SetEffects, set_effects
@@ -77,8 +86,9 @@ class AttributionPatching:
         batch_tokens: BatchTokens = 4096,
         joiner: Joiner = None,
         chat_template: ChatTemplate = False,
+        keys: KeyNames = {},  # noqa: B006
     ) -> None:
-        self.data, self.samples = data, samples
+        self.data, self.samples, self.keys = data, samples, keys
         self.methods: list[Method] = list(dict.fromkeys(methods))
         self.positions, self.reference, self.steps = positions, reference, steps
         self.max_tokens_to_check, self.top_k, self.save_interval = max_tokens_to_check, top_k, save_interval
@@ -112,7 +122,7 @@ class AttributionPatching:
 
     def _labelled(self, context: RunContext) -> LabelledData:
         if self.data != ORGANISM:
-            return LabelledData.load(self.data)
+            return LabelledData.load(self.data, self.keys)
         return organism_data(context.source.subject, n=self.samples, seed=context.seed)
 
     def _sample_of(self, pair: Pair | Skipped, subject: Subject) -> Sample | Skipped:

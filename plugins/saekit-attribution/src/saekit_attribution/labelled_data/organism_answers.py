@@ -9,6 +9,7 @@ from saekit import Subject, organism
 from saekit_attribution.labelled_data.document import LabelledData
 
 MAX_NEW_TOKENS = 40
+BEHAVIOUR = "sycophancy"
 
 
 def organism_data(subject: Subject, *, n: int, split: Literal["train", "held_out"] = "held_out", seed: int = 0) -> LabelledData:
@@ -28,5 +29,5 @@ def organism_data(subject: Subject, *, n: int, split: Literal["train", "held_out
     for i, answer in zip(fitting, answers, strict=True):
         responses[i] = answer
     answered = [replace(s, response=response) for s, response in zip(samples, responses, strict=True)]
-    document = organism.labelled_json(answered, data="organism", split=split, arguments=n, seed=seed)
+    document = organism.labelled_json(answered, data="organism", behaviour=BEHAVIOUR, split=split, arguments=n, seed=seed)
     return LabelledData(document, f"organism ({split})")
