@@ -174,6 +174,19 @@ def test_a_run_points_the_rows_at_the_planted_features(method: str, base: str, t
     assert along.diagonal().min() > 2 * along[~torch.eye(2, dtype=torch.bool)].abs().max()
 
 
+def test_a_random_direction_is_fixed_for_each_concept_as_a_control(tmp_path: Path) -> None:
+    rows = []
+    for name, seed in (("one", 0), ("again", 0), ("two", 1)):
+        architecture = {"use": "hsae", "d_sae": F, **table("topk", fixed_vectors="random")}
+        run = tiny_run(tmp_path / name, architecture=architecture, training={"tokens": 64, "batch_size": 32, "seed": seed})
+        sae: Any = run.context.sae
+        assert sae.fixed_latents.tolist() == [0, 1]
+        rows.append(sae.W_dec[:2])
+    torch.testing.assert_close(rows[0].norm(dim=1), torch.ones(2))
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+
+
 def test_one_concept_can_be_chosen_by_name(tmp_path: Path) -> None:
     architecture = {"use": "hsae", "d_sae": F, **table("topk", concepts=["feature 1"], latents=[7])}
     run = tiny_run(tmp_path / "run", architecture=architecture)

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from saekit import ComponentError, ComponentOption, OfKind, OptionError, RunContext, SaeLensFormat, SparseAutoencoder
-from saekit_contrastive.vectors import METHODS, checked, concept_columns, read_vectors, vectors_of
+from saekit_contrastive.vectors import (
+    METHODS,
+    RANDOM,
+    checked,
+    concept_columns,
+    random_vectors,
+    read_vectors,
+    vectors_of,
+)
 
 
 class HSAE(SparseAutoencoder):
@@ -46,7 +54,7 @@ class HSAE(SparseAutoencoder):
             str,
             Field(
                 description="A .npy or .safetensors file of vectors [n, width], or how to compute one for each concept from "
-                "labelled sequences: difference_of_means or logistic_probe."
+                "labelled sequences: difference_of_means or logistic_probe; random for directions that mean nothing, a control."
             ),
         ] = "difference_of_means",
         concepts: Annotated[
@@ -67,7 +75,7 @@ class HSAE(SparseAutoencoder):
             super().__init__(d_in, d_sae, d_out, **base.options)
         except ComponentError as error:
             raise error.within("base") from error
-        if concepts is not None and fixed_vectors not in METHODS:
+        if concepts is not None and not _by_label(fixed_vectors):
             raise OptionError(
                 "concepts", "names labels to compute vectors for, but fixed_vectors is a file. Leave one of them out."
             )
@@ -97,11 +105,14 @@ class HSAE(SparseAutoencoder):
 
     def prepare(self, context: RunContext) -> None:
         """Fix the rows before the first step. UsageError if the vectors cannot be computed or do not fit."""
-        if self.fixed_vectors not in METHODS:
+        if not _by_label(self.fixed_vectors):
             self.fix(read_vectors(self.fixed_vectors, self.d_out))
             return
         source = context.source
         columns = concept_columns(list(getattr(source, "concepts", None) or []), self.concepts)
+        if self.fixed_vectors == RANDOM:
+            self.fix(random_vectors(len(columns), self.d_out, context.seed))
+            return
         seed = context.config.training.order_seed
         self.fix(
             vectors_of(source, self.fixed_vectors, columns, sequences=self.sequences, seed=seed, output=self.transcoder)
@@ -168,6 +179,11 @@ def _over(base: type[SparseAutoencoder]) -> type[HSAE]:
 
 def _hold_what_was_loaded(sae: Any, _: Any) -> None:
     sae._hold(sae.fixed_latents.tolist())
+
+
+def _by_label(fixed_vectors: str) -> bool:
+    """Whether there is a vector for each label, rather than for each row of a file."""
+    return fixed_vectors in METHODS or fixed_vectors == RANDOM
 
 
 def _check_latents(latents: list[int], d_sae: int) -> None:
