@@ -91,7 +91,10 @@ class Declaring:
 
 
 class Lifecycle:
-    """Called on the listeners of a run, and only there."""
+    """Called on the listeners of a run, and only there.
+
+    A callback may also have `measures(trainer)`, scalars by name that are logged as `LABEL/NAME`, like that of a loss
+    (`saekit.protocols.Loss`); it is called after each step that is logged."""
 
     @hookspec
     def run_started(self, run: RunInfo) -> None:
@@ -130,7 +133,8 @@ class Lifecycle:
 
     @hookspec
     def logged(self, trainer: Training, number: int, values: dict[str, float]) -> None:
-        """Every `training.log_every` steps: the losses and running measures of step `number` as plain numbers."""
+        """Every `training.log_every` steps: the losses and running measures of step `number` as plain numbers, with what `measures`
+        of losses and callbacks return."""
 
     @hookspec
     def checkpoint_saved(self, trainer: Training, number: int, path: Path) -> None:

@@ -123,7 +123,11 @@ class Loss(Protocol):
 
     An object may also have: `prepare(context)`, called with a `RunContext` before training; `active(step) -> bool`,
     False when it does not apply (it is then skipped, and the gradient guard excuses it); parameters, if it is
-    an `nn.Module` (they join the optimiser); `state_dict()` and `load_state_dict()` (they join the checkpoint).
+    an `nn.Module` (they join the optimiser); `state_dict()` and `load_state_dict()` (they join the checkpoint);
+    `measures(step)`, scalars by name that are logged as `LABEL/NAME` (numbers or tensors, read only then).
+
+    `measures` is called after a step that is logged, and only if the loss was active in it. The weights have moved by then: what
+    the code holds is of the step, but `pre` and `margin` are computed anew. It leaves out what is not defined.
     """
 
     def __call__(self, step: Step) -> Tensor:

@@ -92,6 +92,7 @@ class SAERun:
         self.scale = self.target_scale = 1.0
         self.listeners = Listeners(above, f"variant {self.variant!r}: " if self.variant else "")
         self._draws: OwnRandomness | None = None
+        self._is_new = plan.config.architecture.from_ is None  # whether its `prepare` is still to come
         self._metrics: list[tuple[Part, Any]] = []
         self._use: dict[str, HeldOutUse] = {}
         self._prepared: dict[str, Any] = {}  # analyzers that have been prepared before training, by their key
@@ -158,11 +159,6 @@ class SAERun:
     def _fitting(self, saved: SavedSAE) -> SparseAutoencoder:
         """The SAE to start from; UsageError if it does not fit the source or the run file."""
         entry, sae = self.config.architecture, saved.sae
-        if saved.name != self.plan.architecture.component.qualified_name:
-            raise UsageError(
-                f"architecture.use: {entry.use}, but the SAE in {entry.from_} is a {saved.name}. "
-                f'Write use = "{saved.name}".'
-            )
         if sae.d_in != self.source.d_in:
             raise UsageError(
                 f"architecture.from: the SAE in {entry.from_} reads width {sae.d_in}, but {self.plan.model} has width "
@@ -173,9 +169,11 @@ class SAERun:
                 f"architecture.from: the SAE in {entry.from_} rebuilds width {sae.d_out}, but the source asks for width "
                 f"{self.source.d_out}. Choose the source that it was trained on."
             )
+        if saved.name != self.plan.architecture.component.qualified_name:
+            sae = self._built_on(saved)
         if entry.d_sae not in (None, sae.d_sae):
             raise UsageError(
-                f"architecture.d_sae: {entry.d_sae}, but the SAE in {entry.from_} has {sae.d_sae} latents. Leave d_sae out."
+                f"architecture.d_sae: {entry.d_sae}, but it is {sae.d_sae} from the SAE in {entry.from_}. Leave d_sae out."
             )
         # options() leaves out what an SAE can do without, such as a linear path
         made_with = {name: getattr(sae, name) for name in entry.options if hasattr(sae, name)} | sae.options()
@@ -185,6 +183,23 @@ class SAERun:
                     f"architecture.{key}: {entry.options[key]!r}, but the SAE in {entry.from_} was made with "
                     f"{made_with[key]!r}. Leave {key} out."
                 )
+        return sae
+
+    def _built_on(self, saved: SavedSAE) -> SparseAutoencoder:
+        """The run's architecture over a saved SAE of another; UsageError if it cannot be built on that."""
+        entry, part, base = self.config.architecture, self.plan.architecture, saved.sae
+        with blamed_on(part):
+            how = part.component.load().built_on(saved.name, base, part.options, self.source)
+            if how is None:
+                raise UsageError(
+                    f"architecture.use: {entry.use}, but the SAE in {entry.from_} is a {saved.name}. "
+                    f'Write use = "{saved.name}".'
+                )
+            options, added = how
+            checked = part.component.validate(options, "architecture")
+            sae = part.component.build(checked, base.d_in, base.d_sae + added, base.d_out if base.transcoder else None)
+            sae.take_over(base)
+        self._is_new = True
         return sae
 
     def prepare_analyzers(self) -> None:
@@ -201,7 +216,7 @@ class SAERun:
         """Losses and optimiser for the SAE as it is."""
         context = self._context(self.directory.path, self.scale, self.target_scale)
         prepare: Callable[[RunContext], None] | None = getattr(self.sae, "prepare", None)
-        if prepare is not None and self.config.architecture.from_ is None:
+        if prepare is not None and self._is_new:
             with blamed_on(self.plan.architecture):
                 prepare(context)
         terms = []

@@ -24,6 +24,7 @@ from saekit.sae.code import Code, DenseCode, OfLatents, SparseCode
 from saekit.sae.kernels import Pattern, decode_sparse, encode_selected, zero_shift
 
 if TYPE_CHECKING:
+    from saekit.protocols import Source
     from saekit.sae.saelens_format import SaeLensFormat
 
 DECODER_NORMS = ("unit", "free")
@@ -277,6 +278,30 @@ class SparseAutoencoder(nn.Module):
 
     def load_path_state(self, state: dict[str, Any]) -> None:
         """Restore what `path_state` returned."""
+
+    # --- starting from an SAE of another architecture ---------------------------------------------------------------------
+
+    @classmethod
+    def built_on(
+        cls, name: str, base: SparseAutoencoder, options: Mapping[str, Any], source: Source
+    ) -> tuple[dict[str, Any], int] | None:
+        """How `architecture.from` begins with a trained SAE of another architecture: (options to build with, latents to add).
+
+        None, the default, if this architecture cannot. name: the qualified name of the base's architecture. options: those of
+        the run file, checked and completed. source: opened. What is built then gets `take_over(base)`, and its `prepare`."""
+        return None
+
+    @torch.no_grad()
+    def take_over(self, base: SparseAutoencoder) -> None:
+        """Compute what `base`, with as many latents or fewer, computes: take its tensors, and leave the latents after its own
+        silent on every input, with a column of zeros in the encoder."""
+        self.reads_centred = base.reads_centred
+        ours, theirs = self.state_dict(), base.state_dict()
+        self.W_enc.zero_()
+        self.W_dec.zero_()
+        for name, tensor in theirs.items():
+            part = tuple(slice(0, n) for n in tensor.shape)  # its latents are the first
+            ours[name][part] = tensor
 
     # --- what others ask of an architecture -------------------------------------------------------------------------------
 

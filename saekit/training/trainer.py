@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.config import TrainingConfig
+from saekit.errors import PluginError
 from saekit.graph import FeatureGraph
 from saekit.listeners import Listeners
 from saekit.numerics import evaluating
@@ -25,6 +27,7 @@ from saekit.training.loss_terms import (
     refuse_non_finite,
     refuse_non_finite_gradient,
 )
+from saekit.training.measures import has_measures, measures_of
 from saekit.training.optimiser import Adam
 
 
@@ -194,7 +197,8 @@ class Trainer(Training):
 
     @torch.no_grad()
     def measures(self) -> dict[str, float]:
-        """What is logged about the last step: losses, weights, L0, explained variance of the batch, dead latents."""
+        """What is logged about the last step: losses, weights, L0, explained variance of the batch, dead latents, and what
+        losses and callbacks say of it."""
         self.read_losses()
         step = self.step
         values = {"loss": float(self.losses["loss"])}
@@ -208,4 +212,27 @@ class Trainer(Training):
         if self.grad_norm is not None:
             values["grad_norm"] = float(self.grad_norm)
         values["tokens"] = float(self.tokens)
+        return values | self._said()
+
+    def _said(self) -> dict[str, float]:
+        """What `measures` of the losses that were active in the last step, and of the callbacks, return."""
+        speakers: list[tuple[str, str, Any, Any]] = [
+            (term.label, term.component.origin, term.function, self.step) for term in self.terms if term.label in self.losses
+        ]
+        speakers += [
+            (listener.label.rpartition(".")[2], listener.origin, listener.instance, self)
+            for listener in self.listeners
+            if listener.vital
+        ]
+        values: dict[str, float] = {}
+        said_by: dict[str, str] = {}
+        for label, origin, speaker, about in speakers:
+            if not has_measures(speaker):
+                continue
+            for name, value in measures_of(speaker, about, label=label, origin=origin, warn=self.warn).items():
+                if name in values:
+                    raise PluginError(
+                        f"{said_by[name]} and {origin} both log {name!r}. Give one of them another `name` in the run file."
+                    )
+                values[name], said_by[name] = value, origin
         return values

@@ -36,6 +36,7 @@ MAY_SKIP = {
     "batch_of_one",  # a loss that compares rows
     "without_positives",  # a loss that needs no labels
     "sparse_and_dense_codes_agree",  # a loss of one architecture, whose code has one form
+    "measures_are_scalars",  # a loss that says nothing beside its value
     "whole_or_in_pieces", "bounded_memory", "empty_stream",  # a metric that measures with the model
     "state_round_trip",  # a listener without state
     "sequences_by_number",  # a source without labels

@@ -145,6 +145,16 @@ class SavesHalf(Forgetful):
         pass
 
 
+class SaysARow:
+    """Logs one number for each row, in place of a scalar."""
+
+    def __call__(self, step):
+        return step.code.sum().mean()
+
+    def measures(self, step):
+        return {"sum": step.code.sum()}
+
+
 LOSSES: dict[str, tuple[Any, set[str], dict[str, Any]]] = {
     "sound": (sound, set(), {}),
     "one_for_each_row": (one_for_each_row, {"scalar"}, {}),
@@ -162,6 +172,7 @@ LOSSES: dict[str, tuple[Any, set[str], dict[str, Any]]] = {
     "of_positives": (of_positives, {"without_positives", "batch_of_one"}, {"needs": ("labels",)}),
     "forgetful": (Forgetful, {"state_round_trip"}, {}),
     "saves_half": (SavesHalf, {"state_round_trip"}, {}),
+    "says_a_row": (SaysARow, {"measures_are_scalars"}, {}),
     # An infinite slope shows wherever gradients are looked at.
     "root_of_the_error": (
         root_of_the_error,

@@ -15,7 +15,7 @@ from saekit import SparseAutoencoder, Step
 from saekit.activations.batch import Activations
 from saekit.config import TrainingConfig
 from saekit.errors import PluginError, RunError
-from saekit.listeners import Listeners
+from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
 from saekit.registered import RegisteredComponent
 from saekit.schedules import Linear
@@ -437,3 +437,83 @@ def test_a_backward_pass_that_raises_is_the_losses_failure(guard_steps: int) -> 
 
     with pytest.raises(PluginError, match="backward pass of loss 'odd'"):
         trained([own_term("odd", odd)], guard_steps=guard_steps)
+
+
+# --- what losses and callbacks say of a step -----------------------------------------------------------------------------
+
+
+class Speaks:
+    """A loss or a callback that says what it is told to, and counts how often it is asked."""
+
+    def __init__(self, said: Any, active: bool = True) -> None:
+        self.said, self.asked, self._active = said, [], active
+
+    def __call__(self, step: Step) -> Tensor:
+        return step.error.square().mean()
+
+    def active(self, step: Step) -> bool:
+        return self._active
+
+    def measures(self, about: Any) -> Any:
+        self.asked.append(about)
+        if isinstance(self.said, Exception):
+            raise self.said
+        return self.said
+
+
+def test_measures_of_losses_and_callbacks_join_the_log_and_are_asked_for_only_then() -> None:
+    loss, silent = Speaks({"a": torch.tensor(2.0), "b": True}), Speaks({"a": 1.0}, active=False)
+    callback, tracker = Speaks({"edges": 7}), Speaks({"no": 1})
+    trainer = new_trainer(new_sae(k=K), [own_term("mine", loss), own_term("silent", silent)])
+    trainer.listeners.add(Listener("callback.graph", callback, "a callback", vital=True))
+    trainer.listeners.add(Listener("tracker.of", tracker, "a tracker", vital=False))
+    for x in batches(3):
+        trainer.train_on(Activations(x))
+    assert loss.asked == []
+    said = {
+        name: value
+        for name, value in trainer.measures().items()
+        if name.split("/")[0] in ("mine", "silent", "graph", "of")
+    }
+    assert said == {"mine/a": 2.0, "mine/b": 1.0, "graph/edges": 7.0}
+    assert loss.asked == [trainer.step] and callback.asked == [trainer]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (3.0, "measures returned float; it returns numbers by name"),
+        ({"rows": torch.ones(4)}, r"'rows' of shape \[4\]"),
+        ({"word": "much"}, "'word' as str"),
+        ({3: 1.0}, "the name 3"),
+        (ValueError("no sequences"), "failed in measures: ValueError: no sequences"),
+    ],
+)
+def test_measures_that_are_no_scalars_are_refused_with_their_author(said: Any, message: str) -> None:
+    trainer = new_trainer(new_sae(k=K), [own_term("mine", Speaks(said))])
+    trainer.train_on(Activations(batches(1)[0]))
+    with pytest.raises(PluginError, match=message) as error:
+        trainer.measures()
+    assert "test" in str(error.value)
+
+
+def test_a_measure_that_is_not_finite_is_left_out_with_a_warning_and_two_of_one_name_are_refused() -> None:
+    trainer = new_trainer(new_sae(k=K), [own_term("mine", Speaks({"a": math.nan, "b": 1}))])
+    trainer.train_on(Activations(batches(1)[0]))
+    assert "mine/a" not in trainer.measures() and trainer.measures()["mine/b"] == 1.0
+    assert [w for w in trainer.listeners.warnings if "mine/a is not finite" in w]
+    trainer.listeners.add(Listener("callback.mine", Speaks({"b": 2}), "a callback", vital=True))
+    with pytest.raises(PluginError, match="both log 'mine/b'"):
+        trainer.measures()
+
+
+def test_asking_for_measures_moves_no_random_numbers() -> None:
+    class Draws(Speaks):
+        def measures(self, about: Any) -> Any:
+            return {"drawn": torch.rand(())}
+
+    trainer = new_trainer(new_sae(k=K), [own_term("mine", Draws(None))])
+    trainer.train_on(Activations(batches(1)[0]))
+    before = torch.get_rng_state()
+    trainer.measures()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from saekit_contrastive import class_contrast
 from saekit_contrastive.class_contrast import FORMS, contrast, contrasts, has_both_classes
 
-SCALE_FREE = [form for form in FORMS if form != "raw"]
+SCALE_FREE = [form for form in FORMS if form not in ("activation", "raw")]
 
 
 def drawn(n: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,18 +17,38 @@ def killed(sae, latent: int = 0):
     return sae
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("architecture", ["topk", "standard", "batchtopk", "jumprelu", "gated"])
-def test_a_dead_latent_is_moved(kit, form, architecture: str) -> None:
-    """`-(mu_pos - mu_neg)` through the ReLU has no gradient where the latent is silent, as it is at the start."""
+def test_the_form_activation_teaches_a_silent_latent_nothing(kit, architecture: str) -> None:
+    """`-(mu_pos - mu_neg)` through the gate is 0 where the latent is silent, as it often is at the start, and so is its slope."""
     sae = killed(kit.step_of(architecture=architecture, options={}).sae)
     step = kit.step_of(sae)
-    code, labels = step.sequences.code, step.sequences.labels[step.sequences.mask.nonzero()[:, 0], 0]
-    assert not code.column(0).any()
-    seed = contrast(code.column(0), labels, form="raw")
-    gradient = torch.autograd.grad(seed, sae.W_enc, allow_unused=True)[0] if seed.requires_grad else None
-    assert gradient is None or not gradient[:, 0].any()
+    assert not step.sequences.code.column(0).any()
+    value = kit.prepared(Concept(latents={"code": 0}, form="activation"), sae)(step)
+    assert value == 0
+    gradient = torch.autograd.grad(value, sae.W_enc, allow_unused=True)[0]
+    assert gradient is None or not gradient.any()
 
+
+@pytest.mark.parametrize("architecture", ["topk", "standard", "jumprelu", "gated"])
+def test_the_form_activation_is_the_difference_of_mean_activations(kit, architecture: str) -> None:
+    step = kit.step_of(architecture=architecture, options={})
+    batch = step.sequences
+    latent = int(batch.code.fired().argmax())
+    f, y = batch.code.column(latent), batch.labels[batch.mask.nonzero()[:, 0], 0]
+    expected = f[y == 0].mean() - f[y == 1].mean()
+    value = kit.prepared(Concept(latents={"code": latent}, form="activation"), step.sae)(step)
+    torch.testing.assert_close(value, expected)
+    gradient, wanted = (torch.autograd.grad(v, step.sae.W_enc, retain_graph=True)[0] for v in (value, expected))
+    assert gradient[:, latent].any()
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "activation"])
+@pytest.mark.parametrize("architecture", ["topk", "standard", "batchtopk", "jumprelu", "gated"])
+def test_a_dead_latent_is_moved(kit, form, architecture: str) -> None:
+    sae = killed(kit.step_of(architecture=architecture, options={}).sae)
+    step = kit.step_of(sae)
+    assert not step.sequences.code.column(0).any()
     for on in ("tokens", "sequences"):
         value = kit.prepared(Concept(latents={"code": 0}, form=form, on=on), sae)(step)
         moved = torch.autograd.grad(value, sae.W_enc)[0]
@@ -43,7 +63,7 @@ def test_scaling_the_encoder_and_the_decoder_changes_nothing_but_raw(kit, loss, 
     other = kit.step_of(kit.scaled(step.sae, 7.0))
     torch.testing.assert_close(other.reconstruction, step.reconstruction)
     value, after = (kit.prepared(loss(form=form), s.sae)(s) for s in (step, other))
-    if form == "raw":
+    if form in ("activation", "raw"):
         torch.testing.assert_close(after, 7 * value)
     else:
         torch.testing.assert_close(after, value)
@@ -64,6 +84,39 @@ def test_values_against_the_definition(kit) -> None:
     both = kit.prepared(Concept(), step.sae)(step)
     each = [kit.prepared(Concept(latents={name: n}), step.sae)(step) for n, name in enumerate(CONCEPTS)]
     torch.testing.assert_close(both, torch.stack(each).mean())
+
+
+@pytest.mark.parametrize("loss", [Concept, ConceptRows])
+def test_shuffled_labels_are_the_same_labels_in_another_order(kit, monkeypatch, loss) -> None:
+    step, seen = kit.step_of(batch=12, sequences=torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 9)), []
+    monkeypatch.setattr(
+        "saekit_contrastive.concept.mean_contrast", lambda scores, labels, *_: seen.append(labels) or scores.sum()
+    )
+    torch.manual_seed(0)
+    for part in (loss(), loss(shuffled=True), loss(shuffled=True)):
+        kit.prepared(part, step.sae)(step)
+    true, first, second = seen
+    assert not torch.equal(true, first) and not torch.equal(first, second)
+    if loss is ConceptRows:
+        assert torch.equal(true.nan_to_num(-1).unique(dim=0), first.nan_to_num(-1).unique(dim=0))
+
+
+@pytest.mark.parametrize("loss", [Concept, ConceptRows])
+def test_what_it_says_of_a_step_is_computed_from_activations_by_true_labels(kit, loss) -> None:
+    step = kit.step_of()
+    code, labels = step.code, step.labels
+    if loss is Concept:
+        code, labels = step.sequences.code, step.sequences.labels[step.sequences.mask.nonzero()[:, 0]]
+    latent = int(code.fired().argmax())
+    f, y = code.column(latent), labels[:, 0]
+    said = kit.prepared(loss(latents={"code": latent}, shuffled=True), step.sae).measures(step)
+    assert said == {
+        "e_pos": f[y == 1].mean(),
+        "firing_pos": (f[y == 1] != 0).double().mean(),
+        "e_neg": f[y == 0].mean(),
+        "firing_neg": (f[y == 0] != 0).double().mean(),
+    }
+    assert "e_pos_prose" in kit.prepared(loss(), step.sae).measures(step)
 
 
 def differing(sae):

@@ -174,6 +174,19 @@ def test_a_run_points_the_rows_at_the_planted_features(method: str, base: str, t
     assert along.diagonal().min() > 2 * along[~torch.eye(2, dtype=torch.bool)].abs().max()
 
 
+def test_a_random_direction_is_fixed_for_each_concept_as_a_control(tmp_path: Path) -> None:
+    rows = []
+    for name, seed in (("one", 0), ("again", 0), ("two", 1)):
+        architecture = {"use": "hsae", "d_sae": F, **table("topk", fixed_vectors="random")}
+        run = tiny_run(tmp_path / name, architecture=architecture, training={"tokens": 64, "batch_size": 32, "seed": seed})
+        sae: Any = run.context.sae
+        assert sae.fixed_latents.tolist() == [0, 1]
+        rows.append(sae.W_dec[:2])
+    torch.testing.assert_close(rows[0].norm(dim=1), torch.ones(2))
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+
+
 def test_one_concept_can_be_chosen_by_name(tmp_path: Path) -> None:
     architecture = {"use": "hsae", "d_sae": F, **table("topk", concepts=["feature 1"], latents=[7])}
     run = tiny_run(tmp_path / "run", architecture=architecture)
@@ -335,3 +348,96 @@ def test_a_source_without_labels_is_refused(tmp_path: Path) -> None:
     source = {"use": "synthetic", "d_in": D, "n_features": 32, "probability": 0.1, "held_out": 256}
     with pytest.raises(UsageError, match="the source has none"):
         tiny_run(tmp_path / "run", source=source, architecture={"use": "hsae", "d_sae": F, **table("topk")})
+
+
+# --- over a trained SAE ----------------------------------------------------------------------------------------
+
+
+def plain(base: str, place: Path) -> Any:
+    """A short run of an architecture by itself."""
+    return tiny_run(place, architecture={"use": base, "d_sae": F, **FEW.get(base, {})}, loss=LOSSES_OF.get(base, [{"use": "mse"}]))
+
+
+LOSSES_OF = {
+    "jumprelu": [{"use": "mse"}, {"use": "l0", "weight": 0.003}],
+    "gated": [{"use": "mse"}, {"use": "gated_aux"}],
+    "matryoshka": [{"use": "matryoshka"}],
+}
+
+
+def added_to(place: Path, base: Path, *, train: str = "added", losses: list[dict[str, Any]] | None = None, **training: Any) -> Any:
+    concept = {"use": "concept", "latents": {"feature 0": F, "feature 1": F + 1}}
+    return tiny_run(
+        place,
+        architecture={"use": "hsae", "from": str(base / "sae"), "train": train},
+        loss=[{"use": "mse"}, concept] if losses is None else losses,
+        training={"tokens": 12 * 32, "batch_size": 32, "device": "cpu", "sequences": 8, "lr": 1e-2, **training},
+    )
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_added_rows_leave_a_trained_sae_as_it_is_to_the_bit(base: str, tmp_path: Path) -> None:
+    """At the start the whole rebuilds what the SAE rebuilds; with train = "added" all of its tensors come back from the run."""
+    before = plain(base, tmp_path / "plain")
+    sae = load_sae(before.directory / "sae")
+    x = next(before.context.source.blocks("held_out", size=64, seed=0)).x
+    component = REGISTRY.find("architecture", "hsae")
+    saved = before.plan.members[0].architecture.component.qualified_name
+    start = component.validate({}, "architecture")
+    options, n = HSAE.built_on(saved, sae, start, before.context.source)
+    grown = component.build(component.validate(options, "architecture"), D, F + n, None)
+    grown.take_over(sae)
+    grown.fix(vectors(n))
+    assert n == 2
+    assert grown.fixed_latents.tolist() == [F, F + 1]
+    code, was = grown.eval().encode(x).dense(), sae.encode(x).dense()
+    assert torch.equal(code[:, :F], was) and not code[:, F:].any()
+    torch.testing.assert_close(grown(x), sae(x))  # torch lists the k largest of a wider row in another order, and so sums
+    if base != "topk":
+        assert torch.equal(grown(x), sae(x))
+
+    after = load_sae(added_to(tmp_path / "added", before.directory).directory / "sae")
+    for name, tensor in sae.state_dict().items():
+        part = tuple(slice(0, size) for size in tensor.shape)
+        assert torch.equal(after.state_dict()[name][part], tensor), name
+    assert after.d_sae == F + 2
+    assert bool(after.W_enc[:, F:].any(0).all())  # `concept` has moved them
+
+
+def test_with_everything_in_training_the_sae_moves_and_the_added_rows_do_not(tmp_path: Path) -> None:
+    before = plain("topk", tmp_path / "plain")
+    after: Any = added_to(tmp_path / "all", before.directory, train="all").context.sae
+    assert not torch.equal(after.W_dec[:F], load_sae(before.directory / "sae").W_dec)
+    assert after.fixed_latents.tolist() == [F, F + 1]
+    torch.testing.assert_close(after.W_dec[F:].norm(dim=1), torch.ones(2))
+
+
+def test_a_resumed_run_over_a_trained_sae_ends_at_the_same_bits(tmp_path: Path) -> None:
+    before = plain("batchtopk", tmp_path / "plain")
+    checkpoints = {"checkpoint_every": 4}
+    whole = added_to(tmp_path / "whole", before.directory, **checkpoints)
+    halves = added_to(tmp_path / "halves", before.directory, **checkpoints)
+    last = max((halves.directory / "checkpoints").iterdir(), key=lambda place: place.name)
+    for path in (halves.directory / "summary.json", halves.directory / "sae", last):
+        _remove(path)
+    assert any((halves.directory / "checkpoints").iterdir())
+    resume(str(halves.directory))
+    weights = [load_sae(run.directory / "sae").state_dict() for run in (whole, halves)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"latents": [3]}, r"architecture.latents: .* Leave it out"),
+        ({"base": {"use": "jumprelu"}}, r"architecture.base: .* was made with"),
+        ({"d_sae": F}, rf"architecture.d_sae: {F}, but it is {F + 2}"),
+        ({"from": None, "d_sae": F, "train": "added"}, r"architecture.train: .* Name one in architecture.from"),
+        ({"use": "gated"}, r'Write use = "builtin.topk"'),
+    ],
+)
+def test_what_does_not_fit_a_trained_sae_is_told(architecture: dict[str, Any], message: str, tmp_path: Path) -> None:
+    before = plain("topk", tmp_path / "plain")
+    given = {"use": "hsae", "from": str(before.directory / "sae"), **architecture}
+    with pytest.raises(UsageError, match=message):
+        tiny_run(tmp_path / "run", architecture={name: value for name, value in given.items() if value is not None})

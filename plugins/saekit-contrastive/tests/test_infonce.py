@@ -4,7 +4,7 @@ import pytest
 import torch
 from saekit_contrastive.infonce import InfoNCE, InfoNCECluster
 from saekit_contrastive.pooling import halves, pooled
-from saekit_contrastive.tiled import contrastive_loss
+from saekit_contrastive.tiled import LEFT_OUT, contrastive_loss
 
 from saekit import UsageError
 
@@ -115,3 +115,17 @@ def test_what_is_not_there_is_refused(kit) -> None:
         kit.prepared(InfoNCE(concepts=["poetry"]), sae)
     with pytest.raises(UsageError, match=r"^focus: .*64.*0 to 63"):
         kit.prepared(InfoNCE(focus=[64]), sae)
+
+
+def test_accuracy_counts_sequences_whose_nearest_other_is_of_their_kind(kit) -> None:
+    step = kit.step_of()
+    loss = kit.prepared(InfoNCE(concepts=["code"]), step.sae)
+    z, groups = (t.detach() for t in loss._of_step(step))
+    right = []
+    for i in range(len(z)):
+        others = [j for j in range(len(z)) if j != i and groups[j, 0] != LEFT_OUT]
+        if groups[i, 0] != LEFT_OUT and any(groups[j, 0] == groups[i, 0] for j in others):
+            right.append(float(groups[max(others, key=lambda j: float(z[i] @ z[j])), 0] == groups[i, 0]))
+    assert 1 < len(right) <= len(z)
+    assert float(loss.measures(step)["accuracy"]) == pytest.approx(sum(right) / len(right))
+    assert kit.prepared(InfoNCE(positives="halves"), step.sae).measures(step) == {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saekit.errors import PluginError
 from saekit.run_file import parse_config
 from saekit.runner.context import RunContext
 from saekit.runner.plan import plan_run
@@ -19,6 +20,7 @@ from saekit.testing.fixtures import build_sae, make_step
 from saekit.testing.kit import Check, Failed, NotApplicable, Subject
 from saekit.testing.tiny import table_for
 from saekit.training.loss_input import Step
+from saekit.training.measures import has_measures, measures_of
 
 _DEAD = 8
 _WITHHELD = ("labels", "tokens", "logits", "sequences", "graph")
@@ -247,6 +249,8 @@ def declared_needs_suffice(subject: Subject) -> None:
     guarded = _Guarded(**{f.name: getattr(step, f.name) for f in dataclasses.fields(Step)})
     object.__setattr__(guarded, "_withheld", withheld)
     at.value(guarded)
+    if has_measures(at.loss):
+        at.loss.measures(guarded)  # type: ignore[attr-defined]
 
 
 def weight_zero_harmless(subject: Subject) -> None:
@@ -286,6 +290,29 @@ def state_round_trip(subject: Subject) -> None:
             "its value depends on the steps before, but it has no state_dict, so a resumed run would differ. Add "
             "state_dict and load_state_dict, or derive from nn.Module and keep buffers."
         )
+
+
+def measures_are_scalars(subject: Subject) -> None:
+    at = bench(subject)
+    if not has_measures(at.loss):
+        raise NotApplicable("it has no `measures`.")
+    step = at.step()
+    at.value(step)
+    before = copied(step), copied(at.sae.state_dict())
+    warnings: list[str] = []
+    try:
+        said = [
+            measures_of(at.loss, step, label=subject.component.name, origin="it", warn=warnings.append) for _ in range(2)
+        ]
+    except PluginError as error:
+        raise Failed(str(error)) from error
+    if warnings:
+        raise Failed(f"on an ordinary batch, {warnings[0]}")
+    if said[0] != said[1]:
+        raise Failed("`measures` says something else of the same step the second time. Compute it from the step alone.")
+    what = changed(before[0], copied(step)) or changed(before[1], copied(at.sae.state_dict()))
+    if what:
+        raise Failed(f"its `measures` changes {what} in place. Work on a copy.")
 
 
 class _Guarded(Step):
@@ -330,6 +357,11 @@ CHECKS: tuple[Check, ...] = (
     Check("declared_needs_suffice", "It reads only what its `needs` declare from a step.", declared_needs_suffice),
     Check("weight_zero_harmless", "With a weight of zero every gradient is zero.", weight_zero_harmless),
     Check("inputs_unchanged", "It changes neither the step nor the SAE.", inputs_unchanged),
+    Check(
+        "measures_are_scalars",
+        "If it has `measures`: they are finite scalars by name, and asking for them changes nothing.",
+        measures_are_scalars,
+    ),
     Check(
         "state_round_trip",
         "What it keeps from step to step survives `state_dict` and `load_state_dict`, as a checkpoint holds it.",

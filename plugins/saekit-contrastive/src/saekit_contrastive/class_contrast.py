@@ -1,10 +1,11 @@
 """The contrast of two classes: how badly scores separate them, in forms that a larger scale alone cannot satisfy.
 
-Scores are those of one latent; class 1 should score high, class 0 low. All forms but `raw` take the scores in units of
-their root mean square over the labelled rows, and gradients flow through that unit. The forms are then homogeneous of
+Scores are those of one latent; class 1 should score high, class 0 low. `hinge`, `bce` and `pairwise` take the scores in units
+of their root mean square over the labelled rows, and gradients flow through that unit. They are then homogeneous of
 degree 0: their gradient along the scores themselves is zero, so a step towards larger activations gains nothing.
 
-- raw: `-(mean of class 1 - mean of class 0)`. Unbounded below: doubling the scores doubles the gain.
+- activation, raw: `-(mean of class 1 - mean of class 0)`. Unbounded below: doubling the scores doubles the gain. With
+  `activation`, `scores` returns activations after the gate, so a silent latent has no gradient; otherwise it returns margins.
 - hinge: how far class 1 falls short of `+margin`, and class 0 of `-margin`.
 - bce: cross-entropy of the logistic of score / margin; each class weighs one half.
 - pairwise: log(1 + exp(-difference / margin)), averaged over all pairs of one row of each class: a smooth AUROC
@@ -13,7 +14,7 @@ degree 0: their gradient along the scores themselves is zero, so a step towards 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -21,10 +22,16 @@ from torch import Tensor
 from torch.nn.functional import relu, softplus
 from torch.utils.checkpoint import checkpoint
 
-FORMS = ("raw", "hinge", "bce", "pairwise")
+if TYPE_CHECKING:
+    from saekit import Code
+
+FORMS = ("activation", "raw", "hinge", "bce", "pairwise")
 Form = Annotated[
-    Literal["raw", "hinge", "bce", "pairwise"],
-    Field(description="hinge, bce and pairwise use units of the scores' RMS; raw is the plain difference of means."),
+    Literal["activation", "raw", "hinge", "bce", "pairwise"],
+    Field(
+        description="hinge, bce and pairwise use units of the scores' RMS; raw is the plain difference of means, and "
+        "activation is that of activations, which teaches a silent latent nothing."
+    ),
 ]
 """The type of an option that chooses a form."""
 Margin = Annotated[
@@ -33,6 +40,11 @@ Margin = Annotated[
 ]
 """The type of the option `margin`."""
 _PAIRS = 1 << 20  # differences held at a time by `pairwise`
+
+
+def scores_of(code: Code, latents: Tensor, form: Form) -> Tensor:
+    """What `form` contrasts: the latents' activations for `activation`, otherwise their margins: [batch, n]."""
+    return code.columns(latents) if form == "activation" else code.margin(latents)
 
 
 def contrast(scores: Tensor, labels: Tensor, *, form: Form = "hinge", margin: Margin = 0.5) -> Tensor | None:
@@ -49,7 +61,7 @@ def contrast(scores: Tensor, labels: Tensor, *, form: Form = "hinge", margin: Ma
     positive, negative = scores[known & (labels > 0.5)], scores[known & (labels <= 0.5)]  # [n_pos], [n_neg]
     if not len(positive) or not len(negative):
         return None
-    if form == "raw":
+    if form in ("activation", "raw"):
         return negative.mean() - positive.mean()
     unit = root_mean_square(torch.cat([positive, negative]))
     positive, negative = positive / unit, negative / unit

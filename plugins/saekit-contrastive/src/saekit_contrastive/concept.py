@@ -1,6 +1,7 @@
 """The losses `concept` and `concept_rows`: chosen latents should fire where their concepts occur, and nowhere else.
 
-Both act on pre-activations, so that a latent that never fires moves too: through the ReLU its gradient would be zero.
+Both act on pre-activations, so that a latent that never fires moves too: through the ReLU its gradient would be zero, which
+is what `form = "activation"` is there to show.
 What a latent must exceed to fire differs between gates, rows and latents (the k-th largest pre-activation, a threshold of
 its own, zero), so a latent's score is its margin: its pre-activation minus that (`Code.margin`).
 
@@ -17,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saekit import ComponentError, OptionError, SequenceBatch, Step
-from saekit_contrastive.class_contrast import Form, Margin, contrasts, has_both_classes
+from saekit_contrastive.class_contrast import Form, Margin, contrasts, has_both_classes, scores_of
 
 if TYPE_CHECKING:
     from saekit import RunContext
@@ -34,6 +35,10 @@ On = Annotated[
     Field(description="tokens: the loss separates positions; sequences: it separates means over positions."),
 ]
 """The type of the option `on`."""
+Shuffled = Annotated[
+    bool, Field(description="A control: the labels are permuted at random, anew in each step.")
+]
+"""The type of the option `shuffled`."""
 _LOOK, _LOOKS = 32, 16  # how far `prepare` looks for both classes: sequences a batch, and batches
 
 
@@ -71,11 +76,17 @@ class ConceptLatents:
     def __init__(self, wanted: dict[str, int] | None) -> None:
         self._wanted = wanted
         self._latents: dict[int, int] = {}
+        self._names: list[str] = []
 
     @property
     def latents(self) -> list[int]:
         """The latent of each concept: c of them."""
         return list(self._latents.values())
+
+    @property
+    def endings(self) -> list[str]:
+        """What the names of each concept's values end in: nothing if there is only one concept."""
+        return [f"_{name}".replace(" ", "_") if len(self._latents) > 1 else "" for name in self._names]
 
     def labels(self, labels: Tensor) -> Tensor:
         """The columns of these concepts, in the order of `latents`: [n, n_concepts] -> [n, c]."""
@@ -88,6 +99,7 @@ class ConceptLatents:
             every concept have occurred."""
         concepts = list(context.source.concepts)
         self._latents = resolve_latents(self._wanted, concepts, context.sae.d_sae)
+        self._names = [concepts[column] for column in self._latents]
         seen = None
         for labels in first_labels:
             chosen = self.labels(labels)
@@ -122,10 +134,29 @@ def labelled_scores(scores: Tensor, labels: Tensor, batch: SequenceBatch, on: On
     return sums / counts.clamp_min(1), labels.masked_fill(counts == 0, torch.nan)  # a sequence without positions is out
 
 
+def permuted(labels: Tensor) -> Tensor:
+    """Labels [n, c] with their rows in a random order, drawn on the CPU so that every device draws the same."""
+    return labels[torch.randperm(len(labels)).to(labels.device)]
+
+
 def mean_contrast(scores: Tensor, labels: Tensor, form: Form, margin: float) -> Tensor:
     """The mean of `class_contrast.contrast` over the concepts, for scores and labels [r, c]; 0 if none has both classes."""
     value = contrasts(scores, labels, form=form, margin=margin)
     return scores.sum() * 0.0 if value is None else value
+
+
+def measures_of_latents(activations: Tensor, labels: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """The scalars of one step's latents, for activations and labels [r, c]; `names` end them, one for each column.
+
+    e_pos, e_neg: the mean activation over the rows of each class. firing_pos, firing_neg: the share of them that fire. A class
+    without rows is left out."""
+    found = {}
+    for f, y, name in zip(activations.unbind(1), labels.unbind(1), names, strict=True):
+        for of, rows in (("pos", f[y > 0.5]), ("neg", f[y <= 0.5])):
+            if len(rows):
+                found[f"e_{of}{name}"] = rows.mean()
+                found[f"firing_{of}{name}"] = (rows != 0).to(rows).mean()
+    return found
 
 
 class Concept:
@@ -140,9 +171,10 @@ class Concept:
         form: Form = "hinge",
         margin: Margin = 0.5,
         on: On = "tokens",
+        shuffled: Shuffled = False,
     ) -> None:
         self._concepts = ConceptLatents(latents)
-        self._form, self._margin, self._on = form, margin, on
+        self._form, self._margin, self._on, self._shuffled = form, margin, on, shuffled
 
     def prepare(self, context: RunContext) -> None:
         """Find the concepts in the source, and check that both classes of each occur. UsageError if they do not."""
@@ -156,17 +188,29 @@ class Concept:
         """The loss of one step's sequences."""
         batch = step.sequences
         assert batch is not None and batch.code is not None  # promised by the need `sequences`
-        scores = batch.code.margin(torch.tensor(self._concepts.latents, device=batch.x.device))  # [m, c]
-        labelled = labelled_scores(scores, self._concepts.labels(batch.labels), batch, self._on)
-        return mean_contrast(*labelled, self._form, self._margin)
+        scores = scores_of(batch.code, torch.tensor(self._concepts.latents, device=batch.x.device), self._form)  # [m, c]
+        labels = self._concepts.labels(batch.labels)  # [n, c]
+        if self._shuffled:
+            labels = permuted(labels)
+        return mean_contrast(*labelled_scores(scores, labels, batch, self._on), self._form, self._margin)
+
+    def measures(self, step: Step) -> dict[str, Tensor]:
+        """`measures_of_latents` over the positions of the step's sequences, by their true labels."""
+        batch = step.sequences
+        assert batch is not None and batch.code is not None  # promised by the need `sequences`
+        activations = batch.code.columns(torch.tensor(self._concepts.latents, device=batch.x.device))  # [m, c]
+        _, labels = labelled_scores(activations, self._concepts.labels(batch.labels), batch, "tokens")
+        return measures_of_latents(activations, labels, self._concepts.endings)
 
 
 class ConceptRows:
     """On the labelled rows of the training batch itself: no further activations are encoded."""
 
-    def __init__(self, *, latents: Latents = None, form: Form = "hinge", margin: Margin = 0.5) -> None:
+    def __init__(
+        self, *, latents: Latents = None, form: Form = "hinge", margin: Margin = 0.5, shuffled: Shuffled = False
+    ) -> None:
         self._concepts = ConceptLatents(latents)
-        self._form, self._margin = form, margin
+        self._form, self._margin, self._shuffled = form, margin, shuffled
 
     def prepare(self, context: RunContext) -> None:
         """Find the concepts in the source, and check that both classes of each occur. UsageError if they do not."""
@@ -184,5 +228,12 @@ class ConceptRows:
     def __call__(self, step: Step) -> Tensor:
         """The loss of one batch."""
         assert step.labels is not None  # promised by the need `labels`
-        scores = step.code.margin(torch.tensor(self._concepts.latents, device=step.x.device))  # [batch, c]
-        return mean_contrast(scores, self._concepts.labels(step.labels), self._form, self._margin)
+        scores = scores_of(step.code, torch.tensor(self._concepts.latents, device=step.x.device), self._form)  # [batch, c]
+        labels = self._concepts.labels(step.labels)  # [batch, c]
+        return mean_contrast(scores, permuted(labels) if self._shuffled else labels, self._form, self._margin)
+
+    def measures(self, step: Step) -> dict[str, Tensor]:
+        """`measures_of_latents` over the rows of the batch, by their true labels."""
+        assert step.labels is not None  # promised by the need `labels`
+        activations = step.code.columns(torch.tensor(self._concepts.latents, device=step.x.device))  # [batch, c]
+        return measures_of_latents(activations, self._concepts.labels(step.labels), self._concepts.endings)

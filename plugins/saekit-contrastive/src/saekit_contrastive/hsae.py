@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from typing import Annotated, Any
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +13,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from saekit import ComponentError, ComponentOption, OfKind, OptionError, RunContext, SaeLensFormat, SparseAutoencoder
-from saekit_contrastive.vectors import METHODS, checked, concept_columns, read_vectors, vectors_of
+from saekit_contrastive.vectors import (
+    METHODS,
+    RANDOM,
+    checked,
+    concept_columns,
+    random_vectors,
+    read_vectors,
+    vectors_of,
+)
+
+if TYPE_CHECKING:
+    from saekit.protocols import Source
 
 
 class HSAE(SparseAutoencoder):
@@ -24,6 +36,9 @@ class HSAE(SparseAutoencoder):
     The fixed rows have norm 1 whatever the base's `decoder_norm`, receive no gradient, and are put back after every step, so
     they equal the vectors to the bit. They are rows of W_dec like any other, and nothing else about them is saved. A fixed row
     does not make its latent fire; that takes a loss such as `concept` with the same `latents`.
+
+    With `architecture.from` and an SAE of another architecture, the vectors' latents are added after its own, which keep their
+    numbers. At the start they are silent on every input, so that the whole rebuilds what that SAE does.
     """
 
     fixed: Tensor
@@ -46,7 +61,7 @@ class HSAE(SparseAutoencoder):
             str,
             Field(
                 description="A .npy or .safetensors file of vectors [n, width], or how to compute one for each concept from "
-                "labelled sequences: difference_of_means or logistic_probe."
+                "labelled sequences: difference_of_means or logistic_probe; random for directions that mean nothing, a control."
             ),
         ] = "difference_of_means",
         concepts: Annotated[
@@ -62,17 +77,27 @@ class HSAE(SparseAutoencoder):
             list[int] | None,
             Field(min_length=1, description="Which latents have the vectors' rows; the first ones by default."),
         ] = None,
+        train: Annotated[
+            Literal["all", "added"],
+            Field(
+                description="added: with architecture.from, only the latents that have the vectors are trained, and everything "
+                "else stays as it is, to the bit."
+            ),
+        ] = "all",
     ) -> None:
         try:
             super().__init__(d_in, d_sae, d_out, **base.options)
         except ComponentError as error:
             raise error.within("base") from error
-        if concepts is not None and fixed_vectors not in METHODS:
+        if concepts is not None and not _by_label(fixed_vectors):
             raise OptionError(
                 "concepts", "names labels to compute vectors for, but fixed_vectors is a file. Leave one of them out."
             )
         self._base = base.component.qualified_name
         self.fixed_vectors, self.concepts, self.sequences, self.wanted = fixed_vectors, concepts, sequences, latents
+        self.train_option = train  # `train` is a method of modules
+        self._raw: dict[str, Tensor] = {}  # what must not change, in the units of raw activations
+        self._unit = 1.0  # what activations are multiplied by now
         # Not in the state dict, which has the rows in W_dec: other libraries would not accept more tensors.
         self.register_buffer("fixed", self.W_dec.new_empty(0, self.d_out), persistent=False)  # [n, d_out]
         self.register_buffer("_latents", torch.empty(0, dtype=torch.long), persistent=False)  # [n]
@@ -83,8 +108,13 @@ class HSAE(SparseAutoencoder):
 
     @property
     def fixed_latents(self) -> Tensor:
-        """The latents whose rows are the vectors, in the order of the vectors: [n]."""
-        return self._latents
+        """The latents whose rows are the vectors, in the order of the vectors: [n]. All latents if only those train."""
+        return torch.arange(self.d_sae, device=self.W_dec.device) if self._frozen else self._latents
+
+    @property
+    def _frozen(self) -> bool:
+        """Whether everything but the vectors' latents stays as it is."""
+        return self.train_option == "added"
 
     def options(self) -> dict[str, Any]:
         return {
@@ -92,16 +122,45 @@ class HSAE(SparseAutoencoder):
             "fixed_vectors": self.fixed_vectors,
             "concepts": self.concepts,
             "sequences": self.sequences,
-            "latents": self.fixed_latents.tolist() or self.wanted,
+            "latents": self._latents.tolist() or self.wanted,
+            "train": self.train_option,
         }
+
+    @classmethod
+    def built_on(
+        cls, name: str, base: SparseAutoencoder, options: Mapping[str, Any], source: Source
+    ) -> tuple[dict[str, Any], int]:
+        """Over any SAE, with a latent more for each vector."""
+        if options["latents"] is not None:
+            raise OptionError(
+                "latents", "names latents of the SAE in architecture.from, but new ones are added after them. Leave it out."
+            )
+        if _by_label(options["fixed_vectors"]):
+            n = len(concept_columns(list(getattr(source, "concepts", None) or []), options["concepts"]))
+        else:
+            n = len(read_vectors(options["fixed_vectors"], base.d_out))
+        added = list(range(base.d_sae, base.d_sae + n))
+        return {**options, "base": {"use": name, **base.options()}, "latents": added}, n
+
+    @torch.no_grad()
+    def take_over(self, base: SparseAutoencoder) -> None:
+        super().take_over(base)
+        self._hold(self._latents.tolist())
 
     def prepare(self, context: RunContext) -> None:
         """Fix the rows before the first step. UsageError if the vectors cannot be computed or do not fit."""
-        if self.fixed_vectors not in METHODS:
+        if self._frozen and context.config.architecture.from_ is None:
+            raise OptionError("train", "is \"added\", but there is no SAE to add to. Name one in architecture.from.")
+        for name, value in self.latent_parameters.items():  # in the units of training
+            getattr(self, name).detach()[self._latents] = value
+        if not _by_label(self.fixed_vectors):
             self.fix(read_vectors(self.fixed_vectors, self.d_out))
             return
         source = context.source
         columns = concept_columns(list(getattr(source, "concepts", None) or []), self.concepts)
+        if self.fixed_vectors == RANDOM:
+            self.fix(random_vectors(len(columns), self.d_out, context.seed))
+            return
         seed = context.config.training.order_seed
         self.fix(
             vectors_of(source, self.fixed_vectors, columns, sequences=self.sequences, seed=seed, output=self.transcoder)
@@ -135,21 +194,49 @@ class HSAE(SparseAutoencoder):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, sample: Tensor) -> None:
         super().initialise(generator, sample)
-        self._hold(self.fixed_latents.tolist())
+        self._hold(self._latents.tolist())
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:
         super().constrain_gradients()
         if self.W_dec.grad is not None:
             self.W_dec.grad[self.fixed_latents] = 0.0  # which also keeps Adam's moments of these rows at zero
+        if self._frozen:
+            for name, parameter in self.named_parameters():
+                if parameter.grad is not None:
+                    parameter.grad[self._untrained(name)] = 0.0
 
     @torch.no_grad()
     def constrain_weights(self) -> None:
         super().constrain_weights()
         self.W_dec[self.fixed_latents] = self.fixed  # normalising a row again may round it differently
 
+    @torch.no_grad()
+    def unscale(self, scale: float, target_scale: float) -> None:
+        """As for any SAE. What does not train returns to the bits that it had in the same units."""
+        if self._frozen and not self._raw:
+            self._raw = {name: tensor.cpu().clone() for name, tensor in self.state_dict().items() if name != "W_dec"}
+        super().unscale(scale, target_scale)
+        self._unit *= target_scale
+        if math.isclose(self._unit, 1.0, rel_tol=1e-6):
+            state = self.state_dict()
+            for name, tensor in self._raw.items():
+                part = self._untrained(name)
+                state[name][part] = tensor.to(state[name].device)[part]
+
+    def _untrained(self, name: str) -> Any:
+        """The part of the tensor of this name that stays as it is if only the vectors' latents train, as an index."""
+        others = torch.ones(self.d_sae, dtype=torch.bool, device=self.W_dec.device)
+        others[self._latents] = False
+        if name == "W_enc":
+            return slice(None), others
+        return others if name == "W_dec" or name in self.latent_parameters else ...
+
+    def calibrate(self, batches: Iterator[Tensor]) -> dict[str, float]:
+        return {} if self._frozen else super().calibrate(batches)
+
     def path_state(self) -> dict[str, Any]:
-        return {**super().path_state(), "fixed_latents": self.fixed_latents.tolist()}
+        return {**super().path_state(), "fixed_latents": self._latents.tolist()}
 
     def load_path_state(self, state: dict[str, Any]) -> None:
         """The weights have already been loaded; the fixed rows are the ones they hold."""
@@ -167,7 +254,12 @@ def _over(base: type[SparseAutoencoder]) -> type[HSAE]:
 
 
 def _hold_what_was_loaded(sae: Any, _: Any) -> None:
-    sae._hold(sae.fixed_latents.tolist())
+    sae._hold(sae._latents.tolist())
+
+
+def _by_label(fixed_vectors: str) -> bool:
+    """Whether there is a vector for each label, rather than for each row of a file."""
+    return fixed_vectors in METHODS or fixed_vectors == RANDOM
 
 
 def _check_latents(latents: list[int], d_sae: int) -> None:

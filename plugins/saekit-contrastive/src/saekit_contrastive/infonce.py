@@ -32,6 +32,7 @@ Concepts = Annotated[
 Temperature = Annotated[float, Field(gt=0, description="The divisor of the cosines.")]
 Decoupled = Annotated[bool, Field(description="Leave the positives out of the denominator (Yeh et al. 2022).")]
 Queue = Annotated[int, Field(ge=0, description="How many codes of earlier steps are also compared with.")]
+_LARGEST = 1024  # sequences that `measures` compares
 _NO_PARTNER = 1 << 40  # the group of queued codes where only halves of one sequence are positives
 
 
@@ -80,17 +81,7 @@ class InfoNCE:
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one step's sequences."""
-        batch = step.sequences
-        assert batch is not None and batch.code is not None  # promised by the need `sequences`
-        n, sequence = len(batch), batch.mask.nonzero()[:, 0]  # [m], of each row of the code
-        if self._by_halves:
-            codes = pooled(batch.code, sequence + n * halves(sequence), 2 * n, self.pool)  # [2n, d_sae]
-            groups = torch.arange(n, device=sequence.device).repeat(2)[:, None]  # [2n, 1]
-        else:
-            codes = pooled(batch.code, sequence, n, self.pool)  # [n, d_sae]
-            groups = _label_groups(batch.labels[:, self._columns])  # [n, c]
-        z, silent = _directions(self._weighted(codes, step))
-        groups = groups.masked_fill(silent[:, None], LEFT_OUT)
+        z, groups = self._of_step(step)
         loss = contrastive_loss(
             z,
             groups,
@@ -101,6 +92,38 @@ class InfoNCE:
         )
         self._enqueue(z.detach(), groups)
         return loss
+
+    def measures(self, step: Step) -> dict[str, Tensor]:
+        """accuracy, with labels: in how many of the step's sequences that have a positive there the most similar other sequence
+        is one. The queue is left out of it."""
+        if self._by_halves:  # other halves than the loss has drawn
+            return {}
+        z, groups = (t[:_LARGEST] for t in self._of_step(step))  # [n, d_sae], [n, c]
+        similarity = z @ z.t()  # [n, n]
+        right, asked = z.new_zeros(()), 0
+        for group in groups.unbind(1):
+            known = group != LEFT_OUT  # [n]
+            others = known[None, :] & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+            same = (group[None, :] == group[:, None]) & others & known[:, None]  # [n, n]
+            has_positive = same.any(1)
+            nearest = similarity.masked_fill(~others, -torch.inf).argmax(1, keepdim=True)  # [n, 1]
+            right = right + (same.gather(1, nearest)[:, 0] & has_positive).sum()
+            asked += int(has_positive.sum())
+        return {"accuracy": right / asked} if asked else {}
+
+    def _of_step(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Directions of the pooled codes z [n, d_sae], and their groups [n, c], as `contrastive_loss` takes them."""
+        batch = step.sequences
+        assert batch is not None and batch.code is not None  # promised by the need `sequences`
+        n, sequence = len(batch), batch.mask.nonzero()[:, 0]  # [m], of each row of the code
+        if self._by_halves:
+            codes = pooled(batch.code, sequence + n * halves(sequence), 2 * n, self.pool)  # [2n, d_sae]
+            groups = torch.arange(n, device=sequence.device).repeat(2)[:, None]  # [2n, 1]
+        else:
+            codes = pooled(batch.code, sequence, n, self.pool)  # [n, d_sae]
+            groups = _label_groups(batch.labels[:, self._columns])  # [n, c]
+        z, silent = _directions(self._weighted(codes, step))
+        return z, groups.masked_fill(silent[:, None], LEFT_OUT)
 
     def _chosen(self, step: Step) -> list[int]:
         """The latents that weigh more."""

@@ -28,6 +28,8 @@ METHODS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """How to compute a vector [width] from activations x [n, width] and labels [n]. The second separates the classes best, but
 that need not be the direction that the concept adds to the activations (Haufe et al. 2014), as a decoder row should."""
+RANDOM = "random"
+"""In place of a method: a direction for each concept that has nothing to do with it, as a control."""
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, Tensor]] = weakref.WeakKeyDictionary()
 # by source: several variants of one run ask for the same vectors
@@ -42,7 +44,7 @@ def read_vectors(path: str | Path, width: int) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise refused(
-            f"{path}: there is no such file. Name one that ends in .npy or .safetensors, or {' or '.join(METHODS)}."
+            f"{path}: there is no such file. Name one that ends in .npy or .safetensors, or {', '.join(METHODS)} or {RANDOM}."
         )
     rows = []
     for name, tensor in _tensors(path):
@@ -106,6 +108,11 @@ def concept_columns(names: list[str], wanted: list[str] | None) -> list[int]:
         if name not in names:
             raise OptionError("concepts", f"the source has no label {name!r}. It has: {', '.join(names)}.")
     return [names.index(name) for name in (names if wanted is None else wanted)]
+
+
+def random_vectors(n: int, width: int, seed: int) -> Tensor:
+    """Directions drawn at random from the unit sphere: [n, width]."""
+    return functional.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 def vectors_of(

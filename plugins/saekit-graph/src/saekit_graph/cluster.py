@@ -1,7 +1,8 @@
 """The loss `cluster`: a latent and its neighbours in the feature graph lean towards a labelled concept together.
 
-With `form = "raw"` it is `L_cluster = -(mu_pos - mu_neg)` of the mean over cluster_k = {k} and N(k); the other forms
-cannot be satisfied by scale alone. All act on pre-activations, so that members that never fire move too.
+With `form = "activation"` it is `L_cluster = -(mu_pos - mu_neg)` of the mean activation over cluster_k = {k} and N(k), and
+`raw` is the same of pre-activations; the other forms cannot be satisfied by scale alone. All but `activation` act on
+pre-activations, so that members that never fire move too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field
-from saekit_contrastive.class_contrast import Form, Margin, has_both_classes
+from saekit_contrastive.class_contrast import Form, Margin, has_both_classes, scores_of
 from saekit_contrastive.concept import (
     ConceptLatents,
     Latents,
@@ -80,9 +81,11 @@ class Cluster:
         return mean_contrast(scores, labels, self._form, self._margin)
 
     def _scores(self, code: Code, like: Tensor) -> Tensor:
-        """Each cluster's mean pre-activation, or mean margin (`Code.margin`) if `zero` is "bar": [rows, c]."""
+        """Each cluster's mean pre-activation, mean margin (`Code.margin`) if `zero` is "bar", or mean activation if that is the
+        form: [rows, c]."""
         together, place = torch.cat(self._members).to(like.device).unique(return_inverse=True)
-        columns = code.pre(together) if self._zero == "middle" else code.margin(together)  # [rows, m]
+        counted = self._zero == "bar" or self._form == "activation"
+        columns = scores_of(code, together, self._form) if counted else code.pre(together)  # [rows, m]
         parts = place.split([len(members) for members in self._members])
         return torch.stack([columns[:, part].mean(1) for part in parts], 1)
 
