@@ -15,7 +15,7 @@ TEST_PROCESSES ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint docs clean
+.PHONY: help run test kills lint docs clean
 
 help:  ## Show these commands.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## +/\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -26,6 +26,9 @@ run: $(RUN_READY)  ## Train a first SAE on the bundled model organism; ARGS="...
 
 test: lint  ## Run every check: ruff, mypy, the tests, the documentation (built by tests/docs).
 	$(TEST) -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+kills: $(DEV_READY)  ## Kill tiny runs a thousand times at random moments (half an hour); ARGS="100 --seed 7" for others.
+	$(BIN)/python tests/kill/kills.py $(ARGS)
 
 lint: $(DEV_READY)  ## Run ruff and mypy.
 	$(BIN)/ruff check .

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saekit.checked_tensors import load_checked, save_checked
 from saekit.errors import UsageError
-from saekit.files import disk_errors, whole_file
 
 if TYPE_CHECKING:
     from saekit.sae.base import SparseAutoencoder
 
-FORMAT = "saekit feature graph 1"
+FORMAT = "saekit feature graph 2"
 
 
 @dataclass(eq=False)
@@ -105,39 +105,22 @@ class FeatureGraph:
 
     def save(self, path: str | Path) -> None:
         """Write the graph as one safetensors file."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        tensors = {"edge_index": self.edge_index.cpu().contiguous(), "weight": self.weight.cpu().contiguous()}
-        metadata = {"format": FORMAT, "nodes": str(self.nodes), "dictionary": self.dictionary, "builder": self.builder}
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
-            save_file(tensors, temporary, metadata)
+        facts = {"format": FORMAT, "nodes": self.nodes, "dictionary": self.dictionary, "builder": self.builder}
+        save_checked(Path(path), {"edge_index": self.edge_index, "weight": self.weight}, facts)
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureGraph:
         """The graph in the file `path`. UsageError if it is missing, damaged, or not a feature graph."""
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
+        if not path.is_file():
+            raise UsageError(f"{path}: there is no such file.")
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise UsageError(f"{path}: is not a feature graph that this version of saekit can read. Build it again.")
-                tensors = {name: file.get_tensor(name) for name in ("edge_index", "weight")}
-            return cls(
-                int(metadata["nodes"]),
-                tensors["edge_index"],
-                tensors["weight"],
-                metadata["dictionary"],
-                metadata["builder"],
-            )
-        except FileNotFoundError:
-            raise UsageError(f"{path}: there is no such file.") from None
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UsageError(f"{path}: is damaged or cut short: {error}. Build the graph again.") from None
+            tensors, facts = load_checked(path)
+        except UsageError as error:
+            raise UsageError(f"{error} Build the graph again.") from None
+        if facts is None or facts.get("format") != FORMAT:
+            raise UsageError(f"{path}: is not a feature graph that this version of saekit can read. Build it again.")
+        return cls(facts["nodes"], tensors["edge_index"], tensors["weight"], facts["dictionary"], facts["builder"])
 
 
 def dictionary_digest(sae: SparseAutoencoder) -> str:

@@ -14,12 +14,13 @@ from typing import Any
 
 from saekit.config import RunConfig
 from saekit.errors import UsageError
-from saekit.files import TEMPORARY, disk_errors, write_json, write_text
+from saekit.files import TEMPORARY, disk_errors, sha256_of, write_json, write_text
 from saekit.lock import locked
 from saekit.run_file import parse_config, read_toml
 
 _VARIANTS = "variants"
 _LOCK = "run.lock"
+_HALF_BEGUN = f".run.toml{TEMPORARY.removeprefix('.')}"  # of a run that was killed while it wrote its first file
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class RunDirectory:
         """The self-contained HTML report."""
         return self.path / "report.html"
 
+    @property
+    def checksums(self) -> Path:
+        """The SHA-256 of what a finished run left, as `sha256sum --check` reads them."""
+        return self.path / "SHA256SUMS"
+
     def analysis(self, name: str) -> Path:
         """The directory of one analyzer."""
         return self.path / "analysis" / name
@@ -117,6 +123,8 @@ class RunDirectory:
             with directory.locked():
                 if _names(path) - {_LOCK}:
                     raise taken
+                for leftover in path.glob(_HALF_BEGUN):
+                    leftover.unlink()
                 write_text(directory.run_toml, config.to_toml())
                 try:
                     yield directory
@@ -190,6 +198,26 @@ class RunDirectory:
         except (OSError, ValueError):
             return None
 
+    def seal(self) -> None:
+        """Write the checksums of a finished run and of its variants. What has its own, or is made from the rest, is left out."""
+        for one in (self, *self.variant_directories()):
+            files = [one.run_toml, one.provenance, one.history, one.summary, *sorted((one.path / "analysis").rglob("*"))]
+            lines = [f"{sha256_of(path)}  {path.relative_to(one.path).as_posix()}\n" for path in files if path.is_file()]
+            write_text(one.checksums, "".join(lines))
+
+    def changed(self) -> Iterator[str]:
+        """A sentence for each file that is not as the finished run left it; none without checksums."""
+        if not self.checksums.is_file():
+            return
+        fix = f"Bring it back from a copy; if it was changed on purpose, remove {self.checksums.name}."
+        for line in self.checksums.read_bytes().decode("utf-8", errors="replace").splitlines():
+            digest, _, name = line.partition("  ")
+            path = self.path / name
+            if not name or not path.is_file():
+                yield f"{name or line} is missing, and {self.checksums.name} has its checksum. {fix}"
+            elif sha256_of(path) != digest:
+                yield f"{name} has changed since the run ended: {self.checksums.name} has another checksum. {fix}"
+
     def write_analysis(self, name: str, result: Any) -> None:
         """Write one analyzer's `Result`."""
         with disk_errors(self.analysis(name)):
@@ -251,6 +279,7 @@ def read_run(path: Path) -> RunFiles:
         content = _read_object(file, run.problems, "it is left out")
         if content:
             run.analyses[file.parent.name] = _as_result(content, "/".join(file.parts[-3:]), run.problems)
+    run.problems += directory.changed()
     return run
 
 
@@ -280,7 +309,7 @@ def read_history(path: Path, problems: list[str] | None = None) -> list[dict[str
 
 
 def _names(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
+    return {path.name for path in directory.iterdir() if not path.match(_HALF_BEGUN)}
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -221,6 +221,14 @@ def weights(run: Path) -> bytes:
     return (run / WEIGHTS).read_bytes()
 
 
+def write_config(sae: Path, cfg: dict[str, Any]) -> None:
+    """Write the cfg.json of an SAE's directory as another program would, whose weights carry no checksum."""
+    from safetensors.torch import load_file, save_file
+
+    (sae / "cfg.json").write_text(json.dumps(cfg), encoding="utf-8")
+    save_file(load_file(sae / WEIGHTS.name), sae / WEIGHTS.name)
+
+
 def logged(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; every one must be whole."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

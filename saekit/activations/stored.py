@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,7 @@ from saekit.activations.shuffle import stop_point
 from saekit.errors import OptionError, UsageError, near_names
 
 SUFFIXES = (".safetensors", ".npy")
-_SAMPLE = 1 << 16  # bytes of one of the samples that a digest is taken of
-_SAMPLES = 16
+_PIECE, _READ = 1 << 26, 1 << 20  # bytes of a file that one thread digests, and that it reads at once
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,30 @@ def stored_tensor(path: Path, key: str, option: str) -> StoredTensor:
     return found[key]
 
 
-def sampled_digest(path: Path) -> str:
-    """sha256 of a file's length and of sixteen samples spread over it: it tells files apart without reading all of them."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+def content_digests(paths: Sequence[Path]) -> list[str]:
+    """A sha256 of the whole content of each file, from those of its pieces of 64 MB.
+
+    Every byte is read once, by all of the processor's cores: about 1 GB/s for each, unless the disk is slower."""
+    sizes = [path.stat().st_size for path in paths]
+    pieces = [
+        (path, start) for path, size in zip(paths, sizes, strict=True) for start in range(0, max(size, 1), _PIECE)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = iter(pool.map(_piece_digest, pieces))
+        return [
+            hashlib.sha256(b"".join(next(digests) for _ in range(0, max(size, 1), _PIECE))).hexdigest()
+            for size in sizes
+        ]
+
+
+def _piece_digest(piece: tuple[Path, int]) -> bytes:
+    path, start = piece
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        for place in np.linspace(0, max(0, size - _SAMPLE), _SAMPLES).astype(np.int64):
-            file.seek(int(place))
-            digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
+        file.seek(start)
+        for _ in range(0, _PIECE, _READ):
+            digest.update(file.read(_READ))
+    return digest.digest()
 
 
 class Chunks:

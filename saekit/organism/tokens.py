@@ -18,7 +18,7 @@ import torch
 
 from saekit import organism
 from saekit.activations.packing import TokenStore, tokenise
-from saekit.checked_tensors import DamagedFile, load_checked, save_checked
+from saekit.checked_tensors import load_checked, save_checked
 from saekit.errors import SaekitError
 from saekit.files import TEMPORARY
 from saekit.lock import locked
@@ -73,8 +73,10 @@ def _made_of(kind: str, tokenizer: Any) -> str:
 
 def _read(path: Path) -> dict[str, TokenStore] | None:
     try:
-        tensors, _ = load_checked(path)
-    except (DamagedFile, OSError):
+        tensors, facts = load_checked(path)
+    except SaekitError:  # absent or damaged
+        return None
+    if facts is None:
         return None
     return {split: TokenStore(*(tensors[f"{split}.{name}"].numpy() for name in _COLUMNS)) for split in SPLITS}
 

@@ -103,6 +103,7 @@ class Run:
             write_report(self.directory.path)
         summary["seconds"] = {k: round(v, 3) for k, v in self.seconds.items()}
         write_json(self.directory.summary, summary)
+        self.directory.seal()
         self.each(
             lambda one: one.listeners.call(
                 "run_finished", run=one.info, summary=summary["variants"].get(one.variant, summary)
@@ -338,7 +339,10 @@ def show_finished(directory: RunDirectory, summary: dict[str, Any], view: Any) -
     """Let the view show the summary of a run that was finished before, and write its report if that is not there."""
     if not directory.report.is_file():
         write_report(directory.path)
+    if not directory.checksums.is_file():
+        directory.seal()
     listeners = Listeners()
     if view is not None:
         listeners.add(Listener("view", view, "the terminal view", vital=False))
+    listeners.warn(*directory.changed())
     listeners.emit("run_finished", run=None, summary=summary)

@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from saekit.activations.trained_positions import TrainedPositions
+from saekit.checked_tensors import facts_of, load_checked, save_checked
 from saekit.errors import UsageError
-from saekit.files import disk_errors, whole_file, write_json
+from saekit.files import disk_errors, sha256_of, write_json
 from saekit.plugins import Registry
+from saekit.registered import OWN_DISTRIBUTION
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.saelens_format import SaeLensFormat
 
@@ -26,6 +29,7 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 # The version of the layout, not of the library: sae_lens drops nested metadata that claims to be older than 6.0.0.
 SAELENS_LAYOUT = "6.0.0"
 FORMAT_VERSION = 1
+_COPY_AGAIN = "Copy the directory again from where it is whole, or train again."
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,6 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metada
     name: the name of the architecture in the registry, by which `load_sae` finds it again.
     metadata: the keys of sae_lens (model_name, hook_name, ...) and anything else that describes the SAE.
     """
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     metadata = dict(metadata or {})
     form = SaeLensFormat.of(type(sae))
@@ -75,9 +77,8 @@ def save_sae(sae: SparseAutoencoder, directory: str | Path, *, name: str, metada
     }
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with whole_file(directory / WEIGHTS) as temporary:
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary)
     write_json(directory / CONFIG, cfg)
+    save_checked(directory / WEIGHTS, tensors, {CONFIG: sha256_of(directory / CONFIG)})
     return directory
 
 
@@ -111,6 +112,7 @@ def open_sae(source: str | Path, *, device: str | torch.device = "cpu", registry
         cfg = read_config(directory)
         ours = cfg.get("metadata", {}).get("saekit") if isinstance(cfg.get("metadata"), dict) else None
         saved = _own(directory, cfg, ours, registry) if ours else interop.take_in(interop.sae_lens.read(directory), registry)
+        _refuse_changed(directory)
     saved.sae.to(device)
     return saved
 
@@ -119,6 +121,11 @@ def _own(directory: Path, cfg: dict[str, Any], ours: Any, registry: Registry) ->
     path = directory / CONFIG
     if not isinstance(ours, dict):
         raise UsageError(f"{path}: metadata.saekit is not a table.")
+    if ours.get("format") != FORMAT_VERSION:
+        raise UsageError(
+            f"{path}: metadata.saekit.format is {ours.get('format')!r}, and saekit {version(OWN_DISTRIBUTION)} reads "
+            f"{FORMAT_VERSION}. A later one wrote it: upgrade saekit."
+        )
     for key in ("architecture", "options", "d_out"):
         if key not in ours:
             raise UsageError(f"{path}: key 'metadata.saekit.{key}' is missing.")
@@ -182,15 +189,20 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file. UsageError if it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise UsageError(f"{path.parent}: has no {path.name}.") from None
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: is damaged or cut short: {error}.") from None
+        return load_checked(path)[0]
+    except UsageError as error:
+        raise UsageError(f"{error} {_COPY_AGAIN}") from None
+
+
+def _refuse_changed(directory: Path) -> None:
+    """UsageError if cfg.json is not the one that was written with the weights, which know its checksum if they are ours."""
+    facts = facts_of(directory / WEIGHTS)
+    if facts is not None and facts.get(CONFIG) != sha256_of(directory / CONFIG):
+        raise UsageError(
+            f"{directory / CONFIG}: has changed since it was written: its checksum is not the one in {WEIGHTS}. {_COPY_AGAIN} "
+            f"If it was changed on purpose, write {WEIGHTS} without metadata: then neither file is checked."
+        )
 
 
 def width(table: Mapping[str, Any], key: str, path: Path | str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from saekit.errors import UsageError
 from saekit.files import disk_errors, flush_to_disk, sha256_of, write_text
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
-FORMAT = 2
+FORMAT = 3
 """Raised when a checkpoint's content changes, so that an older one is refused and not misread."""
 
 
@@ -32,7 +33,8 @@ def save(directory: Path, number: int, tensors: dict[str, Tensor], state: dict[s
             temporary.mkdir()
             save_file(_separate(tensors), temporary / TENSORS)
             flush_to_disk(temporary / TENSORS)
-            whole = {"format": FORMAT, **state, "step": number, "sha256": sha256_of(temporary / TENSORS)}
+            whole = {"format": FORMAT, **state, "step": number}
+            whole["sha256"] = _checksum(temporary / TENSORS, whole)
             # Not `write_json`, which has no infinity: a component may keep one ("the best loss so far").
             write_text(temporary / STATE, json.dumps(whole, indent=2) + "\n")
             flush_to_disk(temporary)
@@ -46,6 +48,11 @@ def save(directory: Path, number: int, tensors: dict[str, Tensor], state: dict[s
     for old in found(directory)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _checksum(tensors: Path, state: dict[str, Any]) -> str:
+    """SHA-256 of the state, without its checksum, and of the file with the tensors."""
+    return hashlib.sha256(f"{json.dumps(state, sort_keys=True)} {sha256_of(tensors)}".encode()).hexdigest()
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -77,9 +84,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{path}: has format {state['format']!r}, and this version of saekit reads {FORMAT}. Finish the run with "
                 "the version of saekit that began it (see provenance.json), or start a new one."
             )
-        digest = sha256_of(path / TENSORS)
-        if digest != state["sha256"]:
-            raise UsageError(f"{path / TENSORS}: is damaged or cut short (its checksum is not the one in {STATE}).")
+        if state.pop("sha256") != _checksum(path / TENSORS, state):
+            raise UsageError(f"{path}: {TENSORS} or {STATE} is damaged or cut short: the checksum in {STATE} is another.")
         return load_file(path / TENSORS), state
     except KeyError as error:
         raise UsageError(f"{path / STATE}: is not a whole checkpoint: {error.args[0]!r} is missing.") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import python, tiny_table, weights
+from helpers import python, tiny_table, weights, write_config
 
 import saekit
 from saekit.cli.import_ import LIBRARIES
@@ -35,7 +35,7 @@ def foreign(directory: Path, *, centred: bool = True, **keys) -> Path:
     """The SAE in `directory` as if sae_lens had written it."""
     cfg = json.loads((directory / CONFIG).read_text())
     cfg["metadata"].pop("saekit", None)
-    (directory / CONFIG).write_text(json.dumps(cfg | {"apply_b_dec_to_input": centred} | keys))
+    write_config(directory, cfg | {"apply_b_dec_to_input": centred} | keys)
     return directory
 
 

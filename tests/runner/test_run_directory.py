@@ -47,6 +47,16 @@ def test_a_directory_that_somebody_makes_meanwhile_stays(tmp_path: Path, run_con
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_first_file_can_begin_again(tmp_path: Path, run_config: RunConfig) -> None:
+    """There is no run.toml, so it cannot be resumed either."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".run.toml.123.tmp").write_text("[sour")
+    (run / "run.lock").touch()
+    with RunDirectory.create(run_config, str(run)):
+        assert [path.name for path in run.iterdir() if path.name != "run.lock"] == ["run.toml"]
+
+
 @pytest.fixture
 def run_config() -> RunConfig:
     return RunConfig.model_validate({"source": {"use": "text"}, "architecture": {"use": "topk"}})

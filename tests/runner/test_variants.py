@@ -195,16 +195,17 @@ def test_activations_are_harvested_once(run_variants: Callable, monkeypatch: pyt
 def test_what_lies_where(run_variants: Callable) -> None:
     run = run_variants("base", "wide")
     assert {path.name for path in run.iterdir()} == {
-        "run.toml", "provenance.json", "checkpoints", "variants", "report.html", "summary.json"
+        "run.toml", "provenance.json", "checkpoints", "variants", "report.html", "summary.json", "SHA256SUMS"
     }  # fmt: skip
     assert {path.name for path in (run / "variants").iterdir()} == {"base", "wide"}
     for name in ("base", "wide"):
         assert {path.name for path in (run / "variants" / name).iterdir()} == {
-            "run.toml", "provenance.json", "metrics.jsonl", "sae", "analysis", "report.html", "summary.json"
+            "run.toml", "provenance.json", "metrics.jsonl", "sae", "analysis", "report.html", "summary.json", "SHA256SUMS"
         }  # fmt: skip
     plain = run_variants(where="plain", variant=[])
     assert {path.name for path in plain.iterdir()} == {
-        "run.toml", "provenance.json", "checkpoints", "metrics.jsonl", "sae", "analysis", "report.html", "summary.json"
+        "run.toml", "provenance.json", "checkpoints", "metrics.jsonl", "sae", "analysis", "report.html", "summary.json",
+        "SHA256SUMS",
     }  # fmt: skip
     assert json.loads((plain / "summary.json").read_text())["variants"] == {}
 

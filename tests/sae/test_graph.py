@@ -117,6 +117,6 @@ def test_a_file_that_is_no_graph_or_damaged_is_named(tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(UsageError, match="is not a feature graph"):
         FeatureGraph.load(path)
-    save_file({"weight": tensors["weight"]}, path, {"format": "saekit feature graph 1"})
+    save_file(tensors, path, {"format": "saekit feature graph 1", "nodes": "5"})
     with pytest.raises(UsageError, match="is damaged"):
         FeatureGraph.load(path)

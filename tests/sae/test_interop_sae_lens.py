@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import write_config
 from safetensors.torch import load_file, save_file
 
 import saekit
@@ -117,7 +118,7 @@ def test_to_sae_lens(name: str, centred: bool, random_sae, inputs: torch.Tensor,
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in ours.state_dict().items())
     cfg = json.loads((tmp_path / CONFIG).read_text())
     del cfg["metadata"]["saekit"]
-    (tmp_path / CONFIG).write_text(json.dumps(cfg))
+    write_config(tmp_path, cfg)
     same(ours, saekit.load_sae(tmp_path), inputs)
 
 
@@ -147,7 +148,7 @@ def test_transcoders_to_sae_lens(
     assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in ours.state_dict().items())
     cfg = json.loads((tmp_path / CONFIG).read_text())
     del cfg["metadata"]["saekit"]
-    (tmp_path / CONFIG).write_text(json.dumps(cfg))
+    write_config(tmp_path, cfg)
     foreign = saekit.load_sae(tmp_path)
     assert (foreign.transcoder, foreign.W_skip is not None) == (True, skip)
     same(ours, foreign, inputs)
@@ -276,14 +277,14 @@ def directory(random_sae, tmp_path: Path) -> Path:
     saekit.save_sae(random_sae("topk", k=5), tmp_path / "sae", name="topk")
     cfg = json.loads((tmp_path / "sae" / CONFIG).read_text())
     del cfg["metadata"]["saekit"]
-    (tmp_path / "sae" / CONFIG).write_text(json.dumps(cfg))
+    write_config(tmp_path / "sae", cfg)
     return tmp_path / "sae"
 
 
 def change(directory: Path, **keys: Any) -> None:
     cfg = json.loads((directory / CONFIG).read_text())
     cfg = {key: value for key, value in (cfg | keys).items() if value != "GONE"}
-    (directory / CONFIG).write_text(json.dumps(cfg))
+    write_config(directory, cfg)
 
 
 def test_the_options_come_from_the_file(directory: Path) -> None:

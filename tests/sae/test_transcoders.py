@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import write_config
 
 import saekit
 from saekit.builtin.architectures.topk import TopK
@@ -97,7 +98,7 @@ def test_a_directory_from_before_transcoders_were_marked(
     saekit.save_sae(sae, tmp_path, name="topk")
     cfg = json.loads((tmp_path / CONFIG).read_text())
     del cfg["metadata"]["saekit"]["transcoder"]
-    (tmp_path / CONFIG).write_text(json.dumps(cfg))
+    write_config(tmp_path, cfg)
     again = saekit.load_sae(tmp_path)
     assert torch.equal(again(inputs), sae(inputs)) and not again.reads_centred
 

@@ -19,9 +19,9 @@ from saekit.activations.stored import (
     SUFFIXES,
     Chunks,
     StoredTensor,
+    content_digests,
     read_blocks,
     rows_of,
-    sampled_digest,
     stored_tensor,
 )
 from saekit.errors import OptionError, UsageError
@@ -41,7 +41,8 @@ class TensorsSource:
     held-out chunks border on training data: hold out files instead, or store [n, T, d]. Held-out chunks are taken in an
     order that is the same for every run, so that the first of them come from all over the data.
 
-    Memory: the block and one mapped chunk. All labels are read once.
+    Memory: the block and one mapped chunk. When a run begins or goes on, all files are read once for a digest of what is in
+    them (1 GB/s for each core, unless the disk is slower), so that a run never goes on with other data; all labels, too.
     """
 
     subject = None
@@ -68,6 +69,7 @@ class TensorsSource:
         self.chunk, self.held_out, self.held_out_by = chunk, held_out, held_out_by
         self.concepts = concepts or []
         self.warnings: list[str] = []
+        self._digests: list[str] = []
 
     @property
     def withheld(self) -> dict[str, str]:
@@ -139,10 +141,11 @@ class TensorsSource:
         return SequenceBatch(x, mask, _columns(whole["labels"]), whole.get("tokens"), target)
 
     def identity(self) -> dict[str, Any]:
-        """What determines the activations; see `protocols.Source.identity`. Of the files' content, samples are taken."""
+        """What determines the activations; see `protocols.Source.identity`. All files are read for their digests, once."""
+        self._digests = self._digests or content_digests(self._files)
         return {
             "data": self.data,
-            "data_digest": {path.name: sampled_digest(path) for path in self._files},
+            "data_digest": {path.name: digest for path, digest in zip(self._files, self._digests, strict=True)},
             "key": self.key,
             **{name: key for name, key in self._optional.items() if key is not None},
             "chunk": self.chunk,
