@@ -76,4 +76,4 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the host, without a copy if it is contiguous."""
     import torch
 
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
