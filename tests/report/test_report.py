@@ -300,7 +300,7 @@ def test_what_is_not_finite_is_a_gap(tmp_path):
 
 
 def test_a_zero_is_never_lost_on_a_logarithmic_axis():
-    rows = [{"step": s, "loss": 1.0, "loss/auxk": float(s > 3)} for s in range(6)]
+    rows = [{"step": s, "loss": 1.0 + s, "loss/auxk": float(s > 3)} for s in range(6)]
     assert loss_figures(rows)["Each loss, before its weight"]["layout"]["yaxis"].get("type") != "log"
     assert loss_figures(rows)["Total loss"]["layout"]["yaxis"]["type"] == "log"
 
