@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 NOT_DEFINED = "not defined"
@@ -29,6 +29,11 @@ def label(key: str) -> str:
     head, slash, rest = key.partition("/")
     words = LOGGED.get(head) or " ".join(w.upper() if w.upper() in ABBREVIATIONS else w for w in head.split("_"))
     return words + (f" {slash} {rest.replace('_', ' ')}" if slash else "")
+
+
+def is_constant(values: Sequence[float]) -> bool:
+    """Whether the finite values are equal but for rounding."""
+    return max(values) - min(values) <= 1e-9 * max(abs(max(values)), abs(min(values)))
 
 
 def number(value: Any) -> str:

@@ -95,12 +95,16 @@ def _print(report: Any) -> None:
     colours = {"passed": "green", "failed": "red", "expected": "yellow", "skipped": "yellow"}
     for outcome in report.outcomes:
         echo(f"  {outcome.status:<8}", nl=False, fg=colours[outcome.status])
-        echo(f" {outcome.check}", nl=False)
-        echo(f": {outcome.message}" if outcome.message else "")
+        told = outcome.message and outcome.status != "failed"  # why a check failed is said once, in the error at the end
+        echo(f" {outcome.check}" + (f": {outcome.message}" if told else ""))
 
 
 def _raise_for(reports: list[Any]) -> None:
-    """PluginError that names every failed check, its component and distribution, and the fix."""
-    lines = [f"{r.component.origin}: {o.check}: {o.message}" for r in reports for o in r.failures]
+    """PluginError that says each cause once, with its component and distribution, every check that it failed, and the fix."""
+    causes: dict[tuple[str, str], list[str]] = {}
+    for report in reports:
+        for failure in report.failures:
+            causes.setdefault((report.component.origin, failure.message), []).append(failure.check)
+    lines = [f"{origin}: {', '.join(checks)}: {message}" for (origin, message), checks in causes.items()]
     if lines:
         raise PluginError("\n".join(lines))

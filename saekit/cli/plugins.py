@@ -10,7 +10,7 @@ from saekit.errors import UsageError, near_names
 from saekit.kinds import KINDS
 from saekit.plugins import Plugin, Registry
 from saekit.registered import RegisteredComponent
-from saekit.terminal.output import echo, echo_json
+from saekit.terminal.output import echo, echo_json, listed, wrapped
 
 
 @click.group("plugins", invoke_without_command=True)
@@ -128,7 +128,7 @@ def _print_listing(registry: Registry) -> None:
             echo(f"\n{component.kind.replace('_', ' ')}", bold=True)
             kind_before = component.kind
         origin = f"{component.distribution} {component.version}"
-        echo(f"  {component.name:<20} {component.summary}  [{origin}]")
+        echo(listed(component.name, component.summary, origin, indent="  "))
     for plugin in registry.plugins:
         if plugin.disabled:
             echo(f"\ndisabled: {plugin.name} ({plugin.distribution} {plugin.version})")
@@ -155,9 +155,9 @@ def _print_component(entry: dict[str, Any]) -> None:
     echo(entry["doc"] + "\n")
     for option in entry["options"]:
         default = "required" if option["required"] else f"default {option['default']!r}"
-        echo(f"  {option['name']} ({option['type']}, {default})")
+        echo(wrapped(f"{option['name']} ({option['type']}, {default})", "  ", "    "))
         if option["description"]:
-            echo(f"      {option['description']}")
+            echo(wrapped(option["description"], "      ", "      "))
     for need, providers in entry["needs"].items():
         echo(f"\nneeds {need!r}: provided by {', '.join(providers) or 'nothing installed'}")
     if entry["provides"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from saekit.plugins import Registry
-from saekit.terminal.output import echo
+from saekit.terminal.output import echo, listed
 
 
 @click.command("recipes")
@@ -19,4 +19,4 @@ def command(name: str | None) -> None:
         echo(recipe_path(registry.find("recipe", name)).read_text(encoding="utf-8"), nl=False)
         return
     for component in registry.components("recipe"):
-        echo(f"{component.name:<20} {component.summary}  [{component.distribution} {component.version}]")
+        echo(listed(component.name, component.summary, f"{component.distribution} {component.version}"))

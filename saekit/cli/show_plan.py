@@ -6,7 +6,7 @@ from typing import Any
 
 from saekit.files import to_jsonable
 from saekit.runner.plan import Part, RunPlan, SAEPlan
-from saekit.terminal import output
+from saekit.terminal.output import echo, wrapped
 
 
 def plan_as_json(plan: RunPlan) -> dict[str, Any]:
@@ -41,35 +41,36 @@ def _part(part: Part) -> dict[str, Any]:
 
 
 def print_plan(plan: RunPlan) -> None:
-    """The plan on stdout: a table for each SAE, and what they share."""
-    console = output.console()
+    """The plan on stdout: the parts of each SAE with their options, and what the SAEs share."""
     for member in plan.members:
-        console.print(_table(member))
+        _print_parts(member)
         training = member.config.training
-        console.print(
-            f"{plan.total_steps} steps of {training.batch_size} activations, {training.tokens:,} in all; seed {training.seed}."
-        )
+        echo(f"{plan.total_steps} steps of {training.batch_size} activations, {training.tokens:,} in all; seed {training.seed}.")
     for name, value in plan.facts.items():
-        console.print(f"{name}: {value}", highlight=False, markup=False)
+        echo(wrapped(f"{name}: {value}", rest="  "))
     for warning in plan.warnings:
-        console.print(f"warning: {warning}", highlight=False, markup=False)
+        echo(wrapped(f"warning: {warning}", rest="  "))
 
 
-def _table(plan: SAEPlan) -> Any:
-    from rich.markup import escape
-    from rich.table import Table
-
+def _print_parts(plan: SAEPlan) -> None:
+    """Each part: its key, its component with where that comes from, and its options below."""
     title = f"Plan of {plan.config.recipe or 'the run'}" + (f", variant {plan.variant}" if plan.variant else "")
-    table = Table(title=title, title_justify="left", show_lines=False)
-    for column in ("key", "component", "options", "from"):
-        table.add_column(column, overflow="fold")
+    echo(f"{title}\n", bold=True)
+    column = max(len(part.key) for part in plan.parts)
     for part in plan.parts:
-        options = ", ".join(f"{k}={v!r}" for k, v in part.options.items())
-        weight = getattr(part.entry, "weight", None)
-        if weight is not None:
-            options = f"weight={weight!r}" + (f", {options}" if options else "")
-        if part.key == "architecture":
-            options = f"d_sae={plan.config.architecture.d_sae}" + (f", {options}" if options else "")
-        origin = f"{part.component.distribution} {part.component.version}"
-        table.add_row(*map(escape, (part.key, part.component.name, options, origin)))
-    return table
+        component = part.component
+        origin = f"[{component.distribution} {component.version}]".replace(" ", "\xa0")
+        echo(wrapped(f"{component.name} {origin}", f"  {part.key:<{column}}  ", " " * (column + 4)))
+        options = ", ".join(f"{name}={value!r}" for name, value in _options(plan, part).items())
+        if options:
+            echo(wrapped(options, "      ", "      "))
+    echo()
+
+
+def _options(plan: SAEPlan, part: Part) -> dict[str, Any]:
+    """The part's options after what its entry in the run file holds beside them."""
+    weight = getattr(part.entry, "weight", None)
+    beside: dict[str, Any] = {} if weight is None else {"weight": weight}
+    if part.key == "architecture":
+        beside["d_sae"] = plan.config.architecture.d_sae
+    return beside | part.options

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from saekit.wording import is_number, label
+from saekit.wording import is_constant, is_number, label
 
 POINTS = 2000
 """More points than pixels would only make the file larger."""
@@ -70,14 +70,13 @@ def _overlaid(histories: dict[str, list[dict[str, Any]]], name: str, over: str, 
     figures = [
         _lines(history, {run: _series(history, name)}, log=wants_log, legend=legend) for run, history in lines.items()
     ]
-    log = wants_log and all(figure["layout"]["yaxis"] for figure in figures)
     data = [trace for figure in figures for trace in figure["data"]]
     for trace, history in zip(data, lines.values(), strict=True):
         trace["x"] = [row[over] if is_number(row.get(over)) else None for row in history]
         trace["showlegend"] = bool(history)
     layout = figures[0]["layout"]
     layout["xaxis"] = {"title": {"text": "activations trained on" if over == "tokens" else over}}
-    layout["yaxis"] = {"type": "log"} if log else {}
+    layout["yaxis"] = _y_axis([y for trace in data for y in trace["y"]], log=wants_log)
     return {"data": data, "layout": layout}
 
 
@@ -119,8 +118,6 @@ def _lines(
     history: list[dict[str, Any]], series: dict[str, list[float | None]], *, log: bool = True, legend: bool = True
 ) -> dict[str, Any]:
     steps = [row.get("step") if is_number(row.get("step")) else None for row in history]
-    # A logarithmic axis would silently drop points that are zero or negative.
-    log = log and all(y > 0 for ys in series.values() for y in ys if y is not None)
     few = sum(step is not None for step in steps) < 3
     data = [
         {
@@ -138,9 +135,19 @@ def _lines(
         "showlegend": legend,
         "hovermode": "x unified",
         "xaxis": {"title": {"text": "step"}},
-        "yaxis": {"type": "log"} if log else {},
+        "yaxis": _y_axis([y for ys in series.values() for y in ys], log=log),
     }
     return {"data": data, "layout": layout}
+
+
+def _y_axis(values: Sequence[float | None], *, log: bool) -> dict[str, Any]:
+    """Plotly's own axis, logarithmic if asked for and possible. Around a constant plotly would draw an axis of any length with the
+    line in its middle: then the axis runs from zero to a little beyond it, so that its height says how large it is."""
+    known = [y for y in values if y is not None]
+    if known and is_constant(known):
+        return {"range": sorted((0.0, 1.2 * known[0] or 1.0))}
+    # A logarithmic axis would silently drop points that are zero or negative.
+    return {"type": "log"} if log and all(y > 0 for y in known) else {}
 
 
 def _plain(name: str) -> str:

@@ -88,6 +88,7 @@ class SAERun:
         self.analysis: dict[str, dict[str, Any]] = {}
         self.analysis_notes: dict[str, list[str]] = {}
         self.losses: dict[str, float] = {}
+        self.last_speed: float | None = None  # as last logged, which may have been before the run was resumed
         self.calibrated: dict[str, float] = {}
         self.scale = self.target_scale = 1.0
         self.listeners = Listeners(above, f"variant {self.variant!r}: " if self.variant else "")
@@ -258,6 +259,7 @@ class SAERun:
         """Keep the last losses, and free what only training needs."""
         last = self.trainer.last_logged
         self.losses = {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")}
+        self.last_speed = last.get("tokens_per_second")
         del self.trainer
 
     def settle(self) -> None:

@@ -32,11 +32,17 @@ def summarise(run: Run) -> dict[str, Any]:
         },
         **_trained(run),
         "seconds": {phase: round(seconds, 3) for phase, seconds in run.seconds.items()},
-        "tokens_per_second": round(run.tokens_this_time / busy, 1) if busy and run.trained_tokens else None,
+        "tokens_per_second": _speed(run, busy),
         "peak_memory_bytes": run.peak_memory,
         "plugins": plugins_used(run.plan),
         "warnings": run.listeners.warnings,
     }
+
+
+def _speed(run: Run, busy: float) -> float | None:
+    """Tokens per second of this process; those last logged if it only resumed a run whose training was over."""
+    speed = run.tokens_this_time / busy if busy and run.tokens_this_time else run.sae_runs[0].last_speed
+    return None if speed is None else round(speed, 1)
 
 
 def _named(run: Run, name: str, directory: str) -> dict[str, Any]:

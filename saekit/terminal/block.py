@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from saekit.terminal.state import LossRow, Phase, RunState, Training
-from saekit.wording import clean, count, duration, label, number, percent, with_intervals
+from saekit.wording import clean, count, duration, is_constant, label, number, percent, with_intervals
 
 WIDEST = 108  # longer lines are hard to follow
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -137,13 +137,18 @@ def _cells(name: str, *values: str, style: str = "") -> Text:
 
 
 def _sparkline(values: list[float]) -> Text:
-    """The curve of a loss, on a logarithmic scale if all values are positive."""
+    """The curve of a loss, on a logarithmic scale if all values are positive; one that is constant, on a scale that holds zero."""
     if len(values) < 2:
         return Text()
-    if min(values) > 0:
-        values = [math.log(value) for value in values]
-    low, spread = min(values), max(values) - min(values)
-    levels = (int((value - low) / spread * 7.999) if spread > 0 else 0 for value in values)
+    if is_constant(values):
+        values = [0.0, *values]
+        low, high = min(values), max(values)
+        values = values[1:]
+    else:
+        if min(values) > 0:
+            values = [math.log(value) for value in values]
+        low, high = min(values), max(values)
+    levels = (int((value - low) / (high - low) * 7.999) if high > low else 0 for value in values)
     return Text("".join(SPARKS[level] for level in levels), style="not bold cyan")
 
 

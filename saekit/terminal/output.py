@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -22,6 +24,23 @@ def echo(text: Any = "", *, err: bool = False, nl: bool = True, file: TextIO | N
     """`click.echo` of clean text; style: `fg`, `bold` and others of `click.style`."""
     cleaned = clean_lines(text)
     click.echo(click.style(cleaned, **style) if style else cleaned, err=err, nl=nl, file=file)
+
+
+def wrapped(text: str, first: str = "", rest: str = "") -> str:
+    """The text in lines that fit the terminal, broken only where it has a space; a no-break space in it is no such place.
+
+    first, rest: what the first line and the others begin with. A word wider than the terminal has a line of its own."""
+    width = max(shutil.get_terminal_size().columns, len(first) + 20)
+    lines = textwrap.wrap(
+        clean_lines(text), width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines or [first.rstrip()]).replace("\xa0", " ")
+
+
+def listed(name: str, summary: str, origin: str, indent: str = "") -> str:
+    """A component in a list: its name in a column of its own, then what it does, and where it comes from."""
+    first = f"{indent}{name:<20} "
+    return wrapped(f"{summary} " + f"[{origin}]".replace(" ", "\xa0"), first, " " * len(f"{indent}{'':<20} "))
 
 
 def echo_json(document: Any) -> None:

@@ -300,7 +300,7 @@ def test_what_is_not_finite_is_a_gap(tmp_path):
 
 
 def test_a_zero_is_never_lost_on_a_logarithmic_axis():
-    rows = [{"step": s, "loss": 1.0, "loss/auxk": float(s > 3)} for s in range(6)]
+    rows = [{"step": s, "loss": 1.0 + s, "loss/auxk": float(s > 3)} for s in range(6)]
     assert loss_figures(rows)["Each loss, before its weight"]["layout"]["yaxis"].get("type") != "log"
     assert loss_figures(rows)["Total loss"]["layout"]["yaxis"]["type"] == "log"
 
@@ -347,3 +347,25 @@ def test_neither_torch_nor_plotly_is_imported_before_it_is_needed():
     code = f"import sys, saekit.report, saekit.terminal.picture; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_constant_curve_is_drawn_at_its_value() -> None:
+    """Plotly would draw it in the middle of an axis of its own choice."""
+    from saekit.report.curves import loss_figures, measure_figures, overlaid
+
+    history = [
+        {"step": n, "l0": 32.0, "dead": 0, "grad_norm": -2.0, "loss": 0.5, "loss/mse": 0.5 / (n + 1), "lr": 3e-4 + n * 1e-16}
+        for n in range(5)
+    ]
+    measures = {name: figure["layout"]["yaxis"] for name, figure in measure_figures(history).items()}
+    assert measures["L0"] == {"range": [0.0, pytest.approx(38.4)]}
+    assert measures["dead latents"] == {"range": [0.0, 1.0]}
+    assert measures["gradient norm"] == {"range": [pytest.approx(-2.4), 0.0]}
+    (rate,) = (axis for name, axis in measures.items() if name not in ("L0", "dead latents", "gradient norm"))
+    assert rate["range"][0] == 0.0, "a difference by rounding is none"
+    total, each = (figure["layout"]["yaxis"] for figure in loss_figures(history).values())
+    assert total == {"range": [0.0, pytest.approx(0.6)]}
+    assert each == {"type": "log"}
+    other = [{**row, "l0": 16.0} for row in history]
+    assert overlaid({"one": history}, ["l0"])["l0"]["layout"]["yaxis"] == measures["L0"]
+    assert overlaid({"one": history, "other": other}, ["l0"])["l0"]["layout"]["yaxis"] == {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import Outcome
 
 from saekit.errors import UsageError
 from saekit.run_file import parse_config
@@ -87,3 +89,16 @@ def test_what_may_move_the_last_bits_is_told(threads: int, version: str, words: 
     told = list(what_changed(state, now))
     assert len(told) == bool(words)
     assert all(word in told[0] for word in words)
+
+
+def test_a_run_resumed_after_its_training_shows_the_speed_it_had(
+    command: Callable[..., Outcome], run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert command("run", run_file(), "--directory", run).code == 0
+    (run / "summary.json").unlink()
+    done = command("run", "--resume", run, "--json")
+    assert done.code == 0, done.err
+    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert json.loads(done.out)["tokens_per_second"] == pytest.approx(last["tokens_per_second"], abs=0.1)
+    assert last["tokens_per_second"] > 0

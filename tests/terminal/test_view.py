@@ -307,3 +307,11 @@ def test_without_a_terminal_lines_are_plain(monkeypatch):
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert type(choose_view()).__name__ == "LinesView"
+
+
+def test_a_constant_curve_is_drawn_at_its_value() -> None:
+    from saekit.terminal.block import _sparkline
+
+    assert _sparkline([3.0, 3.0, 3.0 + 1e-12]).plain == "███"
+    assert _sparkline([0.0, 0.0]).plain == _sparkline([-2.0, -2.0]).plain == "▁▁"
+    assert _sparkline([1.0, 2.0, 4.0]).plain == "▁▄█"

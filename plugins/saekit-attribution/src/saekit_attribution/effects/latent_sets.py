@@ -57,9 +57,9 @@ def set_effects(
     positions, reference, batch_tokens: as for `attribute`, which refuses an SAE that cannot be used.
     """
 
-    def compute(chosen: list[int]) -> list[SetEffects]:
+    def compute(chosen: list[int]) -> list[SetEffects | Failed]:
         batch = [samples[number] for number in chosen]
-        return _of_batch(subject, sae, batch, sets, positions, reference, batch_tokens)
+        return list(_of_batch(subject, sae, batch, sets, positions, reference, batch_tokens))
 
     found: dict[int, SetEffects | Failed] = {}
     with subject.lock, frozen(subject.model), frozen(sae), torch.autocast(subject.device.type, enabled=False):
