@@ -62,18 +62,20 @@ def start(plan: RunPlan, registry: Registry, directory: str | None, view: Any) -
 
 
 def resume(where: str, *, no_plugins: Iterable[str] = (), view: Any = None) -> FinishedRun:
-    """Continue the run in the directory `where` from its newest whole checkpoint; a finished run is left as it is."""
+    """Continue the run in the directory `where` from its newest whole checkpoint. Of a finished run, the metrics and analyzers
+    that failed are carried out again; one in which nothing failed is left as it is."""
     from saekit.runner.run import Run, show_finished
 
     with RunDirectory.resume(where) as (place, config):
         summary = place.finished_summary()
-        if summary is not None:
+        if summary is not None and not summary.get("failed"):
             show_finished(place, summary, view)
             return FinishedRun(place.path, summary)
         registry = Registry(files=config.plugins, disabled=no_plugins)
         registry.refuse_broken_files()
         plan = plan_run(config, registry)
-        return FinishedRun(place.path, Run(plan, place, registry, view=view).execute())
+        run = Run(plan, place, registry, view=view)
+        return FinishedRun(place.path, run.execute() if summary is None else run.measure_again(summary))
 
 
 def _toml_value(key: str, value: Any) -> Any:

@@ -111,6 +111,11 @@ class Lifecycle:
         """The phase goes on: `done` of its units are done so far."""
 
     @hookspec
+    def harvest_advanced(self, done: int, total: int) -> None:
+        """Within a phase, activations are being harvested: `done` of the block's `total` are there. Called about once a second
+        while the run waits for them."""
+
+    @hookspec
     def phase_ended(self, phase: str, seconds: float) -> None:
         """The phase is over."""
 

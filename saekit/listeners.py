@@ -15,6 +15,9 @@ import pluggy
 
 from saekit.errors import PluginError, SaekitError, UsageError, near_names, under_key
 from saekit.hookspecs import PROJECT, Lifecycle, check_arguments
+from saekit.process_state import kept
+
+_IN_A_STEP = ("step_started", "gradients_ready", "step_ended")
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Listeners:
             if listener.label not in self._listeners:  # dropped since the list was made
                 continue
             try:
-                with under_key(listener.label):
+                with under_key(listener.label), kept(listener.origin, self.warn, in_a_step=hook in _IN_A_STEP):
                     function(*[values[name] for name in names])
             except (Exception, SystemExit) as error:
                 # A message meant for the user is passed on as it is. So a tracker may refuse its options, but it cannot stop

@@ -30,6 +30,7 @@ from saekit.component import Component
 from saekit.errors import OptionError, PluginError, UsageError, near_names
 from saekit.hookspecs import PROJECT, Declaring, check_arguments
 from saekit.kinds import HOOKS, KINDS, article
+from saekit.process_state import kept
 from saekit.registered import OWN_DISTRIBUTION, RegisteredComponent
 
 DISABLE_VARIABLE = "SAEKIT_DISABLE_PLUGINS"
@@ -115,7 +116,7 @@ class Registry:
         there = {name for name in HEAVY if name in sys.modules}
         try:
             # What a plugin prints while it loads must not end up in the output of `--json`.
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(sys.stderr), kept(plugin.origin, self.warn):
                 module = load()
                 _check_contract(module, plugin)
                 plugin.components = _declared(module, plugin, self)
@@ -163,14 +164,15 @@ class Registry:
         if len(candidates) > 1:
             hidden = ", ".join(c.qualified_name for c in candidates if c is not chosen)
             warning = f"{kind} {name!r} is {chosen.qualified_name} ({chosen.distribution}), which overrides {hidden}."
-            self._warn(warning)
+            self.warn(warning)
         for plugin in self.plugins:
             if chosen in plugin.components:
                 for message in plugin.warnings:
-                    self._warn(f"{plugin.origin}: {message}")
+                    self.warn(f"{plugin.origin}: {message}")
         return chosen
 
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """What a run is told of its plugins; the same message only once."""
         if message not in self.warnings:
             self.warnings.append(message)
 

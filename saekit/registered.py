@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from saekit.component import Component, OfKind
-from saekit.errors import PluginError, UsageError, near_names
+from saekit.errors import PluginError, SaekitError, UsageError, near_names
 from saekit.options import options_model, validation_lines
+from saekit.process_state import kept
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -58,7 +59,8 @@ class RegisteredComponent(Component):
         try:
             if ":" not in self.target:
                 raise ValueError("it names no object; write package.module:Object")
-            with contextlib.redirect_stdout(sys.stderr):  # stdout may be carrying a JSON document
+            # stdout may be carrying a JSON document
+            with contextlib.redirect_stdout(sys.stderr), kept(self.origin, self.registry.warn):
                 return pkgutil.resolve_name(self.target)
         except (Exception, SystemExit) as error:
             raise PluginError(
@@ -82,9 +84,14 @@ class RegisteredComponent(Component):
                     f"Its options: {', '.join(fields) or 'none'} (see: saekit plugins show {self.name})."
                 )
         try:
-            checked = self.options_model()(**options)
+            with kept(self.origin, self.registry.warn):
+                checked = self.options_model()(**options)
         except ValidationError as error:
             raise UsageError("\n".join(validation_lines(error, where, options))) from None
+        except SaekitError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{where}: {self.origin} failed to check its options: {type(error).__name__}: {error}.") from error
         values = {name: getattr(checked, name) for name in fields}
         for name, info in fields.items():
             for mark in info.metadata:
@@ -97,7 +104,8 @@ class RegisteredComponent(Component):
         target = self.load()
         try:
             if inspect.isclass(target):
-                return target(*args, **options)
+                with kept(self.origin, self.registry.warn):
+                    return target(*args, **options)
         except UsageError:
             raise
         except (Exception, SystemExit) as error:

@@ -242,9 +242,11 @@ class HarvestSource:
         """The rows in portions for one forward: their places in `whole`, [r], and their tokens, cut to the longest.
 
         Rows of similar length go together, so that little padding goes through the model."""
-        lengths = whole.mask.sum(1)  # [rows]
+        lengths, kept = whole.mask.sum(1), whole.keep.sum(1)  # [rows], [rows]
+        done, total = 0, int(kept.sum())
         for some in lengths.argsort(stable=True).split(self.rows):
-            stop_point()
+            stop_point(done, total)
+            done += int(kept[some].sum())
             longest = int(lengths[some].max())
             tokens, mask, keep = (t[some, :longest] for t in (whole.tokens, whole.mask, whole.keep))
             yield some, TokenBatch(tokens, mask, keep, whole.sequence[some])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from saekit.activations.batch import Activations
+from saekit.activations.progress import tell_harvest
 from saekit.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class _Ahead(threading.Thread):
     def __init__(self, blocks: Iterator[Activations], count: int):
         super().__init__(name="saekit-harvest", daemon=True)
         self.stopping = threading.Event()
+        self.progress: tuple[int, int] | None = None  # of the block that is being harvested
         self._source = blocks
         self._room = threading.Semaphore(count)
         self._ready: queue.SimpleQueue[Activations | BaseException] = queue.SimpleQueue()
@@ -127,7 +129,13 @@ class _Ahead(threading.Thread):
                 return
 
     def __next__(self) -> Activations:
-        got = self._ready.get()
+        while True:
+            try:
+                got = self._ready.get(timeout=1.0)
+                break
+            except queue.Empty:
+                if self.progress is not None:
+                    tell_harvest(*self.progress)
         if isinstance(got, BaseException):
             self._ready.put(got)  # the same answer if it is asked again
             self.join()
@@ -149,8 +157,14 @@ class _Ahead(threading.Thread):
         self._ready.put(RuntimeError("these batches were closed"))
 
 
-def stop_point() -> None:
-    """For a source, between two forwards: ends the harvest of a block if its background thread should stop."""
+def stop_point(done: int = 0, total: int = 0) -> None:
+    """For a source, between two forwards: ends the harvest of a block if its background thread should stop.
+
+    done, total: how many activations of the block are there, for those who wait for it; a total of 0 says nothing."""
     thread = threading.current_thread()
-    if isinstance(thread, _Ahead) and thread.stopping.is_set():
-        raise Stopped
+    if isinstance(thread, _Ahead):
+        if thread.stopping.is_set():
+            raise Stopped
+        thread.progress = (done, total) if total else thread.progress
+    elif total:
+        tell_harvest(done, total)

@@ -138,6 +138,7 @@ def page(run: RunFiles) -> dict[str, Any]:
         ],
         "config": run.config,
         "provenance": list(_flat(run.provenance)),
+        "failed": [(name, str(reason)) for name, reason in _dict(summary.get("failed")).items()],
         "warnings": [str(w) for w in _list(summary.get("warnings"))],
         "problems": [*run.problems, *(f"{name}: {text}" for name, v in run.variants.items() for text in v.problems)],
     }

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from saekit.errors import ComponentError, PluginError, RunError, SaekitError, under_key
+from saekit.errors import ComponentError, PluginError, RunError, SaekitError, UsageError, under_key
 from saekit.out_of_memory import is_out_of_memory
 from saekit.registered import OWN_DISTRIBUTION
 
@@ -61,7 +61,21 @@ def blamed_on(part: Part) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
-        raise _failure(part, error) from error
+        raise failure(part, error) from error
+
+
+def failure(part: Part, error: BaseException) -> PluginError:
+    """The error that names a component which raised something unexpected."""
+    return PluginError(
+        f"{part.component.origin} failed: {type(error).__name__}: {error}. Fix it, or leave {part.label!r} out of the "
+        "run; what was saved is kept."
+    )
+
+
+def alone(error: SaekitError) -> SaekitError:
+    """The error without what it holds on to: its traceback keeps every tensor of the frames that it passed through."""
+    kind = next((kind for kind in (UsageError, PluginError) if isinstance(error, kind)), RunError)
+    return kind(str(error))
 
 
 def _explanation(error: BaseException, parts: list[Part]) -> SaekitError | None:
@@ -75,7 +89,7 @@ def _explanation(error: BaseException, parts: list[Part]) -> SaekitError | None:
     if isinstance(error, Exception):  # saekit itself never leaves: where one of its own components does, it ran a user's code
         parts = [part for part in parts if part.component.distribution != OWN_DISTRIBUTION]
     part = _part_in_traceback(error, parts, _modules)
-    return None if part is None else _failure(part, error)
+    return None if part is None else failure(part, error)
 
 
 def _part_in_traceback(error: BaseException, parts: list[Part], modules_of: Callable[[Part], set[str]]) -> Part | None:
@@ -83,13 +97,6 @@ def _part_in_traceback(error: BaseException, parts: list[Part], modules_of: Call
     modules = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)]
     known = [(part, modules_of(part)) for part in parts]
     return next((part for module in reversed(modules) for part, own in known if module in own), None)
-
-
-def _failure(part: Part, error: BaseException) -> PluginError:
-    return PluginError(
-        f"{part.component.origin} failed: {type(error).__name__}: {error}. Fix it, or leave {part.label!r} out of the "
-        "run; what was saved is kept."
-    )
 
 
 def _modules(part: Part) -> set[str]:

@@ -7,11 +7,12 @@ from typing import Any
 
 from saekit.component_option import ComponentOption
 from saekit.config import ArchitectureUse, RunConfig, SourceUse, Use, Variant, use_model
-from saekit.errors import OptionError, UsageError, under_key
+from saekit.errors import OptionError, SaekitError, UsageError, under_key
 from saekit.kinds import LISTS, SECTIONS, Section
 from saekit.plugins import Registry
+from saekit.process_state import kept
 from saekit.registered import RegisteredComponent
-from saekit.runner.blame import explained, of_variant
+from saekit.runner.blame import explained, failure, of_variant
 from saekit.schedules import Scheduled, extreme_steps, value_at
 from saekit.variants import run_configs
 
@@ -155,6 +156,7 @@ def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
             plan = _plan(variant, _with_defaults(own, registry, given), source, registry)
             _check_needs(plan, registry, withheld)
             _check_training(plan)
+            _try_out(plan)
             members.append(plan)
     with explained([source]), under_key(source.key):
         facts = built.peek()
@@ -235,7 +237,7 @@ def _check_needs(plan: SAEPlan, registry: Registry, withheld: dict[str, str]) ->
     """withheld: what the source could provide but does not with these options, with the fix for each."""
     others = _provided([component for part in plan.parts if part is not plan.source for component in part.components])
     provided = (others | (set(plan.source.component.provides) - set(withheld))) - {GRAPH}
-    _check_architecture(plan, withheld, "target" in provided)
+    _check_architecture(plan, registry, withheld, "target" in provided)
     for part in plan.parts:
         given = provided | ({GRAPH} if _has_graph(plan, part) else set())
         missing = [need for component in part.components for need in component.needs if need not in given]
@@ -272,16 +274,29 @@ def _provider(need: str, part: Part, registry: Registry) -> str:
     return f"No installed plugin provides it. Install one that does, or leave {part.label!r} out of the run."
 
 
-def _check_architecture(plan: SAEPlan, withheld: dict[str, str], has_target: bool) -> None:
+def _check_architecture(plan: SAEPlan, registry: Registry, withheld: dict[str, str], has_target: bool) -> None:
     """An architecture may refuse options that only a transcoder can have."""
     check = getattr(plan.architecture.component.load(), "check", None)  # its target may be anything until it is built
     try:
         if check is not None:
-            check(plan.architecture.options, transcoder=has_target)
+            with kept(plan.architecture.component.origin, registry.warn):
+                check(plan.architecture.options, transcoder=has_target)
     except OptionError as error:
         source = plan.source.component.name
         fix = withheld.get("target", f"Source {source!r} gives no target: choose another source, or leave {error.option} out.")
         raise UsageError(f"{error.under(plan.architecture.key)} {fix}") from None
+    except SaekitError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise failure(plan.architecture, error) from error
+
+
+def _try_out(plan: SAEPlan) -> None:
+    """Build once what the run itself builds only after hours of training, so that what its constructor refuses is told now."""
+    for section in ("loss", "graph", *AFTER_TRAINING):
+        for part in plan.sections[section]:
+            with explained([part]):
+                part.build()
 
 
 def _check_training(plan: SAEPlan) -> None:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 import torch
 
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.activations.cache import CachedSource
+from saekit.activations.progress import harvest_heard_by
 from saekit.activations.shuffle import ShuffledBatches
-from saekit.errors import RunError, under_key
+from saekit.errors import RunError, UsageError, under_key
 from saekit.files import DiskFull, to_jsonable, write_json
 from saekit.listeners import Listener, Listeners
 from saekit.plugins import Registry
+from saekit.process_state import kept
 from saekit.protocols import RunInfo, Source
 from saekit.report import write_report
 from saekit.run_directory import RunDirectory
@@ -49,10 +53,11 @@ class Run:
     """
 
     def __init__(self, plan: RunPlan, directory: RunDirectory, registry: Registry, *, view: Any = None) -> None:
-        self.plan, self.directory, self.config = plan, directory, plan.config
+        self.plan, self.directory, self.config, self.registry = plan, directory, plan.config, registry
         self.info = RunInfo(directory, plan.config, plan, "")
         self.seconds: dict[str, float] = {}
         self.trained_tokens = self.tokens_this_time = 0
+        self._harvest_told = time.perf_counter()
         self.listeners = Listeners()
         self._interruption = Interruption(directory.path)
         self.sae_runs = []
@@ -63,23 +68,43 @@ class Run:
             self.listeners.add(Listener("view", view, "the terminal view", vital=False))
 
     def execute(self) -> dict[str, Any]:
-        """Carry the plan out; returns the content of `summary.json`. Listeners hear of a failure before it is raised."""
+        """Carry the plan out; returns the content of `summary.json`. Listeners hear of a failure before it is raised.
+
+        The error of a metric or an analyzer is raised when everything else is written."""
+        return self._carried_out(self._phases)
+
+    def measure_again(self, before: dict[str, Any]) -> dict[str, Any]:
+        """Carry out the metrics and analyzers that failed in this run, whose summary is `before`; the same as `execute`
+        otherwise."""
+        return self._carried_out(lambda: self._phases_again(before))
+
+    def _carried_out(self, phases: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
-            with self._interruption.heard(), explained(self.plan.parts):
-                return self._phases()
+            with (
+                self._interruption.heard(),
+                explained(self.plan.parts),
+                harvest_heard_by(self._harvest_advanced),
+                torch.enable_grad(),
+            ):
+                summary = phases()
         except BaseException as error:
             if isinstance(error, DiskFull):
                 fix = f"What was saved is whole. Free some space and continue with: saekit run --resume {self.directory.path}"
                 error = DiskFull(error.path, fix)
             self._tell("run_failed", error=error)
             raise error
+        self._raise_failures()
+        return summary
+
+    def _raise_failures(self) -> None:
+        found = [(one, error) for one in self.sae_runs for error in one.failed.values()]
+        if found:
+            told = [f"variant {one.variant!r}: {error}" if one.variant else str(error) for one, error in found]
+            again = f"Everything else is written. What failed is carried out again by: saekit run --resume {self.directory.path}"
+            raise type(found[0][1])("\n".join([*told, again]))
 
     def _phases(self) -> dict[str, Any]:
-        for one in self.sae_runs:
-            one.directory.begin(one.config)
-        self._tell("run_started")
-        self._warn(*self.plan.warnings)
-        self.each(lambda one: one.listeners.warn(*one.listeners.outdated))
+        self._begin()
         with self._phase("prepare", None):
             self.prepare()
         if self.plan.total_steps:
@@ -89,12 +114,36 @@ class Run:
         if any(one.plan.graph for one in self.sae_runs):
             with self._phase("graph", None):
                 self.each(SAERun.build_graph)
-        with self._phase("evaluate", self.config.evaluation.tokens):
-            self._evaluate()
-        with self._phase("analyse", sum(len(one.plan.sections["analyzer"]) for one in self.sae_runs)):
+        return self._measured()
+
+    def _phases_again(self, before: dict[str, Any]) -> dict[str, Any]:
+        self._begin()
+        self.seconds = dict(before["seconds"])
+        self.listeners.warnings += [message for message in before["warnings"] if message not in self.listeners.warnings]
+        with self._phase("prepare", None):
+            self._open(only_as=self.directory.provenance)
+            self.each(lambda one: one.recall(before["variants"].get(one.variant, before)))
+            self.each(SAERun.prepare_analyzers)
+        self.trained_tokens = before["tokens"]
+        kept_figures = ("tokens_per_second", "peak_memory_bytes")  # they tell of the training
+        return self._measured({key: before[key] for key in kept_figures})
+
+    def _begin(self) -> None:
+        for one in self.sae_runs:
+            one.directory.begin(one.config)
+        self._tell("run_started")
+        self._warn(*self.plan.warnings)
+        self.each(lambda one: one.listeners.warn(*one.listeners.outdated))
+
+    def _measured(self, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Everything after training; returns the summary, with what is already `known` in it."""
+        if known is None or any(one.to_do("metric") for one in self.sae_runs):
+            with self._phase("evaluate", self.config.evaluation.tokens):
+                self._evaluate()
+        with self._phase("analyse", sum(len(one.to_do("analyzer")) for one in self.sae_runs)):
             self._analyse()
         with self._phase("report", None):
-            summary = to_jsonable(summarise(self))
+            summary = to_jsonable(summarise(self)) | (known or {})
             for one in self.sae_runs:
                 if one.variant:
                     write_json(one.directory.summary, summary["variants"][one.variant])
@@ -126,6 +175,15 @@ class Run:
     def _tell_each(self, hook: str, **values: Any) -> None:
         self.each(lambda one: one.listeners.call(hook, run=one.info, **values))
 
+    def _harvest_advanced(self, done: int, total: int) -> None:
+        """Tell listeners how far the harvest of a block has come, at most once a second."""
+        now = time.perf_counter()
+        if now - self._harvest_told >= 1.0:
+            self._harvest_told = now
+            for one in self.sae_runs:  # not in its turn: when it is told depends on the clock, so it draws from no sequence
+                one.listeners.call("harvest_advanced", done=done, total=total)
+            self.listeners.emit("harvest_advanced", done=done, total=total)
+
     def _warn(self, *messages: str) -> None:
         """Warnings that concern the whole run."""
         for message in messages:
@@ -137,6 +195,14 @@ class Run:
 
     def prepare(self) -> None:
         """Open the source, and bring every SAE to its first weights."""
+        self._open()
+        if self.plan.total_steps:
+            sample = self._sample()
+            self.each(SAERun.initialise, sample)
+        self.each(SAERun.prepare_analyzers)
+
+    def _open(self, only_as: Path | None = None) -> None:
+        """Choose the device and open the source. only_as: UsageError if it is another one than this provenance tells of."""
         training = self.config.training
 
         def choose(one: SAERun) -> None:
@@ -147,19 +213,20 @@ class Run:
             torch.set_num_threads(training.threads)
         torch.manual_seed(seed_for(training.order_seed, "torch"))
         self.source: Source = self.plan.members[0].build_source()
-        with under_key(self.plan.source.key):
+        with under_key(self.plan.source.key), kept(self.plan.source.component.origin, self._warn):
             self.source.open(device=self.device, dtype=torch.float32)
         if isinstance(self.source, CachedSource) and (missing := self.source.missing):
             with self._phase("harvest", missing), under_key(self.plan.source.key):
                 self.source.fill(lambda done: self._tell("phase_advanced", phase="harvest", done=done))
         self._warn(*getattr(self.source, "warnings", ()))
         self.identity = to_jsonable(self.source.identity())
+        if only_as is not None and json.loads(only_as.read_text(encoding="utf-8"))["source"] != self.identity:
+            raise UsageError(
+                f"{only_as}: the SAE was trained on another model or other data than there is now. Bring back what the run was "
+                "begun with, or start a new run."
+            )
         self._write_provenance()
         self.each(SAERun.open, self.source, self.identity, self.device)
-        if self.plan.total_steps:
-            sample = self._sample()
-            self.each(SAERun.initialise, sample)
-        self.each(SAERun.prepare_analyzers)
 
     def _write_provenance(self) -> None:
         made_by = {self.directory.provenance: provenance(self.plan, self.identity)}
@@ -303,7 +370,7 @@ class Run:
     def _analyse(self) -> None:
         done = 0
         for one in self.sae_runs:
-            for part in one.plan.sections["analyzer"]:
+            for part in one.to_do("analyzer"):
                 with one.turn():
                     one.analyse(part)
                 done += 1
@@ -316,6 +383,7 @@ class Run:
         self._tell("phase_started", phase=name, total=total)
         began, harvest_before = time.perf_counter(), self.seconds.get("harvest", 0.0)
         yield
+        self._warn(*self.registry.warnings)
         waited = self.seconds.get("harvest", 0.0) - harvest_before
         self._add_seconds(name, time.perf_counter() - began - waited)
         self._tell("phase_ended", phase=name, seconds=self.seconds[name])

@@ -15,18 +15,21 @@ import torch
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.activations.trained_positions import TrainedPositions
 from saekit.component_option import fits
-from saekit.errors import RunError, UsageError, under_key
+from saekit.errors import PluginError, RunError, SaekitError, UsageError, under_key
 from saekit.estimate import Estimate, value_of
-from saekit.files import disk_errors, to_jsonable
+from saekit.files import DiskFull, disk_errors, to_jsonable
 from saekit.graph import FeatureGraph, dictionary_digest
 from saekit.listeners import Listener, Listeners
+from saekit.numerics import seeded
 from saekit.plugins import Registry
+from saekit.process_state import kept
 from saekit.protocols import RunInfo, Source
 from saekit.result import Result
-from saekit.runner.blame import blamed_on, explained, of_variant
+from saekit.runner.blame import alone, blamed_on, explained, of_variant
 from saekit.runner.context import RunContext
 from saekit.runner.held_out import CountedSource, HeldOutUse
 from saekit.runner.plan import Part, SAEPlan
+from saekit.runner.unchanged import Unchanged
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.code import Code
 from saekit.sae.formats import SavedSAE, load_sae, open_sae, save_sae
@@ -66,6 +69,7 @@ class SAERun:
     estimates: what stands beside some metrics: intervals, numbers, sentences.
     analysis: each analyzer's scalars.
     analysis_notes: each analyzer's notes.
+    failed: the errors of metrics and analyzers that failed, by their keys in the run file.
     losses: as logged last.
     calibrated: what was set after training, and on how many `tokens`; empty if nothing was.
     """
@@ -87,6 +91,7 @@ class SAERun:
         self.held_out: dict[str, dict[str, int | None]] = {}
         self.analysis: dict[str, dict[str, Any]] = {}
         self.analysis_notes: dict[str, list[str]] = {}
+        self.failed: dict[str, SaekitError] = {}
         self.losses: dict[str, float] = {}
         self.last_speed: float | None = None  # as last logged, which may have been before the run was resumed
         self.calibrated: dict[str, float] = {}
@@ -96,6 +101,7 @@ class SAERun:
         self._is_new = plan.config.architecture.from_ is None  # whether its `prepare` is still to come
         self._metrics: list[tuple[Part, Any]] = []
         self._use: dict[str, HeldOutUse] = {}
+        self._again: set[str] | None = None  # the keys of what is measured again; None in a run from the beginning
         self._prepared: dict[str, Any] = {}  # analyzers that have been prepared before training, by their key
         with of_variant(self.variant):
             for part in (*plan.sections["callback"], *plan.sections["tracker"]):
@@ -205,10 +211,10 @@ class SAERun:
 
     def prepare_analyzers(self) -> None:
         """Let analyzers with a `prepare` look at the source and the SAE before anything is trained for them."""
-        for part in self.plan.sections["analyzer"]:
+        for part in self.to_do("analyzer"):
             if hasattr(part.component.load(), "prepare"):
                 analyzer = self._prepared[part.key] = part.build()
-                with blamed_on(part):
+                with self._at_work(part):
                     analyzer.prepare(self._context(self.directory.path, self.scale, self.target_scale))
 
     # --- train -------------------------------------------------------------------------------------------------
@@ -218,7 +224,7 @@ class SAERun:
         context = self._context(self.directory.path, self.scale, self.target_scale)
         prepare: Callable[[RunContext], None] | None = getattr(self.sae, "prepare", None)
         if prepare is not None and self._is_new:
-            with blamed_on(self.plan.architecture):
+            with self._at_work(self.plan.architecture):
                 prepare(context)
         terms = []
         for part in self.plan.sections["loss"]:
@@ -226,7 +232,7 @@ class SAERun:
             if isinstance(function, torch.nn.Module):
                 function.to(self.device)
             if hasattr(function, "prepare"):
-                with under_key(part.key):
+                with under_key(part.key), kept(part.component.origin, self.listeners.warn):
                     function.prepare(context)
             terms.append(Term(part.label, function, part.entry.weight, part.component))  # type: ignore[attr-defined]
         self.trainer = Trainer(
@@ -250,7 +256,8 @@ class SAERun:
         """One step on a batch of activations, and on whole sequences if a loss of any SAE needs them; `speed` gives the
         tokens per second if the step is logged."""
         trainer, training = self.trainer, self.config.training
-        trainer.train_on(batch, sequences)
+        with kept("A loss, a callback or the architecture", self.listeners.warn):  # those that can be named have been
+            trainer.train_on(batch, sequences)
         if trainer.number % training.log_every == 0 or trainer.number == trainer.total_steps:
             trainer.last_logged = {**trainer.measures(), "tokens_per_second": speed()}
             self.listeners.emit("logged", trainer=trainer, number=trainer.number - 1, values=trainer.last_logged)
@@ -304,7 +311,7 @@ class SAERun:
             return
         self.sae.requires_grad_(False)
         builder = part.build()
-        with blamed_on(part), contextlib.closing(self._codes()) as codes:
+        with self._at_work(part), contextlib.closing(self._codes()) as codes:
             graph = builder(self.sae, codes)
             if not isinstance(graph, FeatureGraph):
                 raise TypeError(f"it returned {type(graph).__name__}, not a saekit.FeatureGraph")
@@ -322,6 +329,69 @@ class SAERun:
             yield code
 
     # --- evaluate, analyse -------------------------------------------------------------------------------------
+
+    def recall(self, told: dict[str, Any]) -> None:
+        """Take up what a finished run wrote, with `told` as its summary: the SAE, the graph, every result but those that
+        failed, which are to be measured again."""
+        self.sae = load_sae(self.directory.sae, device=self.device, registry=self.registry)
+        if self.plan.graph is not None:
+            self.graph = FeatureGraph.load(self.directory.graph).to(self.device)
+        self._again, self._unchanged = set(told["failed"]), Unchanged(self.sae)
+        self.metrics, self.headline, self.meanings = told["metrics"], told["headline"], told["meanings"]
+        self.analysis, self.analysis_notes, self.losses = told["analysis"], told["analysis_notes"], told["losses"]
+        self.estimates, self.held_out, self.calibrated = told["estimates"], told["held_out"], told["sae"]["calibrated"]
+        self.listeners.warnings += [message for message in told["warnings"] if message not in self.listeners.warnings]
+
+    def to_do(self, section: str) -> list[Part]:
+        """The metrics or analyzers that are to be carried out."""
+        return [part for part in self.plan.sections[section] if self._again is None or part.key in self._again]
+
+    @contextlib.contextmanager
+    def _at_work(self, part: Part) -> Iterator[None]:
+        """A component is at work in the block: its errors name it, and it changes nothing of the process."""
+        with blamed_on(part), kept(part.component.origin, self.listeners.warn):
+            yield
+
+    @contextlib.contextmanager
+    def _guarded(self, part: Part, *, thoroughly: bool = True) -> Iterator[None]:
+        """A metric or an analyzer is at work in the block. It must leave the SAE as it is for those after it; and if it
+        fails, that costs its own result alone.
+
+        thoroughly: read the whole SAE for changes, not only the marks that torch keeps."""
+        try:
+            with explained([part]), self._at_work(part):
+                yield
+            changes = self._put_right(thoroughly)
+            if changes:
+                raise PluginError(
+                    f"{part.component.origin} changed the SAE that it was given ({', '.join(changes)}), so its result is not "
+                    "kept; for the others the SAE has been read again from disk. It should work on a copy: "
+                    "copy.deepcopy(context.sae)."
+                )
+        except DiskFull:
+            raise
+        except SaekitError as error:
+            self._put_right(thoroughly=True)
+            self.failed[part.key] = alone(error)
+            who = f"variant {self.variant!r}: " if self.variant else ""
+            self.listeners.emit("warned", message=f"{who}{error} The run goes on without it.")
+
+    def _put_right(self, thoroughly: bool) -> list[str]:
+        """What is different of the SAE, which is then as it is on disk again; `thoroughly` as above."""
+        untouched = self._unchanged.is_untouched()
+        if untouched and not thoroughly:
+            return []
+        changes = self._unchanged.changes()
+        if changes:
+            saved = load_sae(self.directory.sae, device=self.device, registry=self.registry)
+            with contextlib.suppress(RuntimeError):  # other tensors than it had: then it is replaced
+                self.sae.load_state_dict(saved.state_dict())  # in place, for those that have kept it
+            if self._unchanged.changes():
+                self.sae = saved
+        if changes or not untouched:
+            self.sae.to(self.device).requires_grad_(False)
+            self._unchanged = Unchanged(self.sae)
+        return changes
 
     def _context(self, directory: Path, scale: float = 1.0, target_scale: float = 1.0) -> RunContext:
         warn = self.listeners.warn
@@ -341,21 +411,25 @@ class SAERun:
         """Build the metrics."""
         self.sae.requires_grad_(False)
         self._evaluated = self._not_finite = 0
-        self._metrics = [(part, part.build()) for part in self.plan.sections["metric"]]
-        for part, metric in self._metrics:
-            if hasattr(metric, "prepare"):
-                with blamed_on(part):
+        self._unchanged = Unchanged(self.sae)
+        self._metrics = []
+        for part in self.to_do("metric"):
+            with self._guarded(part):
+                metric = part.build()
+                if hasattr(metric, "prepare"):
                     metric.prepare(self._measuring(part))
+                self._metrics.append((part, metric))
 
     def evaluate_on(self, batch: Activations) -> None:
         """Hand one held-out batch to every metric that streams."""
-        step = self.context.step(batch)
+        step, is_first = self.context.step(batch), not self._evaluated
         self._evaluated += len(batch)
         self._not_finite += int((~step.reconstruction.isfinite().all(1)).sum())
         for part, metric in self._metrics:
             if hasattr(metric, "update"):
-                with blamed_on(part):
+                with self._guarded(part, thoroughly=is_first):
                     metric.update(step)
+        self._metrics = [(part, metric) for part, metric in self._metrics if part.key not in self.failed]
 
     def end_evaluation(self, streamed: HeldOutUse) -> None:
         """Compute every metric; those that need the model run it now. streamed: what the others were given."""
@@ -366,21 +440,26 @@ class SAERun:
             )
         for part, metric in self._metrics:
             warned = len(self.listeners.warnings)
-            with blamed_on(part):
-                values = metric.compute() if hasattr(metric, "update") else metric.measure(self._measuring(part))
-                self.metrics |= {name: value_of(given) for name, given in values.items()}
-                self.estimates |= {n: v.beside() for n, v in values.items() if isinstance(v, Estimate) and v.beside()}
+            values: dict[str, float | None] = {}
+            with self._guarded(part):
+                given = metric.compute() if hasattr(metric, "update") else metric.measure(self._measuring(part))
+                values = {name: value_of(value) for name, value in given.items()}
+                beside = {name: value.beside() for name, value in given.items() if isinstance(value, Estimate) and value.beside()}
+                for name in values.keys() & self.metrics.keys():
+                    raise RunError(_both_return(name, *filter(None, [whose.get(name), part])))
+            if part.key in self.failed:
+                self._use.pop(part.label, None)
+                continue
             if hasattr(metric, "update"):
                 self._use.setdefault(part.label, HeldOutUse()).merge(streamed)
-            for name in values:
-                if name in whose:
-                    raise RunError(_both_return(name, whose[name], part))
-                whose[name] = part
+            self.metrics |= values
+            self.estimates |= beside
+            whose |= dict.fromkeys(values, part)
             self._say_why(metric, values, has_warned=len(self.listeners.warnings) > warned)
-            self.headline += [name for name in getattr(metric, "headline", ()) if name in values]
+            self.headline += [n for n in getattr(metric, "headline", ()) if n in values and n not in self.headline]
             self.meanings |= getattr(metric, "meanings", {})
         self._metrics = []
-        self.held_out = {name: use.counts(self.source) for name, use in self._use.items() if use}
+        self.held_out |= {name: use.counts(self.source) for name, use in self._use.items() if use}
         self.listeners.emit("evaluated", metrics=self.metrics, variant=self.variant)
 
     def _say_why(self, metric: Any, values: dict[str, Any], *, has_warned: bool) -> None:
@@ -401,17 +480,23 @@ class SAERun:
         directory = self.directory.analysis(part.label)
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-        analyzer = self._prepared.get(part.key) or part.build()
-        with blamed_on(part):
+            self.directory.result(part.label).unlink(missing_ok=True)  # of an earlier attempt
+        # A sequence of random numbers of its own, so that it finds the same when it is carried out alone.
+        with self._guarded(part), seeded(seed_for(self.config.training.seed, part.key), self.device):
+            analyzer = self._prepared.get(part.key) or part.build()
             result = analyzer(self._context(directory))
             if not isinstance(result, Result):
                 raise TypeError(f"it returned {type(result).__name__}, not a saekit.Result")
-            self.directory.write_analysis(part.label, result)
-            self.analysis[part.label] = to_jsonable(dict(result.scalars))
-            self.analysis_notes[part.label] = list(map(str, result.notes))
-        self.listeners.emit("analysed", name=part.label, result=result, variant=self.variant)
+        if part.key not in self.failed:
+            with self._guarded(part, thoroughly=False):
+                self.directory.write_analysis(part.label, result)
+                self.analysis[part.label] = to_jsonable(dict(result.scalars))
+                self.analysis_notes[part.label] = list(map(str, result.notes))
+        if part.key not in self.failed:
+            self.listeners.emit("analysed", name=part.label, result=result, variant=self.variant)
 
 
 def _both_return(name: str, *parts: Part) -> str:
-    first, second = (f"{part.key} ({part.component.title})" for part in parts)
-    return f"{first} and {second} both return {name!r}. Leave one out; what was saved is kept."
+    *first, last = (f"{part.key} ({part.component.title})" for part in parts)
+    other = first[0] if first else "a metric that was measured before"
+    return f"{other} and {last} both return {name!r}. Leave one out; what was saved is kept."

@@ -68,6 +68,7 @@ def _of(one: SAERun) -> dict[str, Any]:
         "notes": notes(one.held_out),
         "analysis": one.analysis,
         "analysis_notes": one.analysis_notes,
+        "failed": {key: str(error) for key, error in one.failed.items()},
         "losses": one.losses,
     }
 
@@ -76,9 +77,10 @@ def _in_common(sae_runs: list[SAERun]) -> dict[str, Any]:
     """The same keys for a run of variants. It has no single SAE, so nothing may look as if it belonged to one."""
     saes = [_sae(one) for one in sae_runs]
     common = {key: value if all(sae[key] == value for sae in saes) else None for key, value in saes[0].items()}
+    failed = {f"variant {one.variant!r}: {key}": str(error) for one in sae_runs for key, error in one.failed.items()}
     by_name = ("metrics", "estimates", "meanings", "held_out", "analysis", "analysis_notes", "losses")
     nothing: dict[str, Any] = {key: {} for key in by_name}
-    return {"sae": common, "graph": None, "headline": [], "notes": [], **nothing}
+    return {"sae": common, "graph": None, "headline": [], "notes": [], **nothing, "failed": failed}
 
 
 def _sae(one: SAERun) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _block(state: RunState, width: int, now: float, loosely: bool, most: int) ->
         trained = _variants(training, width, most)
     sections = [
         _header(state),
-        [_phase(phase, width, now) for phase in state.shown_phases()],
+        [_phase(phase, width, now, state.harvested) for phase in state.shown_phases()],
         trained,
         _held_out(state.metrics, width, most),
         _analyses(state, most),
@@ -64,7 +64,7 @@ def _header(state: RunState) -> list[Text]:
     return [line]
 
 
-def _phase(phase: Phase, width: int, now: float) -> Text:
+def _phase(phase: Phase, width: int, now: float, harvested: float | None) -> Text:
     mark, style = MARKS.get(phase.status) or (SPINNER[int(now * 8) % len(SPINNER)], "cyan")
     line = Text.assemble("  ", (mark, style), " ")
     line.append(set_cell_size(clean(phase.name), 10), style="dim" if phase.status == "waiting" else "")
@@ -77,6 +77,8 @@ def _phase(phase: Phase, width: int, now: float) -> Text:
     left = phase.left(now)
     if left is not None:
         line.append(f"  {duration(left)} left", style="cyan")
+    if phase.status == "running" and harvested is not None:
+        line.append(f"  harvest {percent(harvested)}", style="dim")
     return line
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -19,6 +21,7 @@ from saekit.wording import clean, count, duration, label, number, percent, with_
 INTERVAL = 5.0  # seconds between lines at first
 SHARE = 0.05  # in a long phase the interval is this share of the time it has taken
 TENTH = 0.1
+QUIET = 30.0  # seconds without a line after which one says that the run goes on
 
 
 class LinesView:
@@ -30,11 +33,17 @@ class LinesView:
         self.state = RunState()
         self._said: dict[str, tuple[float, float]] = {}  # by phase: the time of its last line, and its progress then
         self._spoken: int | None = None  # the training step of the last line
+        self._spoke = clock()  # when the last line of any kind was printed
+        self._lock = threading.Lock()  # of the stream, which a thread of its own writes to when nothing else does
+        self._over = threading.Event()
 
     @hookimpl
     def run_started(self, run: RunInfo) -> None:
         self.state.start(run)
         self._say(f"saekit run {run.directory.path}" + (f" ({self.state.subject})" if self.state.subject else ""))
+
+        if self._clock is time.monotonic:  # no thread can wait by another clock
+            threading.Thread(target=self._break_silences, name="saekit-lines", daemon=True).start()
 
     @hookimpl
     def phase_started(self, phase: str, total: int | None) -> None:
@@ -44,7 +53,12 @@ class LinesView:
         self._say(f"{phase}: started")
 
     @hookimpl
+    def harvest_advanced(self, done: int, total: int) -> None:
+        self.state.harvested = done / total
+
+    @hookimpl
     def phase_advanced(self, phase: str, done: int) -> None:
+        self.state.harvested = None
         one = self.state.phase(phase)
         one.advance(done, self._clock())
         # Training prints a line when it has logged.
@@ -53,6 +67,7 @@ class LinesView:
 
     @hookimpl
     def phase_ended(self, phase: str, seconds: float) -> None:
+        self.state.harvested = None
         self.state.phase(phase).end(seconds)
         self._say(f"{phase}: done in {duration(seconds)}")
 
@@ -86,12 +101,14 @@ class LinesView:
 
     @hookimpl
     def run_finished(self, summary: dict[str, Any]) -> None:
+        self.close()
         # Whatever the environment says about colours, this view prints no control characters.
         drawn = console(file=self._stream, width=100, color_system=None, force_terminal=False, legacy_windows=False)
         render_summary(summary, drawn)
 
     @hookimpl
     def run_failed(self, error: BaseException) -> None:
+        self.close()
         now = self._clock()
         for phase in self.state.fail(now):
             self._say(f"{phase.name}: stopped after {duration(phase.elapsed(now))} by {type(error).__name__}")
@@ -100,8 +117,29 @@ class LinesView:
     def _stream(self) -> TextIO:
         return self._file or sys.stderr
 
+    def close(self) -> None:
+        """Say nothing more of its own accord; safe to call twice."""
+        self._over.set()
+
+    def break_silence(self) -> None:
+        """Print a line if there was none for `QUIET` seconds: a component, or the harvest of a block, may take minutes."""
+        phase, now = self.state.running(), self._clock()
+        if phase is not None and now - self._spoke >= QUIET:
+            parts = [f"goes on, {duration(phase.elapsed(now))} so far"]
+            parts += [_how_far(phase, now)] if phase.done else []
+            if self.state.harvested is not None:
+                parts.append(f"{percent(self.state.harvested)} of a block of activations harvested")
+            self._say(f"{phase.name}: {', '.join(parts)}")
+
+    def _break_silences(self) -> None:
+        while not self._over.wait(1.0):
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # closed, or changed while it was read
+                self.break_silence()
+
     def _say(self, text: str) -> None:
-        echo(clean(text), file=self._stream)
+        with self._lock:
+            self._spoke = self._clock()
+            echo(clean(text), file=self._stream)
 
     def _is_due(self, phase: Phase) -> bool:
         """Whether a tenth of the phase, or the interval, has passed since its last line; if so, note the new line."""

@@ -171,6 +171,7 @@ class RunState:
     metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
     analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    harvested: float | None = None  # the share of a block of activations that is there, while the run waits for it
 
     def start(self, run: RunInfo) -> None:
         """Take name, model and hook point from the run."""
@@ -183,6 +184,11 @@ class RunState:
         what = one if len(plan.members) == 1 else f"{len(plan.members)} variants"
         facts = (what, plan.facts.get("model"), plan.facts.get("hook_point"))
         self.subject = " · ".join(str(fact) for fact in facts if fact)
+
+    def running(self) -> Phase | None:
+        """The phase that began last of those that are running."""
+        running = [phase for phase in self.phases.values() if phase.status == "running"]
+        return max(running, key=lambda phase: phase._began, default=None)
 
     def phase(self, name: str) -> Phase:
         """The phase with this name; a new one is added at the end."""

@@ -42,13 +42,16 @@ def render_summary(summary: dict[str, Any], console: Console) -> None:
         Panel(Group(*sections), title=title, title_align="left", subtitle=subtitle, subtitle_align="right",
               border_style="cyan", padding=(1, 2), width=width)
     )  # fmt: skip
+    for name, reason in (summary.get("failed") or {}).items():
+        told = Text(f"✗ {clean(name)}: {clean(reason)}", style="bold red")
+        console.print(Padding(told, (0, 2), expand=False), width=width)
     for note in _notes(summary):
         console.print(Padding(Text(clean(note)), (0, 2), expand=False), width=width)
     for message in summary.get("warnings") or []:
         console.print(Padding(Text(f"! {clean(message)}", style="yellow"), (0, 2), expand=False), width=width)
     for message in summary.get("notes") or []:
         console.print(Padding(Text(clean(message), style="dim"), (0, 2), expand=False), width=width)
-    if summary.get("warnings") or summary.get("notes") or any(_notes(summary)):
+    if summary.get("failed") or summary.get("warnings") or summary.get("notes") or any(_notes(summary)):
         console.print()
     # Paths are there to be copied: the terminal may wrap them, but they contain no line break.
     for name, text in _where(summary):

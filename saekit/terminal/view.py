@@ -57,13 +57,20 @@ class LiveView:
             self.state.phase(phase).begin(total, self._clock())
 
     @hookimpl
+    def harvest_advanced(self, done: int, total: int) -> None:
+        with self._lock:
+            self.state.harvested = done / total
+
+    @hookimpl
     def phase_advanced(self, phase: str, done: int) -> None:
         with self._lock:
+            self.state.harvested = None
             self.state.phase(phase).advance(done, self._clock())
 
     @hookimpl
     def phase_ended(self, phase: str, seconds: float) -> None:
         with self._lock:
+            self.state.harvested = None
             self.state.phase(phase).end(seconds)
 
     @hookimpl

@@ -14,6 +14,7 @@ from saekit.errors import PluginError
 from saekit.graph import FeatureGraph
 from saekit.listeners import Listeners
 from saekit.numerics import evaluating
+from saekit.process_state import kept
 from saekit.protocols import Training
 from saekit.sae.base import SparseAutoencoder
 from saekit.schedules import value_at
@@ -137,7 +138,8 @@ class Trainer(Training):
         values = {}
         for term in self.terms:
             if term.weight_at(self.number, self.total_steps) != 0:
-                value = term.value(step)
+                with kept(term.component.origin, self.listeners.warn, in_a_step=True):
+                    value = term.value(step)
                 if value is not None:
                     values[term.label] = value
         return values

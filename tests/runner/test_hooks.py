@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 import saekit
 from saekit import Registry, RunInfo, hookspecs
+from saekit.activations.shuffle import stop_point
+from saekit.builtin.sources import SyntheticSource
 from saekit.component import Component
 from saekit.hookspecs import Declaring, Lifecycle, hookimpl
 from saekit.terminal.lines import LinesView
@@ -143,3 +146,38 @@ def test_the_view_and_the_listeners_of_each_variant_are_told_the_same_kind_of_ru
     assert own[1].runs[0].directory.path == place / "variants" / "b"
     assert own[1].runs[0].config.training.lr == 1e-4
     assert view.runs[0].config.training.lr == 1e-3
+
+
+class SlowSource(SyntheticSource):
+    """Its second training block takes longer than a second, and says how far it has come."""
+
+    def blocks(self, split: str, *, size: int, seed: int, start: int = 0) -> Any:
+        for number, block in enumerate(super().blocks(split, size=size, seed=seed, start=start), start):
+            for done in range(60, 160, 10) if split == "train" and number == 1 else ():
+                stop_point(done, 200)
+                time.sleep(0.15)
+            yield block
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_listeners_hear_how_far_the_harvest_of_a_block_has_come(prefetch: int, tmp_path: Path) -> None:
+    heard: dict[str, list[tuple[int, int]]] = {"callback": [], "view": []}
+
+    class Hears:
+        kind = "callback"
+
+        @hookimpl
+        def harvest_advanced(self, done: int, total: int) -> None:
+            heard[self.kind].append((done, total))
+
+    class View(Hears):
+        kind = "view"
+
+    registry = registry_of(source=Component("slow", SlowSource), callback=Component("hears", Hears))
+    table = tiny_table()
+    table |= {"source": {**table["source"], "use": "slow"}, "callback": [{"use": "hears"}]}
+    table["training"] |= {"prefetch": prefetch, "buffer": 1024, "tokens": 40 * 32}  # two blocks
+    carried_out(table, tmp_path / "run", registry, View())
+    assert heard["view"] == heard["callback"]
+    assert heard["view"]
+    assert all(60 <= done < 160 and total == 200 for done, total in heard["view"])

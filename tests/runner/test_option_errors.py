@@ -42,6 +42,9 @@ class OnCall:
         refuse()
 
 
+class OnPrepareOfMetric(OnPrepare): ...
+
+
 class OnUpdate(OnPrepare):
     def prepare(self, context: Any) -> None: ...
     def update(self, step: Any) -> None:
@@ -105,7 +108,7 @@ PLACES: list[tuple[str, type]] = [
     ("graph_builder", OnBuild),
     ("graph_builder", OnCall),
     ("metric", OnBuild),
-    ("metric", OnPrepare),
+    ("metric", OnPrepareOfMetric),
     ("metric", OnUpdate),
     ("metric", OnCompute),
     ("metric", OnMeasure),
@@ -120,6 +123,9 @@ PLACES: list[tuple[str, type]] = [
     ("source", OnBlocks),
     ("tracker", OnBuild),
 ]
+
+
+AFTER_TRAINING = (OnCall, OnPrepareOfMetric, OnUpdate, OnCompute, OnMeasure)
 
 
 def section(kind: str) -> tuple[dict[str, Any], str]:
@@ -141,7 +147,10 @@ def test_the_key_is_the_run_files(kind: str, target: type, tmp_path: Path) -> No
     table, key = section(kind)
     with pytest.raises(UsageError) as caught:
         tiny_run(tmp_path / "run", registry=registry_of(**{kind: Component("picky", target)}), **table)
-    assert str(caught.value) == f"{key}.few: is too few. Give more."
+    # A metric or an analyzer fails alone, and is told of when everything else is written.
+    message, *then = str(caught.value).splitlines()
+    assert message == f"{key}.few: is too few. Give more."
+    assert bool(then) == (target in AFTER_TRAINING and kind in ("metric", "analyzer"))
 
 
 def test_the_variant_stands_before_the_key(tmp_path: Path) -> None:
@@ -196,3 +205,14 @@ def test_the_key_is_put_before_it_once() -> None:
         refuse()
     assert str(caught.value) == "loss.inner.few: is too few. Give more."
     assert not isinstance(caught.value, OptionError)
+
+
+@pytest.mark.parametrize("kind", ["loss", "metric", "analyzer", "graph_builder"])
+def test_what_a_constructor_refuses_is_told_before_training(kind: str, tmp_path: Path) -> None:
+    from saekit.run_file import parse_config
+    from saekit.runner.plan import plan_run
+    from saekit.testing.tiny import tiny_table
+
+    table, key = section(kind)
+    with pytest.raises(UsageError, match=f"^{key}.few: is too few"):
+        plan_run(parse_config(tiny_table() | table, "a test"), registry_of(**{kind: Component("picky", OnBuild)}))

@@ -124,3 +124,21 @@ def test_any_subset_of_keys_is_enough(script, view, out, values):
     script.begin()
     script.listeners.emit("logged", trainer=script.trainer, number=399, values=values)
     assert "step 400/400" in lines(out, "train: step")[-1]
+
+
+def test_a_long_silence_is_broken(script, view, out):
+    """One block of activations, or one analyzer, may take many minutes."""
+    script.begin()
+    script.listeners.emit("phase_started", phase="train", total=1000)
+    for seconds, done in ((20, 100), (20, 250), (5, 300), (30, 700)):
+        script.now += seconds
+        script.listeners.emit("harvest_advanced", done=done, total=1000)
+        view.break_silence()
+    assert lines(out, "train: goes on") == [
+        "train: goes on, 40 s so far, 25 % of a block of activations harvested",
+        "train: goes on, 1 min 15 s so far, 70 % of a block of activations harvested",
+    ]
+    script.listeners.emit("phase_ended", phase="train", seconds=75.0)
+    script.now += 600
+    view.break_silence()
+    assert len(lines(out, "train: goes on")) == 2  # no phase is running

@@ -221,7 +221,8 @@ class ModuleSource:
         """Blocks of `height` batches each; the last one may have less."""
         parts: list[Activations] = []
         for number, batch in numbered:
-            stop_point()
+            rows = sum(map(len, parts))
+            stop_point(rows, rows * height // max(1, len(parts)))
             parts.append(self._activations(batch, number))
             if len(parts) == height:
                 whole, parts = Activations.join(parts), []

@@ -1,0 +1,27 @@
+"""How far the harvest of a block has come: sources say it between two forwards, and whoever waits for the block hears it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+Heard = Callable[[int, int], object]
+_hearer: ContextVar[Heard | None] = ContextVar("harvest", default=None)
+
+
+@contextlib.contextmanager
+def harvest_heard_by(hearer: Heard) -> Iterator[None]:
+    """In the block, and in this thread, `hearer` is told (done, total) of the block of activations that is harvested."""
+    token = _hearer.set(hearer)
+    try:
+        yield
+    finally:
+        _hearer.reset(token)
+
+
+def tell_harvest(done: int, total: int) -> None:
+    """`done` of the `total` activations of a block are there."""
+    hearer = _hearer.get()
+    if hearer is not None:
+        hearer(done, total)
