@@ -10,7 +10,6 @@ DIR/index.json                  the shards; written last, so that its presence m
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
 from saekit.activations.shuffle import stop_point
 from saekit.activations.stored import Chunks, StoredTensor, read_blocks, rows_of, stored_tensors
 from saekit.errors import OptionError, RunError, UsageError
-from saekit.files import TEMPORARY, disk_errors, to_jsonable, whole_file, write_json
+from saekit.files import TEMPORARY, disk_errors, parse_json, to_jsonable, whole_file, write_json
 from saekit.lock import locked
 from saekit.protocols import Source
 from saekit.seeds import derived_seed
@@ -423,7 +422,7 @@ def _entry(shard: dict[str, StoredTensor]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read: {error}. Remove the cache to have it written again.") from None
     if not isinstance(found, dict):

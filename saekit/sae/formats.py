@@ -7,7 +7,6 @@ what sae_lens wrote. For the files of other libraries see `saekit.sae.interop`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from saekit.activations.trained_positions import TrainedPositions
 from saekit.errors import UsageError
-from saekit.files import disk_errors, whole_file, write_json
+from saekit.files import disk_errors, parse_json, whole_file, write_json
 from saekit.plugins import Registry
 from saekit.sae.base import SparseAutoencoder
 from saekit.sae.saelens_format import SaeLensFormat
@@ -123,11 +122,13 @@ def _own(directory: Path, cfg: dict[str, Any], ours: Any, registry: Registry) ->
         if key not in ours:
             raise UsageError(f"{path}: key 'metadata.saekit.{key}' is missing.")
     d_in, d_sae = width(cfg, "d_in", path), width(cfg, "d_sae", path)
-    component = registry.find("architecture", ours["architecture"], where=str(path))
+    if not isinstance(ours["options"], dict):
+        raise UsageError(f"{path}: metadata.saekit.options is not a table.")
+    component = registry.find("architecture", text(ours, "architecture", path), where=str(path))
     options = component.validate(ours["options"], f"{path}: metadata.saekit.options")
     tensors = read_tensors(directory / WEIGHTS)
-    check_widths(tensors, d_in, d_sae, directory / WEIGHTS)
     d_out = width(ours, "d_out", path)
+    check_widths(tensors, d_in, d_sae, d_out, directory / WEIGHTS)
     sae = component.build(options, d_in, d_sae, d_out if ours.get("transcoder", d_out != d_in) else None)
     sae.trained_positions = TrainedPositions.from_dict(ours.get("trained_positions", {}))
     sae.reads_centred = bool(cfg.get("apply_b_dec_to_input", sae.reads_centred))
@@ -170,10 +171,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`. UsageError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path.parent}: has no {path.name}.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path}: does not hold a JSON object.")
@@ -186,11 +187,36 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise UsageError(f"{path.parent}: has no {path.name}.") from None
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"{path}: is damaged or cut short: {error}.") from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # torch's, for odd dtypes
+        raise UsageError(f"{path}: is damaged, cut short, or of a dtype that torch lacks: {error}.") from None
+    return plain(tensors, path)
+
+
+def plain(tensors: dict[str, torch.Tensor], path: Path | str) -> dict[str, torch.Tensor]:
+    """The tensors, if each is an array of real numbers. UsageError for what would lose something on its way to float32."""
+    for name, tensor in tensors.items():
+        odd = {
+            "complex": tensor.is_complex(),
+            "sparse": tensor.layout != torch.strided,
+            "quantised": tensor.is_quantized,
+            "empty": tensor.numel() == 0,
+            "without numbers (on the device meta)": tensor.is_meta,
+        }
+        found = next((word for word, applies in odd.items() if applies), None)
+        if found:
+            raise UsageError(f"{path}: tensor {name!r} is {found}. Save it dense, as float32.")
+    return tensors
+
+
+def text(table: Mapping[str, Any], key: str, path: Path | str) -> str:
+    """The value of `key`. UsageError unless it is text."""
+    value = table.get(key)
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{path}: {key} is {value!r}, but must be text.")
+    return value
 
 
 def width(table: Mapping[str, Any], key: str, path: Path | str) -> int:
@@ -201,8 +227,12 @@ def width(table: Mapping[str, Any], key: str, path: Path | str) -> int:
     return value
 
 
-def check_widths(tensors: Mapping[str, torch.Tensor], d_in: int, d_sae: int, path: Path | str) -> None:
-    """UsageError if the encoder is not [d_in, d_sae]; checked before an SAE of a wrong size takes up memory."""
+def check_widths(tensors: Mapping[str, torch.Tensor], d_in: int, d_sae: int, d_out: int, path: Path | str) -> None:
+    """UsageError if the encoder is not [d_in, d_sae], or if an SAE of these widths has more numbers than the file; checked
+    before an SAE of a wrong size takes up memory."""
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if (d_in + d_out) * d_sae > 2 * held:  # an architecture may keep one matrix for both sides
+        raise UsageError(f"{path}: holds {held} numbers, too few for the [{d_in}, {d_sae}, {d_out}] that {CONFIG} says.")
     if "W_enc" in tensors and tensors["W_enc"].shape != (d_in, d_sae):
         raise UsageError(f"{path}: W_enc is {_shape(tensors['W_enc'])}, but {CONFIG} says [{d_in}, {d_sae}].")
 
