@@ -39,6 +39,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def check_shape(table: Mapping[str, Any], where: str) -> None:
     """UsageError for a section that is not a table, or not a list of tables. Everything that reads a section relies on it."""
+    if nested_too_deeply(table):
+        raise UsageError(f"{where}: is nested too deeply: no key is more than a few tables and lists down.")
     for section in (*SINGLES, "training", "evaluation"):
         if not isinstance(table.get(section, {}), Mapping):
             keys = "use = \"...\"" if section in SINGLES else "its keys"
@@ -154,8 +156,6 @@ def _entry(entries: list[dict[str, Any]], name: str, section: str, where: str) -
 def parse_config(table: Mapping[str, Any], where: str) -> RunConfig:
     """A run file's dictionary as a RunConfig; `where` names the file in errors."""
     check_shape(table, where)
-    if nested_too_deeply(table):
-        raise UsageError(f"{where}: is nested too deeply: no key is more than a few tables and lists down.")
     try:
         _no_odd_text(table)
         for variant in table.get("variant", []):

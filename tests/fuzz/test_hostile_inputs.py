@@ -122,11 +122,11 @@ OTHERS = st.builds(
 @inputs(
     0.14,
     arguments=OTHERS
-    | st.lists(OPTION, min_size=1, max_size=3).map(lambda given: ["run", "run.toml", "--dry-run", *chain(*given)]),
+    | st.lists(OPTION, min_size=1, max_size=3).map(lambda given: ["run", "tiny.toml", "--dry-run", *chain(*given)]),
 )
 def test_the_command_line(arguments: list[str]) -> None:
-    with sandbox({**beside(), "run.toml": toml(run_table())}) as here:
-        if arguments[0:1] != ["run"] or "run.toml" in arguments or "--dry-run" in arguments or "--resume" in arguments:
+    with sandbox({**beside(), "tiny.toml": toml(run_table())}) as here:
+        if arguments[0:1] != ["run"] or "tiny.toml" in arguments or "--dry-run" in arguments or "--resume" in arguments:
             here.saekit(*arguments)
         else:  # a word that is a recipe would begin a run
             here.saekit(*arguments, "--dry-run")
