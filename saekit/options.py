@@ -62,7 +62,7 @@ def refuse_odd_numbers(model: type[BaseModel], value: Any, info: ValidationInfo)
         raise PydanticCustomError("number_wanted", f"is {str(value).lower()}, but a number is wanted")
     for number in _numbers_in(value):
         if number != number:
-            raise PydanticCustomError("not_a_number", "nan is not a number. Give a number, or leave the key out")
+            raise PydanticCustomError("not_a_number", "nan is not a finite number. Give a number, or leave the key out")
         if isinstance(number, int) and not -(2**63) <= number < 2**63:
             raise PydanticCustomError("too_large", "a whole number must fit in 64 bits. Give a smaller one")
     return value

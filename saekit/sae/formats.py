@@ -190,8 +190,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         tensors = load_file(path)
     except FileNotFoundError:
         raise UsageError(f"{path.parent}: has no {path.name}.") from None
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # torch's, for odd dtypes
-        raise UsageError(f"{path}: is damaged, cut short, or of a dtype that torch lacks: {error}.") from None
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: is damaged or cut short: {error}.") from None
+    except (LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"{path}: holds a dtype or a shape that torch lacks: {error}. Save it as float32.") from None
     return plain(tensors, path)
 
 
@@ -207,7 +209,7 @@ def plain(tensors: dict[str, torch.Tensor], path: Path | str) -> dict[str, torch
         }
         found = next((word for word, applies in odd.items() if applies), None)
         if found:
-            raise UsageError(f"{path}: tensor {name!r} is {found}. Save it dense, as float32.")
+            raise UsageError(f"{path}: {name} is {found}. Save it dense, as float32.")
     return tensors
 
 
@@ -230,11 +232,11 @@ def width(table: Mapping[str, Any], key: str, path: Path | str) -> int:
 def check_widths(tensors: Mapping[str, torch.Tensor], d_in: int, d_sae: int, d_out: int, path: Path | str) -> None:
     """UsageError if the encoder is not [d_in, d_sae], or if an SAE of these widths has more numbers than the file; checked
     before an SAE of a wrong size takes up memory."""
+    if "W_enc" in tensors and tensors["W_enc"].shape != (d_in, d_sae):
+        raise UsageError(f"{path}: W_enc is {_shape(tensors['W_enc'])}, but {CONFIG} says [{d_in}, {d_sae}].")
     held = sum(tensor.numel() for tensor in tensors.values())
     if (d_in + d_out) * d_sae > 2 * held:  # an architecture may keep one matrix for both sides
         raise UsageError(f"{path}: holds {held} numbers, too few for the [{d_in}, {d_sae}, {d_out}] that {CONFIG} says.")
-    if "W_enc" in tensors and tensors["W_enc"].shape != (d_in, d_sae):
-        raise UsageError(f"{path}: W_enc is {_shape(tensors['W_enc'])}, but {CONFIG} says [{d_in}, {d_sae}].")
 
 
 def _shape(tensor: torch.Tensor) -> str:

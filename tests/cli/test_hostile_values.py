@@ -36,8 +36,8 @@ def refused(outcome: Outcome, *words: str, code: int = 2) -> None:
     ("change", "words"),
     [
         ("training.threads=100000", ("training.threads", "1024")),
-        ("source.held_out=nan", ("source.held_out", "nan is not a number")),
-        ("architecture.k=nan", ("architecture.k", "nan is not a number")),
+        ("source.held_out=nan", ("source.held_out", "nan is not a finite number")),
+        ("architecture.k=nan", ("architecture.k", "nan is not a finite number")),
         (f"architecture.k={10**30}", ("architecture.k", "64 bits")),
         (f"training.tokens={10**400}", ("training.tokens", "64 bits")),
         (f"training.tokens=0x{'f' * 6000}", ("training.tokens",)),

@@ -142,7 +142,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path.parent}: has no {path.name}.") from None
     except Exception:  # from the unpickler, the zip file or torch's own checks, whose advice is to unpickle whatever is there
         raise UsageError(
-            f"{path}: is damaged, or holds more than tensors, so it is not opened: a pickle can run any code. Save the state "
+            f"{path}: is damaged or holds more than tensors, so it is not opened: a pickle can run any code. Save the state "
             "dict alone: torch.save(dictionary.state_dict(), \"ae.pt\")."
         ) from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(n, str) for n, t in state.items()):
