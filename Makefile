@@ -14,8 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEST_PROCESSES ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+FUZZ ?= 10000
+
 .DEFAULT_GOAL := help
-.PHONY: help run test kills lint docs clean
+.PHONY: help run test fuzz kills lint docs clean
 
 help:  ## Show these commands.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## +/\t/' | while IFS="$$(printf '\t')" read -r name what; do \
@@ -29,6 +31,10 @@ test: lint  ## Run every check: ruff, mypy, the tests, the documentation (built 
 
 kills: $(DEV_READY)  ## Kill tiny runs a thousand times at random moments (half an hour); ARGS="100 --seed 7" for others.
 	$(BIN)/python tests/kill/kills.py $(ARGS)
+
+fuzz: $(DEV_READY)  ## Try FUZZ hostile inputs (10000), drawn from FUZZ_SEED, which is printed.
+	@seed=$${FUZZ_SEED:-$$($(BIN)/python -c 'import random; print(random.getrandbits(32))')}; echo "FUZZ_SEED=$$seed"; \
+	SAEKIT_FUZZ=$(FUZZ) $(TEST) tests/fuzz --durations=0 --hypothesis-seed=$$seed
 
 lint: $(DEV_READY)  ## Run ruff and mypy.
 	$(BIN)/ruff check .

@@ -50,6 +50,8 @@ def load_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         raise UsageError(f"{path.parent}: has no {path.name}.") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: is damaged or cut short: {error}.") from None
+    except (LookupError, RuntimeError) as error:
+        raise UsageError(f"{path}: holds a dtype or a shape that torch lacks: {error}. Save it as float32.") from None
     if told != _digest(tensors, facts):
         raise UsageError(f"{path}: is damaged: its content has changed since it was written, as its checksum shows.")
     return tensors, facts

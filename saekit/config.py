@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from saekit.options import refuse_true_for_a_number
+from saekit.options import refuse_odd_numbers
 from saekit.schedules import Scheduled
 
 
@@ -37,7 +37,7 @@ def keys_with(mark: Mark, model: type[BaseModel]) -> set[str]:
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=(), allow_inf_nan=False)
-    _numbers = field_validator("*", mode="before")(classmethod(refuse_true_for_a_number))
+    _numbers = field_validator("*", mode="before")(classmethod(refuse_odd_numbers))
 
 
 class _Section(_Strict):
@@ -131,7 +131,7 @@ class TrainingConfig(_Section):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1, mps.")
     precision: Annotated[Literal["fp32", "bf16"], VARIES] = Field(default="fp32", description="bf16 runs on CUDA only.")
-    threads: int | None = Field(default=None, gt=0, description="CPU threads; torch's own choice by default.")
+    threads: int | None = Field(default=None, gt=0, le=1024, description="CPU threads; torch's own choice by default.")
     sequences: int = Field(default=32, gt=0, description="Whole labelled sequences per step, if a loss needs them.")
     buffer: int = Field(
         default=65_536, gt=0, description="Activations in a shuffle block; each block is held in memory."

@@ -18,6 +18,10 @@ TEMPORARY = ".*.tmp"
 """The pattern of the temporary names."""
 
 
+DEEPEST = 100
+"""Lists and tables within one another in a file."""
+
+
 class DiskFull(RunError):
     """There was no room for the file `path`; earlier files are whole."""
 
@@ -76,6 +80,27 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a whole JSON file, indented, with keys in their order; NaN and infinities become null."""
     write_text(path, json.dumps(to_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. ValueError for whatever cannot be read or, nested deeper than `DEEPEST`, written again."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if nested_too_deeply(value):
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def nested_too_deeply(value: Any) -> bool:
+    """Whether tables and lists stand in one another more than `DEEPEST` deep, so that Python might not come to their end."""
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [v for t in level if isinstance(t, dict | list) for v in (t.values() if isinstance(t, dict) else t)]
+        if not level:
+            return False
+    return True
 
 
 def to_jsonable(value: Any) -> Any:

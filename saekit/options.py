@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from saekit.errors import PluginError
@@ -46,17 +46,35 @@ def _keys(loc: tuple[int | str, ...], given: Any, missing: bool) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of very many digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def refuse_true_for_a_number(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
-    """A validator of every field: refuses `true` and `false` where a number is wanted; pydantic would read 1 and 0."""
+def refuse_odd_numbers(model: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """A validator of every field: refuses `true` and `false` where a number is wanted, which pydantic would read as 1 and 0,
+    and everywhere NaN, which no comparison finds, and whole numbers beyond 64 bits, which neither torch nor numpy takes."""
     from pydantic_core import PydanticCustomError
 
     if isinstance(value, bool) and _wants_number(model.model_fields[str(info.field_name)].annotation):
         raise PydanticCustomError("number_wanted", f"is {str(value).lower()}, but a number is wanted")
+    for number in _numbers_in(value):
+        if number != number:
+            raise PydanticCustomError("not_a_number", "nan is not a finite number. Give a number, or leave the key out")
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:
+            raise PydanticCustomError("too_large", "a whole number must fit in 64 bits. Give a smaller one")
     return value
+
+
+def _numbers_in(value: Any) -> Iterator[int | float]:
+    """The numbers of a field; those in a table are the fields of another model."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers_in(inner)
 
 
 def _wants_number(annotation: Any) -> bool:
@@ -82,7 +100,7 @@ def options_model(target: Callable[..., Any], name: str, origin: str) -> type[Ba
             )
         fields[parameter.name] = (_resolve(parameter, target, origin), _default(parameter, target))
     settings = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-    numbers: Any = field_validator("*", mode="before")(classmethod(refuse_true_for_a_number))
+    numbers: Any = field_validator("*", mode="before")(classmethod(refuse_odd_numbers))
     return create_model(f"{name}_options", __config__=settings, __validators__={"numbers": numbers}, **fields)
 
 
@@ -91,7 +109,10 @@ def option_parameters(target: Callable[..., Any], origin: str) -> list[inspect.P
 
     PluginError for `**kwargs`, which would swallow misspelt options."""
     function = _function(target)
-    parameters = list(inspect.signature(function).parameters.values())
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"{origin}: its target is {target!r}, whose parameters cannot be read: {error}.") from None
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
         if function is object.__init__:
             return []

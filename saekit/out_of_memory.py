@@ -9,7 +9,7 @@ import torch
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "storage size calculation overflowed")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 from saekit.config import RunConfig
 from saekit.errors import UsageError
-from saekit.files import TEMPORARY, disk_errors, sha256_of, write_json, write_text
+from saekit.files import TEMPORARY, disk_errors, parse_json, sha256_of, write_json, write_text
 from saekit.lock import locked
 from saekit.run_file import parse_config, read_toml
 
@@ -194,7 +193,7 @@ class RunDirectory:
     def finished_summary(self) -> dict[str, Any] | None:
         """The summary, or None if the run has not finished."""
         try:
-            return json.loads(self.summary.read_text(encoding="utf-8"))
+            return parse_json(self.summary.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -296,7 +295,7 @@ def read_history(path: Path, problems: list[str] | None = None) -> list[dict[str
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
         if isinstance(row, dict):
@@ -319,11 +318,11 @@ def _dict(value: Any) -> dict[str, Any]:
 def _read_object(path: Path, problems: list[str], without: str) -> dict[str, Any]:
     name = "/".join(path.parts[-3:]) if path.name == "result.json" else path.name
     try:
-        value = json.loads(path.read_bytes().decode("utf-8", errors="replace"))
+        value = parse_json(path.read_bytes().decode("utf-8", errors="replace"))
     except FileNotFoundError:
         problems.append(f"{name} is missing: {without}.")
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problems.append(f"{name} cannot be read ({error}): {without}.")
         return {}
     if not isinstance(value, dict):

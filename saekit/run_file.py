@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from saekit.config import EvaluationConfig, RunConfig, TrainingConfig, Variant
 from saekit.errors import UsageError, near_names
+from saekit.files import nested_too_deeply
 from saekit.kinds import LISTS, SINGLES
 from saekit.options import validation_lines
 from saekit.schedules import SCHEDULES
@@ -32,12 +33,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is not valid TOML: {error}.") from None
 
 
 def check_shape(table: Mapping[str, Any], where: str) -> None:
     """UsageError for a section that is not a table, or not a list of tables. Everything that reads a section relies on it."""
+    if nested_too_deeply(table):
+        raise UsageError(f"{where}: is nested too deeply: no key is more than a few tables and lists down.")
     for section in (*SINGLES, "training", "evaluation"):
         if not isinstance(table.get(section, {}), Mapping):
             keys = "use = \"...\"" if section in SINGLES else "its keys"
@@ -59,7 +62,7 @@ def parse_value(text: str) -> Any:
     """A value of `-o key=value`: what it is as TOML, except for dates; otherwise the text itself."""
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     # A date, or a text of several lines that reads as further keys, is a text to whoever typed it.
     return text if len(table) > 1 or isinstance(table["value"], datetime.date | datetime.time) else table["value"]

@@ -10,11 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from saekit.options import refuse_odd_numbers
 
 
 class _Schedule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    _numbers = field_validator("*", mode="before")(classmethod(refuse_odd_numbers))
 
     def breaks(self, total: int) -> list[int]:
         """The steps at which a new piece begins; within a piece the value only rises, only falls or stays."""

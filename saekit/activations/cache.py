@@ -13,7 +13,6 @@ Each shard has the CRC-32 of every chunk of its rows, which is compared when the
 
 from __future__ import annotations
 
-import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from saekit.activations.shuffle import stop_point
 from saekit.activations.stored import Chunks, StoredTensor, read_blocks, rows_of, stored_tensors
 from saekit.checked_tensors import bytes_of
 from saekit.errors import OptionError, RunError, UsageError
-from saekit.files import TEMPORARY, disk_errors, sha256_of, to_jsonable, whole_file, write_json
+from saekit.files import TEMPORARY, disk_errors, parse_json, sha256_of, to_jsonable, whole_file, write_json
 from saekit.lock import locked
 from saekit.protocols import Source
 from saekit.seeds import derived_seed
@@ -484,7 +483,7 @@ def _entry(shard: dict[str, StoredTensor]) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read: {error}. Remove the cache to have it written again.") from None
     if not isinstance(found, dict):

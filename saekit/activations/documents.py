@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from saekit.activations.hub import ask_hub
 from saekit.errors import OptionError, UsageError, near_names
+from saekit.files import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,7 +182,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _json(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except ValueError as error:
         raise UsageError(
             f"{path}, line {number}: is not valid JSON: {error}: {_shown(line)}. Write one JSON object a line."
@@ -219,7 +219,7 @@ def _count_lacking(path: Path, column: str) -> tuple[int, int]:
                 continue
             total += 1
             try:
-                record = json.loads(raw)
+                record = parse_json(raw)
             except ValueError:
                 record = None
             lacking += not (isinstance(record, dict) and column in record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from saekit.activations.hub import ask_hub
 from saekit.activations.sites import RESIDUAL, Site, resolve
 from saekit.activations.subject import Subject, directory_digest, hub_digest
 from saekit.errors import OptionError, SaekitError, UsageError
+from saekit.files import parse_json
 
 
 def load_subject(
@@ -97,7 +97,7 @@ def peek_model(model: str) -> dict[str, Any]:
             return {}
         path = cached
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: is not valid JSON: {error}. Download or save the model again.") from None
     kind = table.get("model_type") if isinstance(table, dict) else None
@@ -237,7 +237,7 @@ def _broken_json(directory: Path) -> str:
     """The first JSON file of a directory that cannot be read, and why; empty if there is none."""
     for path in sorted(directory.glob("*.json")):
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             return f"{path}: is not valid JSON: {error}"
     return ""

@@ -9,7 +9,7 @@ import keyword
 import os
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -100,7 +100,17 @@ def main() -> None:
         sys.exit(int(ExitCode.INTERRUPTED))
     except BrokenPipeError:
         sys.exit(int(ExitCode.OK))
+    except OSError as error:
+        if error.filename is None:
+            _report_bug()
+        # A file that the user named, or one beside it: it may not be read, or its name is too long.
+        echo(f"error: {os.fsdecode(error.filename)}: {error.strerror}. Name another file, or change its rights.", err=True)
+        sys.exit(int(ExitCode.USAGE))
     except Exception:
-        echo(traceback.format_exc(), err=True)
-        echo("error: this is a bug in saekit; please report it with the lines above.", err=True)
-        sys.exit(int(ExitCode.RUN_FAILED))
+        _report_bug()
+
+
+def _report_bug() -> NoReturn:
+    echo(traceback.format_exc(), err=True)
+    echo("error: this is a bug in saekit; please report it with the lines above.", err=True)
+    sys.exit(int(ExitCode.RUN_FAILED))

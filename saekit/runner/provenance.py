@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import platform
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from saekit.files import parse_json
 from saekit.runner.plan import RunPlan, SAEPlan
 
 LIBRARIES = ("torch", "transformers", "transformer_lens", "sae_lens", "numpy", "safetensors", "pydantic", "pluggy")
@@ -36,7 +36,7 @@ def provenance(plan: SAEPlan | RunPlan, identity: dict[str, Any]) -> dict[str, A
 def with_resumption(path: Path, now: dict[str, Any]) -> dict[str, Any]:
     """The content of `path`, from the beginning of the run, with what is different `now` added under "resumed"."""
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = parse_json(path.read_text(encoding="utf-8"))
         resumed = [*begun.pop("resumed", []), {key: value for key, value in now.items() if begun.get(key) != value}]
     except (OSError, ValueError, AttributeError):
         return now

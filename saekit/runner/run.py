@@ -22,6 +22,7 @@ from saekit.activations.shuffle import ShuffledBatches
 from saekit.errors import RunError, UsageError, under_key
 from saekit.files import DiskFull, to_jsonable, write_json
 from saekit.listeners import Listener, Listeners
+from saekit.out_of_memory import is_out_of_memory
 from saekit.plugins import Registry
 from saekit.process_state import kept
 from saekit.protocols import RunInfo, Source
@@ -287,9 +288,17 @@ class Run:
         path, state, damaged = found
         self._warn(*(f"{warning} An older checkpoint is used." for warning in damaged))
         refuse_other(path, state.decisive, decisive(self.config, self.identity))
-        self.each(lambda one: one.listeners.warn(*state.warnings_of[one.variant]))
-        self._warn(*state.warnings, *what_changed(state, plugins_used(self.plan)))
-        self.each(SAERun.restore, state)
+        try:
+            self.each(lambda one: one.listeners.warn(*state.warnings_of[one.variant]))
+            self._warn(*state.warnings, *what_changed(state, plugins_used(self.plan)))
+            self.each(SAERun.restore, state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UsageError(
+                f"{path}: is not a whole checkpoint of this run: {type(error).__name__}: {error}. Remove it, so that an older one "
+                "is used, or start a new run."
+            ) from error
         return state.step, state.position
 
     def _loop(self, number: int, batches: ShuffledBatches) -> None:

@@ -7,7 +7,6 @@ what sae_lens wrote. For the files of other libraries see `saekit.sae.interop`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,7 +18,7 @@ import torch
 from saekit.activations.trained_positions import TrainedPositions
 from saekit.checked_tensors import facts_of, load_checked, save_checked
 from saekit.errors import UsageError
-from saekit.files import disk_errors, sha256_of, write_json
+from saekit.files import disk_errors, parse_json, sha256_of, write_json
 from saekit.plugins import Registry
 from saekit.registered import OWN_DISTRIBUTION
 from saekit.sae.base import SparseAutoencoder
@@ -130,11 +129,13 @@ def _own(directory: Path, cfg: dict[str, Any], ours: Any, registry: Registry) ->
         if key not in ours:
             raise UsageError(f"{path}: key 'metadata.saekit.{key}' is missing.")
     d_in, d_sae = width(cfg, "d_in", path), width(cfg, "d_sae", path)
-    component = registry.find("architecture", ours["architecture"], where=str(path))
+    if not isinstance(ours["options"], dict):
+        raise UsageError(f"{path}: metadata.saekit.options is not a table.")
+    component = registry.find("architecture", text(ours, "architecture", path), where=str(path))
     options = component.validate(ours["options"], f"{path}: metadata.saekit.options")
     tensors = read_tensors(directory / WEIGHTS)
-    check_widths(tensors, d_in, d_sae, directory / WEIGHTS)
     d_out = width(ours, "d_out", path)
+    check_widths(tensors, d_in, d_sae, d_out, directory / WEIGHTS)
     sae = component.build(options, d_in, d_sae, d_out if ours.get("transcoder", d_out != d_in) else None)
     sae.trained_positions = TrainedPositions.from_dict(ours.get("trained_positions", {}))
     sae.reads_centred = bool(cfg.get("apply_b_dec_to_input", sae.reads_centred))
@@ -177,10 +178,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`. UsageError if there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path.parent}: has no {path.name}.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as JSON: {error}.") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path}: does not hold a JSON object.")
@@ -190,9 +191,10 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors in a safetensors file. UsageError if it is missing or damaged."""
     try:
-        return load_checked(path)[0]
+        tensors, _ = load_checked(path)
     except UsageError as error:
         raise UsageError(f"{error} {_COPY_AGAIN}") from None
+    return plain(tensors, path)
 
 
 def _refuse_changed(directory: Path) -> None:
@@ -205,6 +207,30 @@ def _refuse_changed(directory: Path) -> None:
         )
 
 
+def plain(tensors: dict[str, torch.Tensor], path: Path | str) -> dict[str, torch.Tensor]:
+    """The tensors, if each is an array of real numbers. UsageError for what would lose something on its way to float32."""
+    for name, tensor in tensors.items():
+        odd = {
+            "complex": tensor.is_complex(),
+            "sparse": tensor.layout != torch.strided,
+            "quantised": tensor.is_quantized,
+            "empty": tensor.numel() == 0,
+            "without numbers (on the device meta)": tensor.is_meta,
+        }
+        found = next((word for word, applies in odd.items() if applies), None)
+        if found:
+            raise UsageError(f"{path}: {name} is {found}. Save it dense, as float32.")
+    return tensors
+
+
+def text(table: Mapping[str, Any], key: str, path: Path | str) -> str:
+    """The value of `key`. UsageError unless it is text."""
+    value = table.get(key)
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{path}: {key} is {value!r}, but must be text.")
+    return value
+
+
 def width(table: Mapping[str, Any], key: str, path: Path | str) -> int:
     """The value of `key`. UsageError unless it is a positive integer."""
     value = table.get(key)
@@ -213,10 +239,14 @@ def width(table: Mapping[str, Any], key: str, path: Path | str) -> int:
     return value
 
 
-def check_widths(tensors: Mapping[str, torch.Tensor], d_in: int, d_sae: int, path: Path | str) -> None:
-    """UsageError if the encoder is not [d_in, d_sae]; checked before an SAE of a wrong size takes up memory."""
+def check_widths(tensors: Mapping[str, torch.Tensor], d_in: int, d_sae: int, d_out: int, path: Path | str) -> None:
+    """UsageError if the encoder is not [d_in, d_sae], or if an SAE of these widths has more numbers than the file; checked
+    before an SAE of a wrong size takes up memory."""
     if "W_enc" in tensors and tensors["W_enc"].shape != (d_in, d_sae):
         raise UsageError(f"{path}: W_enc is {_shape(tensors['W_enc'])}, but {CONFIG} says [{d_in}, {d_sae}].")
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if (d_in + d_out) * d_sae > 2 * held:  # an architecture may keep one matrix for both sides
+        raise UsageError(f"{path}: holds {held} numbers, too few for the [{d_in}, {d_sae}, {d_out}] that {CONFIG} says.")
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from saekit.errors import UsageError
-from saekit.files import disk_errors, flush_to_disk, sha256_of, write_text
+from saekit.files import disk_errors, flush_to_disk, parse_json, sha256_of, write_text
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 FORMAT = 3
@@ -78,7 +78,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load_file
 
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = parse_json((path / STATE).read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise UsageError(
                 f"{path}: has format {state['format']!r}, and this version of saekit reads {FORMAT}. Finish the run with "

@@ -5,18 +5,23 @@ The format on disk is in `training/checkpoint.py`, the comparison with the run t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from saekit.errors import PluginError, RunError
+from saekit.errors import PluginError, RunError, UsageError
+from saekit.options import validation_lines
 from saekit.training import checkpoint
 
 if TYPE_CHECKING:
     from saekit.training.trainer import Trainer
+
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass
@@ -32,8 +37,10 @@ class RunState:
     trainer, tensors: the plain values and the tensors of all SAEs; those of a variant have names that begin with `variant.NAME.`.
     """
 
-    step: int
-    position: tuple[int, int]
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
+
+    step: Count
+    position: tuple[Count, Count]
     decisive: dict[str, Any]
     plugins: list[dict[str, str]]
     threads: int
@@ -65,8 +72,10 @@ class RunState:
         path, tensors, values, warnings = checkpoint.newest_whole(directory)
         if path is None:
             return None
-        state = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values}, tensors=tensors)
-        state.position = (state.position[0], state.position[1])  # a list in JSON
+        try:
+            state = TypeAdapter(cls).validate_python({**values, "tensors": tensors})
+        except ValidationError as error:
+            raise UsageError("\n".join(validation_lines(error, str(path / checkpoint.STATE), values))) from None
         return path, state, warnings
 
 

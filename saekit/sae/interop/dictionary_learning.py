@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saekit.errors import UsageError, near_names
 from saekit.files import disk_errors, whole_file, write_json
-from saekit.sae.formats import SavedSAE, read_object
+from saekit.sae.formats import SavedSAE, plain, read_object, text
 from saekit.sae.interop.foreign import Foreign, exported_as, key_of, recentred
 
 LIBRARY = "dictionary_learning"
@@ -73,7 +73,7 @@ def read(directory: Path) -> Foreign:
     trainer = config.get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise UsageError(f"{path}: key 'trainer.dict_class' is missing, so the architecture is not known.")
-    name = trainer["dict_class"]
+    name = text(trainer, "dict_class", path)
     if name not in CLASSES:
         raise UsageError(
             f"{path}: trainer.dict_class is {name!r}, which cannot be read.{near_names(str(name), CLASSES)} "
@@ -140,13 +140,14 @@ def _load(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UsageError(f"{path.parent}: has no {path.name}.") from None
-    except Exception as error:  # from the unpickler, the zip file or torch's own checks
+    except Exception:  # from the unpickler, the zip file or torch's own checks, whose advice is to unpickle whatever is there
         raise UsageError(
-            f"{path}: is damaged or holds more than tensors, so it is not opened: {str(error).partition(chr(10))[0]}"
+            f"{path}: is damaged or holds more than tensors, so it is not opened: a pickle can run any code. Save the state "
+            "dict alone: torch.save(dictionary.state_dict(), \"ae.pt\")."
         ) from None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(n, str) for n, t in state.items()):
         raise UsageError(f"{path}: does not hold a state dict of tensors.")
-    return state
+    return plain(state, path)
 
 
 def _in_saelens_words(layout: Layout, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

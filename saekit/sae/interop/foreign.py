@@ -61,7 +61,7 @@ def take_in(foreign: Foreign, registry: Registry) -> SavedSAE:
     for name, tensor in foreign.tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UsageError(f"{foreign.where}: {name} holds values that are not finite.")
-    check_widths(foreign.tensors, foreign.d_in, foreign.d_sae, foreign.where)
+    check_widths(foreign.tensors, foreign.d_in, foreign.d_sae, foreign.d_out or foreign.d_in, foreign.where)
     sae = component.build(options, foreign.d_in, foreign.d_sae, foreign.d_out)
     sae.reads_centred = foreign.centred
     fill(sae, foreign.tensors, foreign.where)

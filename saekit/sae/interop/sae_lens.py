@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from saekit.errors import RunError, UsageError, near_names
-from saekit.sae.formats import CONFIG, WEIGHTS, SavedSAE, read_config, read_tensors, save_sae, width
+from saekit.sae.formats import CONFIG, WEIGHTS, SavedSAE, read_config, read_tensors, save_sae, text, width
 from saekit.sae.interop.foreign import Foreign
 from saekit.sae.saelens_format import SaeLensFormat
 
@@ -103,7 +103,7 @@ def _foreign(cfg: dict[str, Any], tensors: dict[str, Tensor], where: Path | str,
     metadata = {k: v for k, v in described.items() if k not in ("sae_lens_version", "saekit")} if described else {}
     if cfg.get("reshape_activations", "none") != "none":
         metadata["reshape_activations"] = cfg["reshape_activations"]
-    name = cfg["architecture"]
+    name = text(cfg, "architecture", where)
     return Foreign(
         LIBRARY, name, where, d_in, d_sae, d_out, centred, tensors, cfg, metadata, skip=name in SKIP_TRANSCODERS
     )
@@ -112,7 +112,7 @@ def _foreign(cfg: dict[str, Any], tensors: dict[str, Tensor], where: Path | str,
 def _major_version(cfg: Mapping[str, Any]) -> int:
     version = cfg.get("sae_lens_version") or cfg.get("metadata", {}).get("sae_lens_version")
     major = str(version or "").partition(".")[0]
-    return int(major) if major.isdecimal() else 0
+    return int(major) if major.isdecimal() and len(major) < 10 else 0
 
 
 def _modern(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def load_prompts(path: str | None) -> dict[str, list[str]]:
         raise OptionError(
             "prompts", f"{file}: cannot be read: {error.strerror}. Name a JSON file {{kind: [texts]}}."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionError("prompts", f"{file}: is not valid JSON: {error}. Write {{kind: [texts]}}.") from None
     if not isinstance(content, dict) or not content:
         raise OptionError("prompts", f"{file}: holds no kinds of prompts. Write {{kind: [texts]}}.")
