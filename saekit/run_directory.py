@@ -204,6 +204,11 @@ class RunDirectory:
             lines = [f"{sha256_of(path)}  {path.relative_to(one.path).as_posix()}\n" for path in files if path.is_file()]
             write_text(one.checksums, "".join(lines))
 
+    def unseal(self) -> None:
+        """Remove the checksums before a finished run's failed parts are made again."""
+        for one in (self, *self.variant_directories()):
+            one.checksums.unlink(missing_ok=True)
+
     def changed(self) -> Iterator[str]:
         """A sentence for each file that is not as the finished run left it; none without checksums."""
         if not self.checksums.is_file():

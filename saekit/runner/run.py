@@ -143,6 +143,7 @@ class Run:
                 self._evaluate()
         with self._phase("analyse", sum(len(one.to_do("analyzer")) for one in self.sae_runs)):
             self._analyse()
+        self.directory.unseal()
         with self._phase("report", None):
             summary = to_jsonable(summarise(self)) | (known or {})
             for one in self.sae_runs:
