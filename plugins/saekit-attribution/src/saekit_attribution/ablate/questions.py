@@ -106,7 +106,7 @@ def questions_for(subject: Subject, labelled: LabelledData, results: set[int], t
         tokens = [_prompt_tokens(subject.tokenizer, text, how.chat_template) for text in texts]
         if not all(_fits(subject, t, how.answer_tokens) for t in tokens):
             found.too_long += 1
-        elif _repeated(*texts, seen):
+        elif _repeated(variation.prompt, base.prompt, seen):
             found.repeated += 1
         else:
             found.prompts.append(texts[0])
