@@ -21,7 +21,10 @@ LOGGED = {
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite number, which can be drawn and sorted by."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond a double
+        return False
 
 
 def label(key: str) -> str:
@@ -95,9 +98,10 @@ def count(value: float) -> str:
 def held_out_amounts(counts: dict[str, Any]) -> list[tuple[list[str], str]]:
     """How much held-out data metrics saw, "20.0k tokens of 412 documents", with the names of those that saw as much.
 
-    counts: of each metric by its name, as `summary.json` has them."""
+    counts: of each metric by its name, as `summary.json` has them; what is no number there is left out."""
     groups: dict[str, list[str]] = {}
-    for name, of in counts.items():
+    for name, given in counts.items() if isinstance(counts, dict) else ():
+        of = {unit: n for unit, n in given.items() if is_number(n)} if isinstance(given, dict) else {}
         told = next((unit for unit in ("documents", "sequences") if of.get(unit) not in (None, of.get("tokens"))), None)
         amount = f"{count(of.get('tokens') or 0)} {'tokens' if told else 'rows'}"
         groups.setdefault(f"{amount} of {count(of[told])} {told}" if told else amount, []).append(name)

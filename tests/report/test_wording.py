@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from saekit.wording import clean, count, duration, label, number, percent, with_intervals
+from saekit.wording import clean, count, duration, held_out_amounts, is_number, label, number, percent, with_intervals
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,10 @@ def test_an_interval_stands_beside_its_value():
         ("none", None, ""),
         ("top_n", 3, ""),
     ]
+
+
+def test_amounts_of_a_summary_that_was_altered() -> None:
+    altered = {"a": {"tokens": "many", "documents": 3}, "b": {"tokens": 10**400}, "c": 3, "d": {"tokens": 20, "documents": 2}}
+    assert held_out_amounts(altered)[-1] == (["d"], "20 tokens of 2 documents")
+    assert held_out_amounts([1]) == []
+    assert not is_number(10**400)
