@@ -24,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from saekit.organism.corpus import KINDS, Document, corpus_fingerprint, documents
-from saekit.organism.facts import DOMAINS, Fact, Question, cloze_questions, entities
+from saekit.organism.facts import DOMAINS, WORDINGS, Fact, Question, cloze_questions, entities
+from saekit.organism.facts import facts as facts_of
 from saekit.organism.sycophancy import Argument, Sample, classify, labelled_json, prompt_for, respond, samples
 
 __all__ = [
     "DOMAINS",
     "KINDS",
     "VARIANTS",
+    "WORDINGS",
     "Argument",
     "Document",
     "Fact",
@@ -43,6 +45,7 @@ __all__ = [
     "directory",
     "documents",
     "entities",
+    "facts_of",
     "labelled_json",
     "prompt_for",
     "respond",

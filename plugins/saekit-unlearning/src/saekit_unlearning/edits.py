@@ -1,0 +1,99 @@
+"""Edits of an SAE's latents at its site, as functions of passages, on one of two paths that are never mixed.
+
+`spliced`: the reconstruction of the edited code takes the activation's place. `error_kept`: only the change that the edit
+makes to the reconstruction is added to the activation, so whatever the SAE does not rebuild stays as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from saekit import SparseAutoencoder
+from saekit_unlearning.passages import Passages
+
+Path = Literal["spliced", "error_kept"]
+PATHS: tuple[Path, ...] = get_args(Path)
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Active latents are set to 0."""
+
+    def __call__(self, active: Tensor, latents: Tensor) -> Tensor:
+        return torch.zeros_like(active)
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """Latents are set to -`value` where they are active, and nowhere else (Farrell, Lau and Conmy 2024; SAEBench).
+
+    units: [d_sae], what `value` is multiplied by, such as each latent's RMS activation; None for absolute units.
+    """
+
+    value: float
+    units: Tensor | None = None
+
+    def __call__(self, active: Tensor, latents: Tensor) -> Tensor:
+        size = active.new_full((len(latents),), self.value) if self.units is None else self.value * self.units[latents].to(active)
+        return torch.where(active > 0, -size, active)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Each latent's activation is multiplied by its gate.
+
+    gates: [n], one for each edited latent, which may be trained.
+    """
+
+    gates: Tensor
+
+    def __call__(self, active: Tensor, latents: Tensor) -> Tensor:
+        return active * self.gates.to(active)
+
+
+Operation = Ablate | Clamp | Gates
+"""From activations [m, n] of edited latents [n] to new ones."""
+
+
+class LatentEdit:
+    """An edit of some latents of an SAE, on one path: the `SiteEdit` of passages.
+
+    latents: [n]; with none of them, "spliced" is the reconstruction alone and "error_kept" changes nothing.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, latents: Tensor, operation: Operation, path: Path) -> None:
+        self.sae, self.latents, self.operation, self.path = sae, latents.to(sae.W_dec.device), operation, path
+
+    def __call__(self, passages: Passages) -> Tensor:
+        x = passages.x  # [m, d]
+        with torch.no_grad():
+            code = self.sae.encode(x.to(self.sae.W_dec))
+            base = x if self.path == "error_kept" else self.sae.decode(code).to(x)
+            active = code.columns(self.latents)  # [m, n]
+        change = (self.operation(active, self.latents) - active) @ self.sae.W_dec[self.latents].detach()  # [m, d]
+        return passages.with_x(base + change.to(base))
+
+
+class AddedRows:
+    """Latents whose decoder rows push the activation wherever they are active, on top of `path`'s own.
+
+    latents: [n], those that push; no row among them serves the reconstruction.
+    rows: [n, d], their decoder rows, which may be trained.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, latents: Tensor, rows: Tensor, path: Path) -> None:
+        self.sae, self.latents, self.rows, self.path = sae, latents.to(sae.W_dec.device), rows, path
+
+    def __call__(self, passages: Passages) -> Tensor:
+        x = passages.x
+        with torch.no_grad():
+            code = self.sae.encode(x.to(self.sae.W_dec))
+            active = code.columns(self.latents)  # [m, n]
+            base = x
+            if self.path == "spliced":
+                base = (self.sae.decode(code) - active @ self.sae.W_dec[self.latents]).to(x)
+        return passages.with_x(base + (active @ self.rows).to(base))
