@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saekit import Recording, Replay, Subject, TokenBatch
+from saekit import Recording, Replay, Subject, TokenBatch, TrainedPositions
 
 SiteEdit = Callable[["Passages"], Tensor]
 """From passages to the activation at the site that replaces theirs: [n, T, d], with gradients to whatever is trained."""
@@ -24,7 +24,7 @@ class Passages:
     """Some rows of tokens with their activation at the site.
 
     rows: [n] numbers of the rows among all that were given.
-    keep: [n, T], the positions that may be edited: no padding, and no first position that the SAE was not trained on.
+    keep: [n, T], the positions that may be edited: those that the SAE was trained on, so no padding either.
     """
 
     rows: Tensor
@@ -63,10 +63,13 @@ class Passages:
 
 
 class Site:
-    """The site of a subject's SAE: records passages, and runs the layers above it on edited activations."""
+    """The site of a subject's SAE: records passages, and runs the layers above it on edited activations.
 
-    def __init__(self, subject: Subject, *, keep_first: bool) -> None:
-        self.subject, self.keep_first = subject, keep_first
+    trained: the positions that the SAE was trained on, `sae.trained_positions`.
+    """
+
+    def __init__(self, subject: Subject, trained: TrainedPositions) -> None:
+        self.subject, self.trained = subject, trained
         self.replay = Replay(subject.model, subject.site)
 
     def passages(self, rows: Sequence[Sequence[int]], batch_tokens: int = 4096) -> Iterator[Passages]:
@@ -78,11 +81,12 @@ class Site:
             while end < len(order) and len(rows[order[end]]) * (end + 1 - start) <= batch_tokens:
                 end += 1
             chosen = order[start:end]
-            batch = TokenBatch.of_rows([rows[i] for i in chosen], keep_first=self.keep_first)
+            batch = TokenBatch.of_rows([rows[i] for i in chosen], keep_first=True)
+            keep = batch.mask & self.trained.in_rows(batch.tokens, bos=self.subject.bos_token_id)
             device = self.subject.device
             with self.subject.lock:
                 recording = self.replay.record(batch.tokens.to(device), batch.mask.to(device))
-            yield Passages(torch.tensor(chosen, device=device), recording, batch.keep.to(device))
+            yield Passages(torch.tensor(chosen, device=device), recording, keep.to(device))
             start = end
 
     def logits(self, passages: Passages, edit: SiteEdit | None = None) -> Tensor:
