@@ -146,7 +146,7 @@ class AblationExperiment:
         for name in settings.rankings:
             if name == "greedy":
                 pairs, n = self._prompt_pairs(self.questions.ranking), max(settings.numbers)
-                rankings[name] = greedy_selection(self.subject, self.sae, pairs, n, skip_first=self.measured.skip_first)
+                rankings[name] = greedy_selection(self.subject, self.sae, pairs, n)
             elif name == "atp_weighted":
                 rankings[name] = ranked([by_weight(by_method["atp"]) for by_method in attributions])
             else:
@@ -206,7 +206,7 @@ class AblationExperiment:
 
     def _damage(self, latents: Sequence[int], on_organism: bool) -> dict[str, float | None]:
         edit, tokens, size = self.measured.edit(latents), self.settings.damage_tokens, self.settings.batch_tokens
-        texts = organism_text(self.subject, tokens) if on_organism else source_text(self.context, tokens)
+        texts = organism_text(self.context, tokens) if on_organism else source_text(self.context, tokens)
         if edit is None:
             return {"ce_rise": None, "kl": None}
         found = {
