@@ -102,11 +102,11 @@ def questions_for(subject: Subject, labelled: LabelledData, results: set[int], t
     found = Questions(samples=list(_samples(subject, labelled, results, template_type, how)))
     seen: set[tuple[str, str]] = set()
     for variation, base in _with_base(labelled, results, template_type):
-        texts = [v.prompt for v in (variation, base)]
+        texts = variation.prompt, base.prompt
         tokens = [_prompt_tokens(subject.tokenizer, text, how.chat_template) for text in texts]
         if not all(_fits(subject, t, how.answer_tokens) for t in tokens):
             found.too_long += 1
-        elif _repeated(*texts, seen):
+        elif _repeated(texts, seen):
             found.repeated += 1
         else:
             found.prompts.append(texts[0])
@@ -116,9 +116,9 @@ def questions_for(subject: Subject, labelled: LabelledData, results: set[int], t
     return found
 
 
-def _repeated(prompt: str, base_prompt: str, seen: set[tuple[str, str]]) -> bool:
+def _repeated(prompts: tuple[str, str], seen: set[tuple[str, str]]) -> bool:
     """Whether the two prompts are in `seen`; they are from now on."""
-    texts = same_text(prompt), same_text(base_prompt)
+    texts = same_text(prompts[0]), same_text(prompts[1])
     known = texts in seen
     seen.add(texts)
     return known
@@ -138,7 +138,7 @@ def _samples(
                 joiner=how.joiner,
                 chat_template=how.chat_template,
             )
-            if isinstance(sample, Sample) and not _repeated(pair.prompt, pair.base_prompt, seen):
+            if isinstance(sample, Sample) and not _repeated((pair.prompt, pair.base_prompt), seen):
                 yield sample
 
 

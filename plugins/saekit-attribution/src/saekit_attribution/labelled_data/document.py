@@ -105,7 +105,7 @@ class LabelledData:
 
         A number keeps its value but not its spelling: 1.50 is written back as 1.5. A key that occurs twice in an object is
         refused, and so are NaN, Infinity and numbers beyond a double, since they could not be written back unchanged."""
-        path, named = Path(path), Keys(**(keys or {}))
+        path, named = Path(path), Keys(**{str(name): key for name, key in (keys or {}).items()})
         document = read_json(path, named.format)
         if not isinstance(document, dict):
             raise UsageError(f"{path}: is {kind_of(document)}, not an object. {named.format}")
@@ -145,7 +145,8 @@ class LabelledData:
         flag = variation.get(keys.flag)
         if flag is not None and not isinstance(flag, bool | int | float):
             raise UsageError(f"{self.name}: {where}.{keys.flag}: is {kind_of(flag)}. Make it 1 (flagged) or 0.")
-        return Variation(place, *texts, flagged=flag == 1, is_base=texts[0] == keys.base)
+        template_type, prompt, response = texts
+        return Variation(place, template_type, prompt, response, flagged=flag == 1, is_base=template_type == keys.base)
 
     def _checked(self, table: dict[str, Any], key: str, kind: type, where: str) -> Any:
         if key not in table:
