@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from saekit_attribution.ablate.control_latents import Activity, activity, matched_controls
 from saekit_attribution.ablate.side_effects import side_effects
+from saekit_attribution.effects.control_latents import Activity, activity, matched_controls
 
 import saekit
 from saekit import TokenBatch, TrainedPositions

@@ -11,7 +11,6 @@ import torch
 
 from saekit import AgainstControls, Result, RunContext
 from saekit_attribution.ablate.answers import drawn_answers
-from saekit_attribution.ablate.control_latents import matched_controls
 from saekit_attribution.ablate.enough import Rates
 from saekit_attribution.ablate.figures import curve_figure
 from saekit_attribution.ablate.greedy_selection import PromptPair, greedy_selection
@@ -22,6 +21,7 @@ from saekit_attribution.ablate.search import Candidate, Found, search
 from saekit_attribution.ablate.side_effects import organism_text, side_effects, source_text
 from saekit_attribution.ablate.words import Words
 from saekit_attribution.effects.attribute import attribute
+from saekit_attribution.effects.control_latents import matched_controls
 from saekit_attribution.effects.methods import Attribution
 from saekit_attribution.effects.ranking import Ranking, agreement, by_weight, ranked
 

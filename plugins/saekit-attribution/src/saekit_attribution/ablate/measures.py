@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 import saekit
 from saekit import Attachment, RunContext, TokenBatch
 from saekit_attribution.ablate.answers import Preference, answers, batches_of_equal_length, preferences
-from saekit_attribution.ablate.control_latents import Activity, activity
 from saekit_attribution.ablate.enough import Rates
 from saekit_attribution.ablate.judge import NO_CLASS, Judge, commonest, judged, share_of
 from saekit_attribution.ablate.questions import Questions, QuestionSets
 from saekit_attribution.ablate.shares import Share
+from saekit_attribution.effects.control_latents import Activity, activity
 from saekit_attribution.labelled_data.teacher_forcing import Sample
 
 if TYPE_CHECKING:
