@@ -6,6 +6,7 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -21,9 +22,13 @@ class ExitCode(IntEnum):
 
 
 class SaekitError(Exception):
-    """An error with a message for the user; the command line prints it without a traceback."""
+    """An error with a message for the user; the command line prints it without a traceback.
+
+    summary: the content of `summary.json` if the run was carried out all the same; None if it was not.
+    """
 
     exit_code: ExitCode = ExitCode.RUN_FAILED
+    summary: dict[str, Any] | None = None
 
 
 class UsageError(SaekitError):

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -114,8 +115,7 @@ class kept:
         for setting, value in zip(self._settings, before, strict=True):
             now = setting.read(torch)
             if now != value:
-                write, read = setting.write, setting.read
-                self._put_back(setting.name, value, now, lambda w=write, v=value: w(torch, v), lambda r=read: r(torch))
+                self._put_back(setting.name, value, now, partial(setting.write, torch, value), partial(setting.read, torch))
 
     def _put_back(self, name: str, before: Any, now: Any, write: Callable[[], Any], read: Callable[[], Any]) -> None:
         changed = f"{self._who} changed {name} from {before} to {now}"

@@ -172,7 +172,7 @@ class Source(Protocol):
     """Optional, set by the constructor: what `provides` promises and these options do not give, each with the fix."""
 
     warnings: Sequence[str]
-    """Optional, set by `open`: what the user should know about the data."""
+    """Optional, set by `peek` and `open`: what the user should know about the data."""
 
     def peek(self) -> dict[str, Any]:
         """What is known without loading a model or data: any of `model`, `hook_point`, `d_in`, `d_out`, `data`.

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from saekit.activations.trained_positions import TrainedPositions
     from saekit.sae.code import Code
 
 
@@ -108,13 +109,12 @@ class TokenBatch:
     sequence: Tensor
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Sequence[int]], *, keep_first: bool) -> TokenBatch:
-        """Rows of token ids, padded on the right with 0. keep_first: whether the first position of each row is kept."""
+    def of_rows(cls, rows: Sequence[Sequence[int]], kept: TrainedPositions | None = None) -> TokenBatch:
+        """Rows of token ids, padded on the right with 0. kept: which of their positions; None for all."""
         import torch
 
         width = max(map(len, rows))
         tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
         mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]  # [n, T]
-        keep = mask.clone()
-        keep[:, 0] &= keep_first
-        return cls(tokens, mask, keep, torch.arange(len(tokens)))
+        keep = mask if kept is None else mask & kept.in_rows(tokens)
+        return cls(tokens, mask, keep.clone(), torch.arange(len(tokens)))

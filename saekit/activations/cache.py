@@ -35,6 +35,7 @@ from saekit.seeds import derived_seed
 CacheDtype = Literal["float32", "float16", "bfloat16"]
 FORMAT = 3
 """Raised when the content of a cache changes, so that an older one is refused instead of misread."""
+ENDLESS = "this source's data has no end. Say how much to keep: source.cache_tokens = 1_000_000."
 SPLITS = ("train", "held_out")
 CHUNK = 1024  # rows read from one place; the rows of a training shard are already shuffled among themselves
 _SHARD_BYTES = 1 << 27
@@ -83,9 +84,15 @@ class CachedSource:
             self.documents = self._documents_of
 
     def peek(self) -> dict[str, Any]:
-        """What the source knows, and whether the cache exists already; see `protocols.Source.peek`."""
+        """What the source knows, and whether the cache exists already; see `protocols.Source.peek`.
+
+        OptionError if it would have no end."""
+        if self.tokens is None and not hasattr(self.wrapped, "first_pass"):
+            raise OptionError("cache", ENDLESS)
         state = "is read" if self._index().is_file() else "is written first"
-        return {**self.wrapped.peek(), "cache": f"{self.directory} {state}"}
+        found = {**self.wrapped.peek(), "cache": f"{self.directory} {state}"}
+        self.warnings = list(getattr(self.wrapped, "warnings", ()))
+        return found
 
     def open(self, *, device: torch.device, dtype: torch.dtype) -> None:
         """Check that the cache is this source's. If the fingerprints agree, the source is not loaded."""
@@ -285,9 +292,7 @@ class CachedSource:
         """About how many training activations the complete cache holds."""
         whole = getattr(self._source(), "pass_size", None)
         if whole is None and self.tokens is None:
-            raise OptionError(
-                "cache", "this source's data has no end. Say how much to keep: source.cache_tokens = 1_000_000."
-            )
+            raise OptionError("cache", ENDLESS)
         return min(n for n in (whole, self.tokens) if n is not None)
 
     def _shard_rows(self) -> int:

@@ -71,8 +71,14 @@ class HarvestSource:
     def peek(self) -> dict[str, Any]:
         """What config.json says about the model and the sites; see `protocols.Source.peek`.
 
-        OptionError for a block or a context that the model lacks."""
+        OptionError for a block or a context that the model lacks, and for rows of which too little would be kept."""
         known = peek_model(self.model)
+        if self.drop_first and self.context == 2:
+            raise OptionError(
+                "context",
+                "2, but drop_first leaves only the last position of such a row, which has no next token. "
+                "Make it 3 or more, or set drop_first = false.",
+            )
         found: dict[str, Any] = {"model": self.model, "hook_point": self.hook_point}
         self._check_context(self.model, known.get("context"))
         if self.target_hook_point is not None:

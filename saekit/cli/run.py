@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from saekit.errors import UsageError
+from saekit.errors import SaekitError, UsageError
 from saekit.kinds import SECTIONS
 from saekit.terminal.output import echo_json
 
@@ -72,11 +72,16 @@ def command(
     if resume is not None and any([what, directory, *uses.values(), overrides, plugins, dry_run]):
         raise UsageError("--resume continues a run exactly as it was begun; give it no other options.")
     # With --json nothing but the document may reach stdout, whatever a plugin or a library prints.
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        if resume is not None:
-            document = _resume(resume, no_plugins, as_json)
-        else:
-            document = _start(what, uses, overrides, plugins, no_plugins, directory, dry_run, as_json)
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            if resume is not None:
+                document = _resume(resume, no_plugins, as_json)
+            else:
+                document = _start(what, uses, overrides, plugins, no_plugins, directory, dry_run, as_json)
+    except SaekitError as error:
+        if as_json and error.summary is not None:
+            echo_json(error.summary)
+        raise
     if as_json:
         echo_json(document)
 

@@ -62,7 +62,7 @@ class Attachment:
         self.visits = self.changed = 0
         self._edits = edits or EditTable({}, sae.d_sae)
         self._keep_error, self._record = keep_error, record
-        self._positions: Positions | TrainedPositions | None = positions
+        self._positions = positions
         if positions is None and not sae.trained_positions.everywhere:
             self._positions = sae.trained_positions
         self._reads, self._after = list(reads), list(after)
@@ -240,8 +240,8 @@ def attach(
         activations [m], in the order of the positions, to new ones. They act on activations after gating.
     keep_error: add the SAE's reconstruction error back to the edited reconstruction; for edits only.
     positions: where to act: a slice, a position or a list of them, a boolean mask [n, T], or a function from positions
-        [n, T] to booleans; None for those that the SAE was trained on (`sae.trained_positions`), and `slice(None)` for
-        everywhere. Negative positions count from the end, if the text has one.
+        [n, T] to booleans, or `TrainedPositions`; None for `sae.trained_positions`, those that the SAE was trained on, and
+        `slice(None)` for everywhere. Negative positions count from the end, if the text has one.
     statistics: {"max": ..., "rms": ...}, each [d_sae] or {latent: number}, for edits in these units.
     record: keep the codes in `Attachment.code` and `codes`.
     reads: hook points that will be read by other means; a forward that reaches one before the edit is an error.

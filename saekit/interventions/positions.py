@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from saekit.activations.trained_positions import TrainedPositions
 from saekit.errors import UsageError
 
-Positions = slice | int | Sequence[int] | Tensor | Callable[[Tensor], Tensor]
+Positions = slice | int | Sequence[int] | Tensor | TrainedPositions | Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -110,7 +110,7 @@ class TextTracker:
 
 def checked_positions(positions: Positions | None) -> Positions | None:
     """`positions` in the form that `chosen` takes; UsageError if they are not positions."""
-    if positions is None or callable(positions):
+    if positions is None or isinstance(positions, TrainedPositions) or callable(positions):
         return positions
     if isinstance(positions, slice):
         if positions.step is not None and positions.step < 1:
@@ -130,7 +130,7 @@ def checked_positions(positions: Positions | None) -> Positions | None:
         ) from None
 
 
-def chosen(positions: Positions | TrainedPositions, stretch: Stretch) -> Tensor:
+def chosen(positions: Positions, stretch: Stretch) -> Tensor:
     """Which of a forward's positions are chosen: boolean [n, T]. Only a mask can choose padding."""
     at = stretch.absolute
     if isinstance(positions, TrainedPositions):

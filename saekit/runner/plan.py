@@ -163,7 +163,8 @@ def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
     for plan in members:
         plan.facts = facts
     variants = [_spelt_out(variant, plan.config) for variant, plan in zip(config.variant, members, strict=False)]
-    return RunPlan(resolved.model_copy(update={"variant": variants}), members, facts, list(registry.warnings))
+    told = [*registry.warnings, *getattr(built, "warnings", ())]
+    return RunPlan(resolved.model_copy(update={"variant": variants}), members, facts, told)
 
 
 def _plan(variant: str, config: RunConfig, source: Part, registry: Registry) -> SAEPlan:

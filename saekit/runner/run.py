@@ -94,15 +94,17 @@ class Run:
                 error = DiskFull(error.path, fix)
             self._tell("run_failed", error=error)
             raise error
-        self._raise_failures()
+        self._raise_failures(summary)
         return summary
 
-    def _raise_failures(self) -> None:
+    def _raise_failures(self, summary: dict[str, Any]) -> None:
         found = [(one, error) for one in self.sae_runs for error in one.failed.values()]
         if found:
             told = [f"variant {one.variant!r}: {error}" if one.variant else str(error) for one, error in found]
             again = f"Everything else is written. What failed is carried out again by: saekit run --resume {self.directory.path}"
-            raise type(found[0][1])("\n".join([*told, again]))
+            error = type(found[0][1])("\n".join([*told, again]))
+            error.summary = summary
+            raise error
 
     def _phases(self) -> dict[str, Any]:
         self._begin()

@@ -128,6 +128,8 @@ class SAERun:
         entry = self.config.architecture
         if entry.from_ is not None:
             self.sae = self._fitting(open_sae(entry.from_, registry=self.registry)).requires_grad_(True).to(device)
+            if self.sae.trained_positions.first is None:  # nobody knows, so the run's own source says what to look at
+                self.sae.trained_positions = self._positions()
         self._draws = OwnRandomness(seed_for(self.config.training.seed, "torch"), device)
 
     def initialise(self, sample: Sample) -> None:
@@ -146,7 +148,11 @@ class SAERun:
             sae.initialise(generator, (target * self.target_scale).cpu())
             sae.options()  # raises now, rather than after training, if the SAE could not be saved
         sae.constrain_weights()
+        sae.trained_positions = self._positions()
         self.sae = sae.to(self.device)
+
+    def _positions(self) -> TrainedPositions:
+        return TrainedPositions.of_source(self.identity, getattr(self.source, "special_tokens", ()))
 
     def _refuse_another_task(self, sae: SparseAutoencoder, *, rebuilds_other: bool) -> None:
         """UsageError if an SAE to train further was made for another task: it rebuilds what it reads and the source asks for
@@ -287,9 +293,6 @@ class SAERun:
 
     def save_sae(self) -> None:
         """Write `sae/`, and go on with exactly what was written."""
-        if self.plan.total_steps or self.sae.trained_positions.first is None:
-            special = getattr(self.source, "special_tokens", ())
-            self.sae.trained_positions = TrainedPositions.of_source(self.identity, special)
         metadata = {
             "model_name": self.identity.get("model"),
             "hook_name": self.source.hook_point,

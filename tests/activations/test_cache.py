@@ -288,7 +288,8 @@ def test_directories_that_are_no_cache(tiny_gpt2, text_file, tmp_path):
 def test_data_without_an_end_needs_a_number(tmp_path):
     synthetic = SyntheticSource(d_in=8, n_features=4, probability=0.1)
     with pytest.raises(UsageError, match="has no end. Say how much to keep: source.cache_tokens"):
-        opened(CachedSource(synthetic, tmp_path / "cache")).fill()
+        CachedSource(synthetic, tmp_path / "cache").peek()
+    assert "is written first" in CachedSource(synthetic, tmp_path / "cache", tokens=100).peek()["cache"]
 
 
 def test_too_little_room_is_seen_before_anything_is_written(tiny_gpt2, text_file, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -135,6 +136,22 @@ def test_peek_knows_the_width_without_loading(tiny_llama, jsonl_file):
     assert peeked["d_in"] == peeked["d_out"] == 32 and peeked["hook_point"] == "blocks.1.hook_out"
 
 
+def test_how_a_text_falls_into_documents_is_seen_before_anything_is_loaded(tiny_llama, text_file, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(f"sentence number {n}" for n in range(50)), encoding="utf-8")
+
+    def source(path: Path, **options) -> TextSource:
+        return TextSource(model=str(tiny_llama), data=str(path), hook_point="blocks.1.hook_out", context=16, **options)
+
+    with pytest.raises(UsageError, match=r'1 document\(s\) cannot be divided .* unit = "paragraph" or "line"'):
+        source(lines).peek()
+    short, long = source(lines, unit="line"), source(text_file)
+    for one in (short, long):
+        one.peek()
+    assert long.warnings == []
+    assert "half of the first 50 documents have at most 18 characters" in short.warnings[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -142,6 +159,7 @@ def test_peek_knows_the_width_without_loading(tiny_llama, jsonl_file):
         ({"hook_point": "blocks.3.hook_out"}, r"^hook_point: 'blocks.3.hook_out', but .* has 3 blocks, 0 to 2"),
         ({"data": "/nowhere/x.txt"}, r"there is no such file"),
         ({"model": "/nowhere/model"}, r"there is no such directory"),
+        ({"context": 2}, r"^context: 2, but drop_first leaves only the last position"),
     ],
 )
 def test_what_is_seen_to_be_wrong_before_anything_is_loaded(tiny_llama, jsonl_file, options, message):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from saekit.activations.batch import TokenBatch
 from saekit.activations.huggingface import load_subject, peek_model
+from saekit.activations.trained_positions import TrainedPositions
 from saekit.errors import UsageError
 
 MODELS = ["tiny_gpt2", "tiny_llama", "tiny_gemma2"]
@@ -119,10 +120,11 @@ def test_any_other_hook_is_found_on_a_bridge(tiny_gpt2):
         load_subject(str(tiny_gpt2), "blocks.1.mpl.hook_out")
 
 
-@pytest.mark.parametrize("keep_first", [True, False])
-def test_rows_of_tokens_are_padded_on_the_right_and_only_tokens_are_kept(keep_first: bool) -> None:
-    batch = TokenBatch.of_rows([(5, 6, 7), (8, 9)], keep_first=keep_first)
+def test_rows_of_tokens_are_padded_on_the_right_and_only_tokens_are_kept() -> None:
+    batch = TokenBatch.of_rows([(5, 6, 7), (8, 9)])
     assert batch.tokens.tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch.mask.tolist() == [[True, True, True], [True, True, False]]
-    assert batch.keep.tolist() == [[keep_first, True, True], [keep_first, True, False]]
+    assert batch.keep.tolist() == batch.mask.tolist()
+    some = TokenBatch.of_rows([(5, 6, 7), (8, 9)], TrainedPositions(False, (9,)))
+    assert some.keep.tolist() == [[False, True, True], [False, False, False]]
     assert batch.sequence.tolist() == [0, 1]

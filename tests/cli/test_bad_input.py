@@ -614,6 +614,18 @@ def test_a_metric_that_raises(where: str, broken: Callable, command: Run, run_fi
     assert (run / "summary.json").is_file() == (where != "when it is built")  # which is before anything is trained
 
 
+def test_the_one_document_is_printed_even_if_something_failed(
+    broken: Callable, command: Run, run_file: Files, tmp_path: Path
+) -> None:
+    broken("analyzer", "class Odd:\n    def __call__(self, context):\n        raise ValueError('no')\n")
+    outcome = command("run", run_file(), "--analyze", "odd", "--directory", tmp_path / "run", "--json")
+    printed = json.loads(outcome.out)
+    assert outcome.code == 3 and list(printed["failed"]) == ["analyzer.odd"]
+    assert printed == json.loads((tmp_path / "run" / "summary.json").read_text())
+    again = command("run", "--resume", tmp_path / "run", "--json")
+    assert again.code == 3 and list(json.loads(again.out)["failed"]) == ["analyzer.odd"]
+
+
 def test_two_metrics_that_return_one_name(broken: Callable, command: Run, run_file: Files, tmp_path: Path) -> None:
     broken("metric", "class Odd:\n    def measure(self, context):\n        return {'mine': 1.0, 'l0': 2.0}\n")
     outcome = command("run", run_file(), "--metric", "odd", "--directory", tmp_path / "run")

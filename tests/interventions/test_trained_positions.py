@@ -29,10 +29,11 @@ SPECIAL = int(TOKENS[0, 5])
 )
 def test_the_rule(rule: TrainedPositions, bos: int | None, wanted: list[int]) -> None:
     tokens = torch.tensor([[7, 8, 9, 7]])
-    assert rule.in_rows(tokens, bos=bos).int().tolist() == [wanted]
+    rule = rule.with_bos(bos)
+    assert rule.in_rows(tokens).int().tolist() == [wanted] and rule.everywhere is all(wanted)
     padded = torch.tensor([[-1, 0, 1, 2]])
     assert not rule.among(padded, tokens)[0, 0] and rule.among(padded, None)[0, 1] == (rule.first is not False)
-    assert TrainedPositions.from_dict(rule.to_dict()) == rule
+    assert TrainedPositions.from_dict(rule.to_dict()).with_bos(bos) == rule
 
 
 @pytest.mark.parametrize("mode", ["edit", "no_change"])

@@ -38,6 +38,7 @@ MAY_SKIP = {
     "sparse_and_dense_codes_agree",  # a loss of one architecture, whose code has one form
     "measures_are_scalars",  # a loss that says nothing beside its value
     "whole_or_in_pieces", "bounded_memory", "empty_stream",  # a metric that measures with the model
+    "estimates_hold",  # a metric that gives plain numbers
     "state_round_trip",  # a listener without state
     "sequences_by_number",  # a source without labels
     "held_out_ends",  # a source that holds out more than is followed

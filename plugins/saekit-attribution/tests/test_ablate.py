@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,12 +15,13 @@ from saekit_attribution.ablate.analyzer import Ablate
 from saekit_attribution.ablate.answers import Preference, answers, drawn_answers, preferences
 from saekit_attribution.ablate.greedy_selection import PromptPair, _Texts, greedy_selection
 from saekit_attribution.ablate.judge import commonest, judged, load_judge, share_of
+from saekit_attribution.ablate.measures import BehaviourMeasurement
 from saekit_attribution.ablate.questions import split, template_types
-from saekit_attribution.ablate.side_effects import side_effects
+from saekit_attribution.ablate.side_effects import side_effects, source_text
 from saekit_attribution.labelled_data.document import LabelledData
 
 import saekit
-from saekit import Result, RunContext, TokenBatch, UsageError
+from saekit import Result, RunContext, TokenBatch, TrainedPositions, UsageError
 from saekit.activations.huggingface import load_subject
 from saekit.activations.subject import Subject
 from saekit.plugins import Registry
@@ -42,7 +43,7 @@ def questions(tiny, lengths: list[int]) -> list[PromptPair]:
 
 
 def texts(subject: Subject, sae: saekit.SparseAutoencoder, asked: list[PromptPair]) -> _Texts:
-    return _Texts(subject, sae, [(q.prompt, q.answer) for q in asked], True)
+    return _Texts(subject, sae, [(q.prompt, q.answer) for q in asked])
 
 
 def test_the_loss_of_a_set_is_that_of_the_edited_model(tiny, gpt2: Subject) -> None:
@@ -55,6 +56,34 @@ def test_the_loss_of_a_set_is_that_of_the_edited_model(tiny, gpt2: Subject) -> N
             logits = gpt2.model(torch.tensor([[*q.prompt, *q.answer]])).logits[0, -4:-1]
         there = -logits.float().log_softmax(-1).gather(1, torch.tensor(q.answer)[:, None]).sum()
         assert loss == pytest.approx(float(there), abs=1e-4)
+
+
+def test_latents_are_ablated_counted_and_compared_where_the_sae_was_trained(
+    tiny, gpt2: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, samples = tiny.sae(gpt2), tiny.samples([20, 20])
+    rows = [sample.tokens for sample in samples]
+    sae.trained_positions = TrainedPositions(True, (rows[0][7],))
+    trained = sae.trained_positions.in_rows(torch.tensor(rows))  # [2, 20]
+    assert trained[0, 0] and not trained[0, 7]
+    source = SimpleNamespace(subject=gpt2, token_batches=lambda *_, **__: iter([TokenBatch.of_rows(rows)]))
+    context: Any = SimpleNamespace(source=source, sae=sae)
+    some = SimpleNamespace(samples=samples, tokens=rows, base_tokens=rows, too_long=0)
+    sets: Any = SimpleNamespace(template_type="like", ranking=some, curve=some, test=some)
+    measured = BehaviourMeasurement(context, None, Ablate(data="none.json"), sets)
+    before, edit = gpt2.activations(TokenBatch.of_rows(rows)), measured.edit(range(sae.d_sae))
+    assert edit is not None
+    with edit, saekit.read(gpt2.model, sae, gpt2.site, after=edit) as reader:
+        gpt2.model(torch.tensor(rows))
+    code = sae.encode(before.flatten(0, 1)).dense()
+    changed = (reader.code.dense() - code).abs().amax(1) > 1e-3
+    assert torch.equal(changed, trained.flatten() & (code != 0).any(1))
+    torch.testing.assert_close(measured.activity(rows).density, (code[trained.flatten()] != 0).float().mean(0))
+    (batch,) = texts(gpt2, sae, [PromptPair(row[:-3], row[:-3], row[-3:]) for row in rows])._batches
+    assert set(zip(batch.rows.tolist(), batch.positions.tolist(), strict=True)) <= set(map(tuple, trained.nonzero().tolist()))
+    assert 0 in batch.positions
+    (compared,) = source_text(context, 10)["held_out"]
+    assert torch.equal(compared.keep, trained)
 
 
 def test_the_estimate_is_the_slope_of_the_loss(tiny, gpt2: Subject) -> None:
@@ -82,7 +111,7 @@ def test_each_latent_taken_lowers_what_is_left(tiny, gpt2: Subject) -> None:
     taken = greedy_selection(gpt2, sae, asked, 6)
     assert len(set(taken)) == len(taken) >= 2
     flagged = texts(gpt2, sae, asked)
-    base = _Texts(gpt2, sae, [(q.base_prompt, q.answer) for q in asked], True)
+    base = _Texts(gpt2, sae, [(q.base_prompt, q.answer) for q in asked])
     undisturbed = base.losses([])
     costs = [
         sum(float((t.losses(taken[:n]) - undisturbed).clamp_min(0).mean()) for t in (flagged, base))
@@ -96,7 +125,7 @@ def test_two_latents_that_stand_in_for_each_other_are_found_together(tiny, gpt2:
     """With the first one ablated the second one matters, whatever its effect alone."""
     sae, asked = tiny.sae(gpt2), questions(tiny, [9, 12])
     first, second = greedy_selection(gpt2, sae, asked, 2, shortlist=sae.d_sae)
-    flagged, base = texts(gpt2, sae, asked), _Texts(gpt2, sae, [(q.base_prompt, q.answer) for q in asked], True)
+    flagged, base = texts(gpt2, sae, asked), _Texts(gpt2, sae, [(q.base_prompt, q.answer) for q in asked])
     undisturbed = base.losses([])
 
     def cost(latents: list[int]) -> float:
@@ -392,7 +421,7 @@ def assert_close(found: list[Preference], expected: list[Preference]) -> None:
 
 def test_side_effects_keep_to_the_memory_there_is(tiny, gpt2: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.randint(2, 120, (5, 12), generator=torch.Generator().manual_seed(3)).tolist()
-    batch = TokenBatch.of_rows([row[: 12 - i] for i, row in enumerate(rows)], keep_first=False)
+    batch = TokenBatch.of_rows([row[: 12 - i] for i, row in enumerate(rows)], TrainedPositions(False))
     edit = saekit.attach(gpt2.model, tiny.sae(gpt2), gpt2.site, edits={j: saekit.ablate() for j in range(0, 20)})
     logits = gpt2.logits(batch)
     with edit:

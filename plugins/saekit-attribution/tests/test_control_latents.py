@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from saekit_attribution.ablate.control_latents import Activity, activity, matched_controls
 from saekit_attribution.ablate.side_effects import side_effects
+from saekit_attribution.effects.control_latents import Activity, activity, matched_controls
 
 import saekit
-from saekit import TokenBatch
+from saekit import TokenBatch, TrainedPositions
 from saekit.activations.subject import Subject
 
 
@@ -51,7 +51,7 @@ def test_latents_that_are_not_active_on_the_prompts_are_never_drawn() -> None:
 
 def test_activity_is_that_of_the_whole_code(tiny, gpt2: Subject) -> None:
     sae = tiny.sae(gpt2)
-    batches = [TokenBatch.of_rows(rows(), keep_first=False), TokenBatch.of_rows(rows(4, 7), keep_first=False)]
+    batches = [TokenBatch.of_rows(rows(), TrainedPositions(False)), TokenBatch.of_rows(rows(4, 7), TrainedPositions(False))]
     seen = activity(gpt2, sae, batches)
     code = torch.cat([sae.encode(gpt2.activations(b)[:, 1:].flatten(0, 1)).dense() for b in batches])
     torch.testing.assert_close(seen.density, (code != 0).float().mean(0))
@@ -62,14 +62,14 @@ def test_activity_is_that_of_the_whole_code(tiny, gpt2: Subject) -> None:
 def test_an_edit_that_changes_nothing_does_no_damage(tiny, gpt2: Subject) -> None:
     sae = tiny.sae(gpt2)
     same = saekit.attach(gpt2.model, sae, gpt2.site, edits={j: saekit.scale(1.0) for j in range(sae.d_sae)})
-    done = side_effects(gpt2, same, [TokenBatch.of_rows(rows(), keep_first=False)])
+    done = side_effects(gpt2, same, [TokenBatch.of_rows(rows(), TrainedPositions(False))])
     assert done.tokens == 6 * 9
     assert done.kl == pytest.approx(0, abs=1e-6)
     assert done.rise == pytest.approx(0, abs=1e-6)
 
 
 def test_damage_is_what_the_edited_model_says(tiny, gpt2: Subject) -> None:
-    sae, batch = tiny.sae(gpt2), TokenBatch.of_rows(rows(), keep_first=False)
+    sae, batch = tiny.sae(gpt2), TokenBatch.of_rows(rows(), TrainedPositions(False))
     edit = saekit.attach(gpt2.model, sae, gpt2.site, edits={j: saekit.ablate() for j in range(0, sae.d_sae, 2)})
     done = side_effects(gpt2, edit, [batch])
     before = gpt2.logits(batch)[:, 1:-1].float().log_softmax(-1)

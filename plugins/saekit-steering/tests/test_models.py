@@ -15,7 +15,7 @@ from saekit_steering.scoring import Scorer, logit_lens
 from saekit_steering.steering_vectors import latent_vectors, strengths
 from saekit_steering.typical_tokens import typical_tokens
 
-from saekit import Subject
+from saekit import Subject, TrainedPositions
 from saekit.activations.sites import resolve
 from saekit.builtin.architectures.standard import Standard
 from saekit.testing.tiny import tiny_network
@@ -51,7 +51,7 @@ def test_pushes_at_a_padded_batch_equal_a_hook_of_ones_own(context: Any) -> None
     typical = typical_tokens(torch.arange(1, 2 * VOCABULARY + 1).view(2, -1).flip(1) * 10, 10, 1)
     vector = latent_vectors(sae, 0, strengths([20.0], "absolute", 1.0, 1.0))[0]
     prompts = [Prompt("neutral", "", row) for row in ROWS]
-    found = Scorer(context, Cluster(context, 0, 10), typical)([vector], batches(prompts, 512), {})
+    found = Scorer(context, Cluster(context, 0, 10), typical)([vector], batches(prompts, TrainedPositions(False), 512), {})
 
     def steered(module: Any, arguments: Any, output: Any) -> Any:
         hidden = (output[0] if isinstance(output, tuple) else output).clone()
@@ -82,7 +82,7 @@ def test_controls_from_the_site_up_equal_whole_forwards(context: Any) -> None:
     vector = latent_vectors(context.sae, 0, strengths([20.0], "absolute", 1.0, 1.0))[0]
     control = dataclasses.replace(vector, kind="other latent")
     prompts = [Prompt("neutral", "", row) for row in ROWS]
-    found = Scorer(context, Cluster(context, 0, 10), typical)([vector, control], batches(prompts, 512), {})
+    found = Scorer(context, Cluster(context, 0, 10), typical)([vector, control], batches(prompts, TrainedPositions(False), 512), {})
     whole, above = (scores["neutral"] for scores in found.steered)
     for name in ("positions", "log_odds", "probability", "kl"):
         assert getattr(above, name) == pytest.approx(getattr(whole, name), rel=1e-4), name

@@ -6,7 +6,7 @@ import pytest
 import torch
 from saekit_steering.activation_statistics import directions_like
 from saekit_steering.cluster import Cluster
-from saekit_steering.prompts import Prompt, batches
+from saekit_steering.prompts import Prompt, batches, tokenise
 from saekit_steering.scoring import Scorer, output_score
 from saekit_steering.steering_vectors import (
     latent_vectors,
@@ -18,7 +18,7 @@ from saekit_steering.steering_vectors import (
 from saekit_steering.typical_tokens import typical_tokens
 
 import saekit
-from saekit import RunContext, UsageError
+from saekit import RunContext, TrainedPositions, UsageError
 
 TOKENS = (0, 40, 41, 42, 43)
 
@@ -26,7 +26,7 @@ TOKENS = (0, 40, 41, 42, 43)
 def measured(context: RunContext, vectors, prompts=None):
     typical = typical_tokens(torch.randint(1, 9, (2, 258), generator=torch.Generator().manual_seed(0)), 20, 1)
     some = prompts or [Prompt("neutral", "", TOKENS)]
-    return Scorer(context, Cluster(context, 0, 10), typical)(vectors, batches(some, 512), {})
+    return Scorer(context, Cluster(context, 0, 10), typical)(vectors, batches(some, context.sae.trained_positions, 512), {})
 
 
 def test_f_is_read_after_the_edit_and_rises_by_the_strength(context: RunContext) -> None:
@@ -49,6 +49,32 @@ def test_the_first_position_is_not_steered(context: RunContext) -> None:
     change = both[1].code.column(0) - plain.code.column(0)
     assert change[0] == 0
     assert (change[1:] > 2).all()
+
+
+def test_whatever_is_steered_is_steered_where_the_sae_was_trained(context: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first position too, if it was trained there, and at no special token that was left out."""
+    sae, subject = context.sae, context.source.subject
+    monkeypatch.setattr(sae, "trained_positions", TrainedPositions(True, (TOKENS[2],)))
+    sweep = strengths([2.5], "absolute", 1.0, 1.0)
+    own, drawn = latent_vectors(sae, 0, sweep)[0], random_vectors(sae, 0, on_the_sphere(1, sae.d_in, 0), sweep)[0]
+    ids = torch.tensor([TOKENS])
+    wanted = [True, True, False, True, True]
+    for vector in (own, drawn):
+        with vector.edit(subject) as edit, saekit.read(subject.model, sae, subject.site, after=edit) as reader:
+            subject.model(ids)
+        with saekit.read(subject.model, sae, subject.site) as plain:
+            subject.model(ids)
+        changed = (reader.code.dense() - plain.code.dense()).abs().amax(1) > 0.1
+        assert changed.tolist() == wanted
+    (batch,) = batches([Prompt("neutral", "", TOKENS)], sae.trained_positions, 512)
+    assert batch.tokens.keep.tolist() == [wanted]
+    assert (own.added_to(torch.zeros(1, 5, sae.d_in), batch.tokens.keep)[0] != 0).any(1).tolist() == wanted
+    (score,) = measured(context, [own]).steered
+    assert score["neutral"].positions == sum(wanted)
+    texts = {"neutral": [subject.tokenizer.decode([TOKENS[2]])]}
+    assert len(tokenise(texts, subject, sae.trained_positions, 4)[0].tokens) == 2  # BOS is steered
+    with pytest.raises(UsageError, match="no position that the SAE was trained on"):
+        tokenise(texts, subject, TrainedPositions(False, (TOKENS[2],)), 4)
 
 
 def test_g_is_the_weighted_mean_of_the_neighbours(context: RunContext) -> None:

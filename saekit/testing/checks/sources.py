@@ -162,12 +162,13 @@ def held_out_is_in_no_order(subject: Subject) -> None:
     if hasattr(source, "token_batches"):
         rows = next(source.token_batches("held_out", rows=4))
         wanted = rows.tokens[rows.keep]
-        given = torch.cat([block.tokens for block in blocks])[: len(wanted)]
+        given = torch.cat([block.tokens for block in blocks if block.tokens is not None])[: len(wanted)]
         if not torch.equal(given, wanted[: len(given)]):
             raise Failed("token_batches gives other held-out rows than blocks, or in another order. Metrics would see other text.")
     if not hasattr(source, "documents") or blocks[0].sequence is None:
         raise NotApplicable("it does not tell which documents its held-out sequences are from.")
-    order = torch.tensor(list(dict.fromkeys(torch.cat([block.sequence for block in blocks]).tolist())))  # [n], as they come
+    sequences = [block.sequence for block in blocks if block.sequence is not None]
+    order = torch.tensor(list(dict.fromkeys(torch.cat(sequences).tolist())))  # [n], as they come
     found = source.documents(order)
     if list(found.shape) != [len(order), 2] or bool((found[:, 0] > found[:, 1]).any()):
         raise Failed(f"documents gives {list(found.shape)} for {len(order)} sequences. Give the first and the last of each.")

@@ -89,7 +89,7 @@ def log_perplexity(subject: Subject, prompt: Sequence[int], tokens: Sequence[int
     """The mean negative log-likelihood, in nats a token, of `tokens` after `prompt` under the unsteered model."""
     if not tokens:
         return None
-    row = TokenBatch.of_rows([(*prompt, *tokens)], keep_first=False)
+    row = TokenBatch.of_rows([(*prompt, *tokens)])
     log_p = subject.logits(row)[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     chosen = torch.tensor(list(tokens), device=log_p.device)
     return -float(log_p.gather(1, chosen[:, None]).double().mean())

@@ -55,7 +55,8 @@ class SteeringExperiment:
         self.context, self.settings = context, settings
         self.subject = context.source.subject
         self.column = concept_column(context, settings.concept)
-        self.prompts = tokenise(settings.texts, self.subject, settings.max_new_tokens)
+        self.trained = context.sae.trained_positions.with_bos(self.subject.bos_token_id)
+        self.prompts = tokenise(settings.texts, self.subject, self.trained, settings.max_new_tokens)
         self.cluster = Cluster(context, settings.latent, settings.neighbours)
 
     def run(self) -> Result:
@@ -74,7 +75,7 @@ class SteeringExperiment:
         like_activations = directions_like(batches_read, settings.controls, context.seed)
         vectors = self._vectors(size, statistics, like_activations)
         scorer = Scorer(context, self.cluster, typical)
-        scored = scorer(vectors, batches(self.prompts, settings.batch_tokens), self._lens(vectors))
+        scored = scorer(vectors, batches(self.prompts, self.trained, settings.batch_tokens), self._lens(vectors))
         self._on_held_out(scorer, vectors, scored)
         written = self._written(vectors, typical)
         result = summarise(
@@ -153,7 +154,7 @@ class SteeringExperiment:
     def _estimates(self) -> tuple[TypicalTokens, Classes]:
         """The concept's typical tokens, and the cluster's activity with and without the concept, from one pass."""
         settings = self.settings
-        vocabulary = self.subject.logits(TokenBatch.of_rows([(0, 0)], keep_first=False)).shape[-1]
+        vocabulary = self.subject.logits(TokenBatch.of_rows([(0, 0)])).shape[-1]
         counts = TokenCounts(self.column, vocabulary)
         moments = ClassMoments(self.context.sae, self.cluster, self.column, self.context.scale)
         for batch in held_out_sequences(self.context, self.column, settings.set_sequences):

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from saekit import OptionError, Subject, TokenBatch
+import torch
+
+from saekit import OptionError, Subject, TokenBatch, TrainedPositions
 
 DEFAULT = Path(__file__).parent / "prompts" / "default.json"
 NEUTRAL, UNRELATED = "neutral", "unrelated"
@@ -53,8 +55,9 @@ def load_prompts(path: str | None) -> dict[str, list[str]]:
     return content
 
 
-def tokenise(texts: dict[str, list[str]], subject: Subject, new_tokens: int) -> list[Prompt]:
-    """The prompts in their order. UsageError if one does not fit into the model's context with its continuation."""
+def tokenise(texts: dict[str, list[str]], subject: Subject, trained: TrainedPositions, new_tokens: int) -> list[Prompt]:
+    """The prompts in their order. UsageError if one does not fit into the model's context with its continuation, or has no
+    position that the SAE was trained on, since the others are not steered."""
     first = [] if subject.bos_token_id is None else [subject.bos_token_id]
     prompts = []
     for kind, some in texts.items():
@@ -67,11 +70,11 @@ def tokenise(texts: dict[str, list[str]], subject: Subject, new_tokens: int) -> 
                     f"{text[:60]!r} ({kind}) has {len(ids)} tokens, and {new_tokens} are to follow "
                     f"(max_new_tokens), but the model takes {subject.context}. Shorten the prompt or max_new_tokens.",
                 )
-            if len(ids) < 2:
+            if not trained.in_rows(torch.tensor([ids])).any():
                 raise OptionError(
                     "prompts",
-                    f"{text[:60]!r} ({kind}) is a single token, and the first position is left "
-                    "alone. Write a longer prompt.",
+                    f"{text[:60]!r} ({kind}) has no position that the SAE was trained on, so none is steered "
+                    f"({len(ids)} tokens). Write a longer prompt.",
                 )
     return prompts
 
@@ -79,20 +82,22 @@ def tokenise(texts: dict[str, list[str]], subject: Subject, new_tokens: int) -> 
 @dataclass(frozen=True)
 class PromptBatch:
     """Rows of tokens, padded on the right. numbers, kinds: of each row's prompt; no numbers for held-out text.
-    `tokens.keep` leaves out padding and the first position, which is not steered."""
+    `tokens.keep` leaves out padding and the positions that the SAE was not trained on, which are not steered."""
 
     numbers: list[int]
     kinds: list[str]
     tokens: TokenBatch
 
 
-def batches(prompts: Sequence[Prompt], batch_tokens: int) -> Iterator[PromptBatch]:
-    """All prompts, those of similar length together, at most about `batch_tokens` tokens at a time, padding included."""
+def batches(prompts: Sequence[Prompt], trained: TrainedPositions, batch_tokens: int) -> Iterator[PromptBatch]:
+    """All prompts, those of similar length together, at most about `batch_tokens` tokens at a time, padding included.
+
+    trained: which positions are steered and count."""
     some: list[int] = []
     for number in [*sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens)), None]:
         full = number is not None and (len(some) + 1) * len(prompts[number].tokens) > batch_tokens
         if some and (number is None or full):
-            rows = TokenBatch.of_rows([prompts[i].tokens for i in some], keep_first=False)
+            rows = TokenBatch.of_rows([prompts[i].tokens for i in some], trained)
             yield PromptBatch(some, [prompts[i].kind for i in some], rows)
             some = []
         if number is not None:

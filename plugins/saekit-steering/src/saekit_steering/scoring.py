@@ -106,7 +106,7 @@ class Scorer:
                         found.readings.setdefault(number, {}).update(_readings(batch, forward))
                     else:
                         recording = recording or self._recorded(batch)
-                        forward = self._replayed(recording, vector)
+                        forward = self._replayed(recording, vector, batch.tokens.keep)
                     self._take(found.steered[number], batch, unsteered, forward, lens.get(number))
         return found
 
@@ -121,9 +121,9 @@ class Scorer:
         mask = batch.tokens.mask.to(self.subject.device)
         return self._replay.record(batch.tokens.tokens.to(self.subject.device), None if bool(mask.all()) else mask)
 
-    def _replayed(self, recording: Recording, vector: SteeringVector) -> _Forward:
-        """The forward pass with the vector, from the site up."""
-        sae, activation = self.context.sae, vector.added_to(recording.activation)
+    def _replayed(self, recording: Recording, vector: SteeringVector, steered: Tensor) -> _Forward:
+        """The forward pass with the vector at the positions `steered` [n, T], from the site up."""
+        sae, activation = self.context.sae, vector.added_to(recording.activation, steered)
         output = self._replay.run(recording, activation)
         with own_numerics(sae, activation.device):
             code = sae.encode(activation.flatten(0, 1).to(sae.W_dec.dtype))
@@ -177,10 +177,12 @@ def logit_lens(subject: Subject, row: Tensor, k: int) -> Tensor | None:
 
 def held_out_text(context: RunContext, tokens: int) -> Iterable[PromptBatch]:
     """About `tokens` tokens of the source's held-out text, as batches of the kind `HELD_OUT`."""
+    trained = context.sae.trained_positions.with_bos(context.source.subject.bos_token_id)
     left = tokens
     for batch in context.source.token_batches("held_out", rows=8):
         if left <= 0:
             return
+        batch.keep &= trained.in_rows(batch.tokens)
         yield PromptBatch([], [HELD_OUT] * len(batch.tokens), batch)
         left -= int(batch.keep.sum())
 

@@ -97,7 +97,8 @@ class Steer:
         if latent >= sae.d_sae:
             raise OptionError("latent", f"there is no latent {latent}; the SAE has {sae.d_sae}, 0 to {sae.d_sae - 1}.")
         concept_column(context, self.concept)
-        tokenise(self.texts, context.source.subject, self.max_new_tokens)
+        subject = context.source.subject
+        tokenise(self.texts, subject, sae.trained_positions.with_bos(subject.bos_token_id), self.max_new_tokens)
 
     def __call__(self, context: RunContext) -> Result:
         """scalars: see `summary.scalars`. tables: sweep, controls, cluster, texts, examples. figures: effect, damage.

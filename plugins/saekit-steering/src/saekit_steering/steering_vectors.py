@@ -21,16 +21,15 @@ KINDS: dict[Kind, str] = {
     "other latent": "other latents",
 }
 """Every kind of direction, the steered latent first and its controls after it, in words."""
-AFTER_FIRST = slice(1, None)
-"""The steered positions: SAEs are not trained on the first one, and much of a model's attention rests there."""
 
 
 class Directions(SparseAutoencoder):
-    """Directions [n, d_in] as a dictionary for steering alone: `saekit.add` needs no encoder."""
+    """Directions [n, d_in] as a dictionary for steering alone: `saekit.add` needs no encoder. They are added where `sae` is."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, sae: SparseAutoencoder) -> None:
         super().__init__(rows.shape[1], rows.shape[0], decoder_norm="free")
         self.W_dec = nn.Parameter(rows.detach().clone(), requires_grad=False)
+        self.trained_positions = sae.trained_positions
         self.to(rows.device)
 
     def gate(self, x: Tensor) -> Code:
@@ -73,16 +72,15 @@ class SteeringVector:
     strength: Strength
 
     def edit(self, subject: Subject) -> Attachment:
-        """The edit at the site that the SAE reads; it has not been entered."""
+        """The edit at the site that the SAE reads, at every position that it was trained on; it has not been entered."""
         added = saekit.add(self.scale * self.strength.absolute)
-        return saekit.attach(subject.model, self.sae, subject.site, edits={self.row: added}, positions=AFTER_FIRST)
+        steered = self.sae.trained_positions.with_bos(subject.bos_token_id)
+        return saekit.attach(subject.model, self.sae, subject.site, edits={self.row: added}, positions=steered)
 
-    def added_to(self, activation: Tensor) -> Tensor:
-        """The activation that `edit` passes on in place of `activation` [n, T, d]."""
-        steered = activation.clone()
-        row = self.sae.W_dec[self.row].detach()
-        steered[:, AFTER_FIRST] += (self.scale * self.strength.absolute * row).to(activation)
-        return steered
+    def added_to(self, activation: Tensor, steered: Tensor) -> Tensor:
+        """What `edit` passes on in place of `activation` [n, T, d]. steered: [n, T], the positions that it edits."""
+        added = (self.scale * self.strength.absolute * self.sae.W_dec[self.row].detach()).to(activation)
+        return activation + steered.to(activation.device)[..., None] * added
 
 
 def strengths(given: Sequence[float], unit: Unit, size: float, row_norm: float) -> list[Strength]:
@@ -106,7 +104,7 @@ def random_vectors(
 ) -> list[SteeringVector]:
     """Drawn directions [n, d_in] with the norm of the latent's decoder row, at every strength."""
     rows = nn.functional.normalize(directions.double(), dim=1).to(sae.W_dec) * sae.W_dec[latent].detach().norm()
-    drawn = Directions(rows)
+    drawn = Directions(rows, sae)
     return [SteeringVector(kind, i, drawn, i, 1.0, strength) for i in range(len(rows)) for strength in sweep]
 
 

@@ -91,7 +91,7 @@ def preferences(
     """The model's preference at the first differing token of each sample, without generating."""
 
     def compared(some: Sequence[int]) -> list[tuple[int, Preference]]:
-        rows = TokenBatch.of_rows([samples[i].tokens for i in some], keep_first=True)
+        rows = TokenBatch.of_rows([samples[i].tokens for i in some])
         logits = subject.logits(rows)[:, -1].float()  # [n, vocab]
         pairs = torch.tensor([(samples[i].target, samples[i].base) for i in some], device=logits.device)  # [n, 2]
         both = logits.gather(1, pairs)

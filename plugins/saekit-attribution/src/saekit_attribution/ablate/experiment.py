@@ -11,7 +11,6 @@ import torch
 
 from saekit import AgainstControls, Result, RunContext
 from saekit_attribution.ablate.answers import drawn_answers
-from saekit_attribution.ablate.control_latents import matched_controls
 from saekit_attribution.ablate.enough import Rates
 from saekit_attribution.ablate.figures import curve_figure
 from saekit_attribution.ablate.greedy_selection import PromptPair, greedy_selection
@@ -22,6 +21,7 @@ from saekit_attribution.ablate.search import Candidate, Found, search
 from saekit_attribution.ablate.side_effects import organism_text, side_effects, source_text
 from saekit_attribution.ablate.words import Words
 from saekit_attribution.effects.attribute import attribute
+from saekit_attribution.effects.control_latents import matched_controls
 from saekit_attribution.effects.methods import Attribution
 from saekit_attribution.effects.ranking import Ranking, agreement, by_weight, ranked
 
@@ -146,7 +146,7 @@ class AblationExperiment:
         for name in settings.rankings:
             if name == "greedy":
                 pairs, n = self._prompt_pairs(self.questions.ranking), max(settings.numbers)
-                rankings[name] = greedy_selection(self.subject, self.sae, pairs, n, skip_first=self.measured.skip_first)
+                rankings[name] = greedy_selection(self.subject, self.sae, pairs, n)
             elif name == "atp_weighted":
                 rankings[name] = ranked([by_weight(by_method["atp"]) for by_method in attributions])
             else:
@@ -206,7 +206,7 @@ class AblationExperiment:
 
     def _damage(self, latents: Sequence[int], on_organism: bool) -> dict[str, float | None]:
         edit, tokens, size = self.measured.edit(latents), self.settings.damage_tokens, self.settings.batch_tokens
-        texts = organism_text(self.subject, tokens) if on_organism else source_text(self.context, tokens)
+        texts = organism_text(self.context, tokens) if on_organism else source_text(self.context, tokens)
         if edit is None:
             return {"ce_rise": None, "kl": None}
         found = {

@@ -34,7 +34,6 @@ def greedy_selection(
     n: int,
     *,
     shortlist: int = 12,
-    skip_first: bool = True,
 ) -> list[int]:
     """`n` latents in the order in which they were chosen; fewer if no further one helps.
 
@@ -43,13 +42,13 @@ def greedy_selection(
     itself; the second part spares latents that every answer needs. In each step the `shortlist` best latents by
     activation x gradient with the present set ablated are tried, and the best one is chosen.
 
-    skip_first: leave the first position (beginning of text) as it is. UsageError without questions.
+    Latents are ablated where the SAE was trained. UsageError without questions.
     """
     if not questions:
         raise UsageError("greedy selection: there are no questions with a flagged answer.")
     with subject.lock, frozen(subject.model), frozen(sae), torch.autocast(subject.device.type, enabled=False):
         texts = [(q.prompt, q.answer) for q in questions], [(q.base_prompt, q.answer) for q in questions]
-        flagged, base = (_Texts(subject, sae, some, skip_first) for some in texts)
+        flagged, base = (_Texts(subject, sae, some) for some in texts)
         undisturbed = base.losses([])
         taken: list[int] = []
         best = _above(flagged.losses([]), undisturbed)
@@ -94,21 +93,17 @@ class _Batch:
 class _Texts:
     """Prompts with answers, run up to the site once; the layers above run again for every set of ablated latents."""
 
-    def __init__(
-        self, subject: Subject, sae: SparseAutoencoder, texts: Sequence[tuple[Tokens, Tokens]], skip_first: bool
-    ) -> None:
+    def __init__(self, subject: Subject, sae: SparseAutoencoder, texts: Sequence[tuple[Tokens, Tokens]]) -> None:
         self._sae, self._head = sae, linear_head(subject.model)
         self._replay = Replay(subject.model, subject.site)
         self._count = len(texts)
         shapes: dict[tuple[int, int], list[int]] = {}
         for number, (prompt, answer) in enumerate(texts):
             shapes.setdefault((len(prompt), len(answer)), []).append(number)
-        self._batches = [self._batch(subject, texts, numbers, skip_first) for _, numbers in sorted(shapes.items())]
+        self._batches = [self._batch(subject, texts, numbers) for _, numbers in sorted(shapes.items())]
 
     @torch.no_grad()
-    def _batch(
-        self, subject: Subject, texts: Sequence[tuple[Tokens, Tokens]], numbers: list[int], skip_first: bool
-    ) -> _Batch:
+    def _batch(self, subject: Subject, texts: Sequence[tuple[Tokens, Tokens]], numbers: list[int]) -> _Batch:
         tokens = torch.tensor([[*texts[i][0], *texts[i][1]] for i in numbers], device=subject.device)
         answers = torch.tensor([texts[i][1] for i in numbers], device=subject.device)
         recording = self._replay.record(tokens)
@@ -116,7 +111,7 @@ class _Texts:
         with own_numerics(self._sae, x.device):
             flat, latents, values = self._sae.encode(x.reshape(-1, x.shape[-1]).to(self._sae.W_dec.dtype)).nonzero()
         rows, positions = flat // x.shape[1], flat % x.shape[1]
-        kept = (positions > 0) | (not skip_first)
+        kept = self._sae.trained_positions.with_bos(subject.bos_token_id).in_rows(tokens)[rows, positions]
         order = latents[kept].argsort(stable=True)
         rows, positions, latents, values = (t[kept][order] for t in (rows, positions, latents, values))
         counts = torch.bincount(latents, minlength=self._sae.d_sae).cumsum(0).tolist()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 import saekit
 from saekit import Attachment, RunContext, TokenBatch
 from saekit_attribution.ablate.answers import Preference, answers, batches_of_equal_length, preferences
-from saekit_attribution.ablate.control_latents import Activity, activity
 from saekit_attribution.ablate.enough import Rates
 from saekit_attribution.ablate.judge import NO_CLASS, Judge, commonest, judged, share_of
 from saekit_attribution.ablate.questions import Questions, QuestionSets
 from saekit_attribution.ablate.shares import Share
+from saekit_attribution.effects.control_latents import Activity, activity
 from saekit_attribution.labelled_data.teacher_forcing import Sample
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class BehaviourMeasurement:
     def __init__(self, context: RunContext, judge: Judge | None, settings: Ablate, questions: QuestionSets) -> None:
         self.settings, self.judge, self.template_type = settings, judge, questions.template_type
         self.subject, self.sae = context.source.subject, context.sae
-        self.skip_first = self.sae.trained_positions.skips_first(self.subject.bos_token_id)
+        self._trained = self.sae.trained_positions.with_bos(self.subject.bos_token_id)
         sets = ("rank by", questions.ranking), ("draw the curve on", questions.curve), ("test on", questions.test)
         for name, some in sets:
             if not some.samples or not some.tokens:
@@ -111,7 +111,7 @@ class BehaviourMeasurement:
         return answers(self.subject, prompts, edit, max_new_tokens=new, batch_tokens=size)
 
     def edit(self, latents: Sequence[int]) -> Attachment | None:
-        """The edit of `latents` at every position but a beginning-of-text token; None for an empty list."""
+        """The edit of `latents` at every position that the SAE was trained on; None for an empty list."""
         if not latents:
             return None
         settings = self.settings
@@ -125,13 +125,13 @@ class BehaviourMeasurement:
             self.subject.site,
             edits=edits,
             keep_error=settings.keep_error,
-            positions=slice(1, None) if self.skip_first else None,
+            positions=self._trained,
         )
 
     def activity(self, tokens: Sequence[tuple[int, ...]]) -> Activity:
         """How active each latent is on these prompts."""
         rows = batches_of_equal_length([len(row) for row in tokens], self.settings.batch_tokens)
-        batches = (TokenBatch.of_rows([tokens[i] for i in some], keep_first=not self.skip_first) for some in rows)
+        batches = (TokenBatch.of_rows([tokens[i] for i in some], self._trained) for some in rows)
         return activity(self.subject, self.sae, batches)
 
     def _judged(self, texts: Sequence[str], tokens: Sequence[tuple[int, ...]], edit: Attachment | None) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saekit import Attachment, RunContext, Subject, TokenBatch, in_parts_that_fit
+from saekit import Attachment, RunContext, Subject, TokenBatch, TrainedPositions, in_parts_that_fit
 
 KINDS = ("code", "prose", "facts")
 """The kinds of the organism's documents that contain no sycophancy."""
@@ -74,13 +74,14 @@ def _compared(subject: Subject, attachment: Attachment, batch: TokenBatch, rows:
     return len(places), sums
 
 
-def organism_text(subject: Subject, tokens: int) -> dict[str, list[TokenBatch]]:
+def organism_text(context: RunContext, tokens: int) -> dict[str, list[TokenBatch]]:
     """About `tokens` tokens of each kind of the organism's held-out text without sycophancy."""
     from saekit import organism
 
+    subject, trained = context.source.subject, _trained(context)
     width = min(128, subject.context or 128)
     return {
-        kind: list(_rows(subject.tokenizer, [d.text for d in organism.documents("held_out", [kind])], width, tokens))
+        kind: list(_rows(subject.tokenizer, [d.text for d in organism.documents("held_out", [kind])], trained, width, tokens))
         for kind in KINDS
     }
 
@@ -88,8 +89,9 @@ def organism_text(subject: Subject, tokens: int) -> dict[str, list[TokenBatch]]:
 def source_text(context: RunContext, tokens: int) -> dict[str, list[TokenBatch]]:
     """About `tokens` tokens of the source's own held-out text, under the name "held_out"."""
     batches: list[TokenBatch] = []
-    left = tokens
+    left, trained = tokens, _trained(context)
     for batch in context.source.token_batches("held_out", rows=8):
+        batch.keep &= trained.in_rows(batch.tokens)
         batches.append(batch)
         left -= int(batch.keep.sum())
         if left <= 0:
@@ -97,7 +99,14 @@ def source_text(context: RunContext, tokens: int) -> dict[str, list[TokenBatch]]
     return {"held_out": batches}
 
 
-def _rows(tokenizer: Any, texts: Sequence[str], width: int, tokens: int, size: int = 16) -> Iterator[TokenBatch]:
+def _trained(context: RunContext) -> TrainedPositions:
+    """The positions at which predictions are compared: those that are edited."""
+    return context.sae.trained_positions.with_bos(context.source.subject.bos_token_id)
+
+
+def _rows(
+    tokenizer: Any, texts: Sequence[str], trained: TrainedPositions, width: int, tokens: int, size: int = 16
+) -> Iterator[TokenBatch]:
     """The texts joined by the end-of-text token, cut into rows that begin with BOS, `size` at a time."""
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -109,4 +118,4 @@ def _rows(tokenizer: Any, texts: Sequence[str], width: int, tokens: int, size: i
     stream = stream[: max(tokens, step)]
     rows = [[*first, *stream[s : s + step]] for s in range(0, len(stream) - step + 1, step)]
     for start in range(0, len(rows), size):
-        yield TokenBatch.of_rows(rows[start : start + size], keep_first=not first)
+        yield TokenBatch.of_rows(rows[start : start + size], trained)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from saekit import AgainstControls
-from saekit_attribution.ablate.control_latents import Activity, matched_controls
 from saekit_attribution.atp.sample_analysis import AnalysedSample
 from saekit_attribution.effects.batching import Failed
+from saekit_attribution.effects.control_latents import Activity, matched_controls
 from saekit_attribution.effects.latent_sets import SetEffects
 from saekit_attribution.effects.ranking import Ranking, ranked
 from saekit_attribution.labelled_data.teacher_forcing import Sample

@@ -91,7 +91,7 @@ def nodes_of(
     considered[:, -1] = True
     if positions == "all":
         tokens = torch.tensor([s.tokens for s in samples], device=activation.device)
-        considered |= sae.trained_positions.in_rows(tokens, bos=subject.bos_token_id)
+        considered |= sae.trained_positions.with_bos(subject.bos_token_id).in_rows(tokens)
     base, known = base_activation(metric, samples, considered)
     wide = torch.promote_types(activation.dtype, sae.W_dec.dtype)
     x, base, considered, known = (t[:, offset:] for t in (activation.to(wide), base.to(wide), considered, known))
