@@ -12,3 +12,12 @@ def saekit_comparisons() -> Iterator[Component]:
         "saekit_unlearning.variant_figures:unlearning_figures",
         "Scores, losses and thresholds of all variants, as figures for print and in the report.",
     )
+
+
+@hookimpl
+def saekit_recipes() -> Iterator[Component]:
+    yield Component(
+        "unlearning",
+        "saekit_unlearning:recipes/unlearning.toml",
+        "Five ways of training an SAE in order to forget, on the model organism, with their scores and figures.",
+    )
