@@ -53,6 +53,8 @@ from .protocols import RunInfo as RunInfo
 from .protocols import Training as Training
 from .report.write import content_policy as content_policy
 from .result import Result as Result
+from .runner.comparison import Compared as Compared
+from .runner.comparison import ComparisonContext as ComparisonContext
 from .runner.context import RunContext as RunContext
 from .runner.examples import top_examples as top_examples
 from .sae.base import SparseAutoencoder as SparseAutoencoder

@@ -207,6 +207,7 @@ class RunConfig(_Section):
     callback: list[Use] = Field(default_factory=list, description="Listeners that may change the run.")
     metric: list[Use] = Field(default_factory=list, description="Measures on held-out data.")
     analyzer: list[Use] = Field(default_factory=list, description="Questions about the trained SAE.")
+    comparison: list[Use] = Field(default_factory=list, description="Questions about all variants together.")
     tracker: list[Use] = Field(default_factory=list, description="Listeners that record what happens.")
     training: TrainingConfig = Field(default_factory=TrainingConfig, description="How the SAE is trained.")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="What the metrics see.")

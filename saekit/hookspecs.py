@@ -70,6 +70,10 @@ class Declaring:
         """Questions asked of a finished SAE. Target: called with a `RunContext`, returns a `Result`."""
 
     @hookspec
+    def saekit_comparisons(self) -> Iterable[Component]:
+        """Questions asked of all variants of a run together. Target: called with a `ComparisonContext`, returns a `Result`."""
+
+    @hookspec
     def saekit_callbacks(self) -> Iterable[Component]:
         """Listeners that may change the run. One that raises stops the run with exit code 3."""
 
@@ -103,8 +107,8 @@ class Lifecycle:
     @hookspec
     def phase_started(self, phase: str, total: int | None) -> None:
         """A phase begins: `prepare`, `train`, `graph` (with `[graph]`), `evaluate`, `analyse` or `report`. `total` counts its
-        units if their number is known: activations in train and evaluate, analyzers in analyse. Activations are harvested
-        within the other phases; only the time that training waits for them is counted, as `harvest`."""
+        units if their number is known: activations in train and evaluate, analyzers and comparisons in analyse. Activations are
+        harvested within the other phases; only the time that training waits for them is counted, as `harvest`."""
 
     @hookspec
     def phase_advanced(self, phase: str, done: int) -> None:
@@ -151,7 +155,8 @@ class Lifecycle:
 
     @hookspec
     def analysed(self, name: str, result: Result, variant: str) -> None:
-        """Analyzer `name` has returned its `Result`. `variant` is empty if the run has none."""
+        """Analyzer `name` has returned its `Result`. `variant` is empty if the run has none. The view, and the listeners of a run
+        without variants, hear of a comparison in the same way, with an empty `variant`."""
 
     @hookspec
     def warned(self, message: str) -> None:

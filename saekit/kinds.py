@@ -2,15 +2,15 @@
 
 To add a kind, declare it here, add its hook to `hookspecs.py` and its section to `RunConfig` and `Variant` in
 `config.py`. The plan, variants, overrides, the options of `saekit run`, completion and the JSON Schema follow from these.
-Then say what its target must do in `protocols.py`, call it in `runner/sae_run.py`, check it in `testing/checks/`, and give
-`saekit new` a template in `cli/templates/`.
+Then say what its target must do in `protocols.py`, call it in `runner/sae_run.py` (or `runner/run.py`, if it is of the
+whole run), check it in `testing/checks/`, and give `saekit new` a template in `cli/templates/`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("architecture", "loss", "graph_builder", "metric", "analyzer", "callback", "source", "tracker", "recipe")
+KINDS = ("architecture", "loss", "graph_builder", "metric", "analyzer", "comparison", "callback", "source", "tracker", "recipe")
 """Every kind of component, in the order of listings."""
 HOOKS = {kind: f"saekit_{kind}es" if kind.endswith("s") else f"saekit_{kind}s" for kind in KINDS}
 """The declaring hook of each kind."""
@@ -43,6 +43,7 @@ SECTIONS = {
         Section("callback", "callback", True, "--callback", "Add a callback."),
         Section("metric", "metric", True, "--metric", "Add a metric."),
         Section("analyzer", "analyzer", True, "--analyze", "Add an analyzer."),
+        Section("comparison", "comparison", True, "--comparison", "Add a comparison of the variants."),
         Section("tracker", "tracker", True, "--tracker", "Add a tracker."),
     )
 }
@@ -51,6 +52,8 @@ LISTS = tuple(name for name, section in SECTIONS.items() if section.many)
 """Sections with several entries, each of which has a name."""
 SINGLES = tuple(name for name in SECTIONS if name not in LISTS)
 """Sections with one component."""
+OF_THE_RUN = ("source", "comparison")
+"""Sections that belong to the whole run; the others to each SAE that it trains."""
 
 
 def article(kind: str) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from saekit.graph import FeatureGraph
     from saekit.result import Result
     from saekit.run_directory import RunDirectory
+    from saekit.runner.comparison import ComparisonContext
     from saekit.runner.context import RunContext
     from saekit.runner.plan import RunPlan
     from saekit.sae.base import SparseAutoencoder
@@ -280,5 +281,13 @@ class Analyzer(Protocol):
     """
 
     def __call__(self, context: RunContext) -> Result:
+        """The answer; files may be written under `context.directory`."""
+        ...
+
+
+class Comparison(Protocol):
+    """A question asked of all the SAEs of a run, when everything is known of each."""
+
+    def __call__(self, context: ComparisonContext) -> Result:
         """The answer; files may be written under `context.directory`."""
         ...

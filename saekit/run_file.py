@@ -185,6 +185,12 @@ def _checked(table: Mapping[str, Any], within: str = "") -> RunConfig:
             raise UsageError(
                 f"{within}{section}: two entries are called {twice.pop()!r}. Give one of them another name: name = \"...\"."
             )
+    both = {entry.label for entry in config.analyzer} & {entry.label for entry in config.comparison}
+    if both:
+        raise UsageError(
+            f"{within}comparison.{min(both)}: an analyzer has this name too, and both would write to analysis/{min(both)}. Give "
+            'one of them another name: name = "...".'
+        )
     if any(entry.label == "loss" for entry in config.loss):
         raise UsageError(f'{within}loss.loss: "loss" is what the sum of all losses is called. Give it another name = "...".')
     return config

@@ -14,7 +14,8 @@ from saekit.errors import UsageError, near_names
 from saekit.kinds import LISTS, SINGLES
 
 TABLES = tuple(name for name in (*SINGLES, "training") if name in Variant.model_fields)
-SHARED_SECTIONS = tuple(name for name in (*SINGLES, "evaluation") if name not in Variant.model_fields)
+OWN_LISTS = tuple(name for name in LISTS if name in Variant.model_fields)
+SHARED_SECTIONS = tuple(name for name in (*SINGLES, *LISTS, "evaluation") if name not in Variant.model_fields)
 SHARED = tuple(name for name in TrainingConfig.model_fields if name not in keys_with(VARIES, TrainingConfig))
 """Keys of [training] that belong to the data, to the one process, or to the one checkpoint of all variants."""
 
@@ -33,7 +34,7 @@ def check_variant(table: Mapping[str, Any]) -> None:
     for key in TABLES:
         if not isinstance(table.get(key, {}), Mapping):
             raise UsageError(f"{where}.{key}: is not a table. Write {key} = {{key = value}}, or {key}.KEY = value.")
-    for key in LISTS:
+    for key in OWN_LISTS:
         entries = table.get(key, [])
         inside = entries.values() if isinstance(entries, Mapping) else entries
         if not isinstance(entries, Mapping | list) or not all(isinstance(entry, Mapping) for entry in inside):
@@ -53,7 +54,7 @@ def check_variant(table: Mapping[str, Any]) -> None:
 def changed(config: RunConfig, variant: Variant) -> dict[str, Any]:
     """The table of a run file that does what `variant` of `config` does. UsageError for an entry that does not exist."""
     table = config.model_dump(by_alias=True, exclude_none=True)
-    del table["variant"]
+    del table["variant"], table["comparison"]
     table["architecture"] = _architecture(table["architecture"], variant.architecture)
     if variant.graph:
         run = table.get("graph", {})
@@ -61,7 +62,7 @@ def changed(config: RunConfig, variant: Variant) -> dict[str, Any]:
     table["training"] |= variant.training
     if table["training"]["seed"] != config.training.seed:
         table["training"].setdefault("data_seed", config.training.seed)
-    for section in LISTS:
+    for section in OWN_LISTS:
         change = getattr(variant, section)
         if isinstance(change, list):
             table[section] = change

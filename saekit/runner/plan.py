@@ -8,18 +8,18 @@ from typing import Any
 from saekit.component_option import ComponentOption
 from saekit.config import ArchitectureUse, RunConfig, SourceUse, Use, Variant, use_model
 from saekit.errors import OptionError, SaekitError, UsageError, under_key
-from saekit.kinds import LISTS, SECTIONS, Section
+from saekit.kinds import LISTS, OF_THE_RUN, SECTIONS, Section
 from saekit.plugins import Registry
 from saekit.process_state import kept
 from saekit.registered import RegisteredComponent
 from saekit.runner.blame import explained, failure, of_variant
 from saekit.schedules import Scheduled, extreme_steps, value_at
-from saekit.variants import run_configs
+from saekit.variants import OWN_LISTS, run_configs
 
 ALWAYS_PROVIDED = {"activations"}
 GRAPH = "graph"
 """Provided after training by `[graph]`, and during training by a callback that keeps one up to date."""
-AFTER_TRAINING = ("metric", "analyzer")
+AFTER_TRAINING = ("metric", "analyzer", "comparison")
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,13 @@ class RunPlan:
     """What a run will do: one plan for each SAE that it trains, all on the same activations.
 
     config: the resolved configuration; run again, it gives the same plan.
+    comparisons: what looks at all members together.
     facts: what is known of the source.
     """
 
     config: RunConfig
     members: list[SAEPlan]
+    comparisons: list[Part]
     facts: dict[str, Any]
     warnings: list[str]
 
@@ -123,8 +125,8 @@ class RunPlan:
 
     @property
     def parts(self) -> list[Part]:
-        """Every component of every member."""
-        return [part for member in self.members for part in member.parts]
+        """Every component of every member, and those that look at all of them."""
+        return [*(part for member in self.members for part in member.parts), *self.comparisons]
 
     @property
     def total_steps(self) -> int:
@@ -149,26 +151,28 @@ def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
         built = _source(source)
         withheld: dict[str, str] = getattr(built, "withheld", {})
     given = _provided([source.component]) - set(withheld)
-    resolved = _with_defaults(config, registry, given)
+    resolved = _with_defaults(config, registry, given, LISTS)
+    comparisons = _parts(SECTIONS["comparison"], resolved, registry)
     members = []
     for variant, own in run_configs(config).items():
         with of_variant(variant):
-            plan = _plan(variant, _with_defaults(own, registry, given), source, registry)
-            _check_needs(plan, registry, withheld)
+            plan = _plan(variant, _with_defaults(own, registry, given, OWN_LISTS) if variant else resolved, source, registry)
+            _check_needs(plan, comparisons, registry, withheld)
             _check_training(plan)
-            _try_out(plan)
+            _try_out([part for section in _LATE for part in plan.sections[section]])
             members.append(plan)
+    _try_out(comparisons)
     with explained([source]), under_key(source.key):
         facts = built.peek()
     for plan in members:
         plan.facts = facts
     variants = [_spelt_out(variant, plan.config) for variant, plan in zip(config.variant, members, strict=False)]
     told = [*registry.warnings, *getattr(built, "warnings", ())]
-    return RunPlan(resolved.model_copy(update={"variant": variants}), members, facts, told)
+    return RunPlan(resolved.model_copy(update={"variant": variants}), members, comparisons, facts, told)
 
 
 def _plan(variant: str, config: RunConfig, source: Part, registry: Registry) -> SAEPlan:
-    sections = {section.name: _parts(section, config, registry) for section in SECTIONS.values() if section.name != "source"}
+    sections = {name: _parts(section, config, registry) for name, section in SECTIONS.items() if name not in OF_THE_RUN}
     return SAEPlan(variant, config, {"source": [source], **sections}, facts={})
 
 
@@ -181,7 +185,7 @@ def _parts(section: Section, config: RunConfig, registry: Registry) -> list[Part
 
 def _spelt_out(variant: Variant, config: RunConfig) -> Variant:
     """The variant with the default components added to its own lists, as they are in the resolved run file's."""
-    lists = {section: getattr(config, section) for section in LISTS if getattr(variant, section) is not None}
+    lists = {section: getattr(config, section) for section in OWN_LISTS if getattr(variant, section) is not None}
     tables = {
         section: [entry.model_dump(by_alias=True, exclude_none=True) for entry in entries]
         for section, entries in lists.items()
@@ -210,12 +214,12 @@ def _part(key: str, kind: str, entry: Use, registry: Registry, config: RunConfig
     return Part(key, entry.label, component, component.validate(entry.options, key), entry)
 
 
-def _with_defaults(config: RunConfig, registry: Registry, provided: set[str]) -> RunConfig:
-    """The configuration with the components that their plugins mark as default, if the run can have them."""
+def _with_defaults(config: RunConfig, registry: Registry, provided: set[str], sections: tuple[str, ...]) -> RunConfig:
+    """The configuration with the components that their plugins mark as default in these sections, if the run can have them."""
     if not config.defaults:
         return config
     added: dict[str, list[Use]] = {}
-    for section in LISTS:
+    for section in sections:
         entries = list(getattr(config, section))
         named = {registry.find(section, e.use, f"{section}.{e.label}", config.requires).qualified_name for e in entries}
         labels = {entry.label for entry in entries}
@@ -234,12 +238,14 @@ def _provided(components: list[RegisteredComponent]) -> set[str]:
     return ALWAYS_PROVIDED.union(*(c.provides for c in components))
 
 
-def _check_needs(plan: SAEPlan, registry: Registry, withheld: dict[str, str]) -> None:
-    """withheld: what the source could provide but does not with these options, with the fix for each."""
+def _check_needs(plan: SAEPlan, comparisons: list[Part], registry: Registry, withheld: dict[str, str]) -> None:
+    """Whether the SAE has what its components need, and what those need that compare it with others.
+
+    withheld: what the source could provide but does not with these options, with the fix for each."""
     others = _provided([component for part in plan.parts if part is not plan.source for component in part.components])
     provided = (others | (set(plan.source.component.provides) - set(withheld))) - {GRAPH}
     _check_architecture(plan, registry, withheld, "target" in provided)
-    for part in plan.parts:
+    for part in (*plan.parts, *comparisons):
         given = provided | ({GRAPH} if _has_graph(plan, part) else set())
         missing = [need for component in part.components for need in component.needs if need not in given]
         if missing:
@@ -292,12 +298,15 @@ def _check_architecture(plan: SAEPlan, registry: Registry, withheld: dict[str, s
         raise failure(plan.architecture, error) from error
 
 
-def _try_out(plan: SAEPlan) -> None:
-    """Build once what the run itself builds only after hours of training, so that what its constructor refuses is told now."""
-    for section in ("loss", "graph", *AFTER_TRAINING):
-        for part in plan.sections[section]:
-            with explained([part]):
-                part.build()
+_LATE = ("loss", "graph", "metric", "analyzer")
+"""Sections of an SAE whose components the run builds only after it has opened its data, or after hours of training."""
+
+
+def _try_out(parts: list[Part]) -> None:
+    """Build once what the run itself builds late, so that what its constructor refuses is told now."""
+    for part in parts:
+        with explained([part]):
+            part.build()
 
 
 def _check_training(plan: SAEPlan) -> None:

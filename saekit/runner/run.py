@@ -19,7 +19,7 @@ from saekit.activations.batch import Activations, SequenceBatch
 from saekit.activations.cache import CachedSource
 from saekit.activations.progress import harvest_heard_by
 from saekit.activations.shuffle import ShuffledBatches
-from saekit.errors import RunError, UsageError, under_key
+from saekit.errors import RunError, SaekitError, UsageError, under_key
 from saekit.files import DiskFull, to_jsonable, write_json
 from saekit.listeners import Listener, Listeners
 from saekit.out_of_memory import is_out_of_memory
@@ -27,8 +27,10 @@ from saekit.plugins import Registry
 from saekit.process_state import kept
 from saekit.protocols import RunInfo, Source
 from saekit.report import write_report
+from saekit.result import Result
 from saekit.run_directory import RunDirectory
 from saekit.runner.blame import explained
+from saekit.runner.comparison import compare
 from saekit.runner.hardware import choose_device, peak_memory
 from saekit.runner.held_out import HeldOutUse
 from saekit.runner.interruption import Interruption
@@ -51,12 +53,16 @@ class Run:
     info: what the view is told of the run.
     sae_runs: one for each SAE that it trains, each given every batch.
     seconds: how long each phase has taken.
+    compared: what each comparison of them found.
+    failed: the errors of comparisons that failed, by their keys in the run file.
     """
 
     def __init__(self, plan: RunPlan, directory: RunDirectory, registry: Registry, *, view: Any = None) -> None:
         self.plan, self.directory, self.config, self.registry = plan, directory, plan.config, registry
         self.info = RunInfo(directory, plan.config, plan, "")
         self.seconds: dict[str, float] = {}
+        self.compared: dict[str, Result] = {}
+        self.failed: dict[str, SaekitError] = {}
         self.trained_tokens = self.tokens_this_time = 0
         self._harvest_told = time.perf_counter()
         self.listeners = Listeners()
@@ -71,12 +77,12 @@ class Run:
     def execute(self) -> dict[str, Any]:
         """Carry the plan out; returns the content of `summary.json`. Listeners hear of a failure before it is raised.
 
-        The error of a metric or an analyzer is raised when everything else is written."""
+        The error of a metric, an analyzer or a comparison is raised when everything else is written."""
         return self._carried_out(self._phases)
 
     def measure_again(self, before: dict[str, Any]) -> dict[str, Any]:
-        """Carry out the metrics and analyzers that failed in this run, whose summary is `before`; the same as `execute`
-        otherwise."""
+        """Carry out the metrics and analyzers that failed in this run, whose summary is `before`, and every comparison; the same
+        as `execute` otherwise."""
         return self._carried_out(lambda: self._phases_again(before))
 
     def _carried_out(self, phases: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -98,9 +104,10 @@ class Run:
         return summary
 
     def _raise_failures(self, summary: dict[str, Any]) -> None:
-        found = [(one, error) for one in self.sae_runs for error in one.failed.values()]
+        found = [(one.variant, error) for one in self.sae_runs for error in one.failed.values()]
+        found += [("", error) for error in self.failed.values()]
         if found:
-            told = [f"variant {one.variant!r}: {error}" if one.variant else str(error) for one, error in found]
+            told = [f"variant {variant!r}: {error}" if variant else str(error) for variant, error in found]
             again = f"Everything else is written. What failed is carried out again by: saekit run --resume {self.directory.path}"
             error = type(found[0][1])("\n".join([*told, again]))
             error.summary = summary
@@ -135,7 +142,7 @@ class Run:
         for one in self.sae_runs:
             one.directory.begin(one.config)
         self._tell("run_started")
-        self._warn(*self.plan.warnings)
+        self.warn(*self.plan.warnings)
         self.each(lambda one: one.listeners.warn(*one.listeners.outdated))
 
     def _measured(self, known: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -143,7 +150,8 @@ class Run:
         if known is None or any(one.to_do("metric") for one in self.sae_runs):
             with self._phase("evaluate", self.config.evaluation.tokens):
                 self._evaluate()
-        with self._phase("analyse", sum(len(one.to_do("analyzer")) for one in self.sae_runs)):
+        analyses = sum(len(one.to_do("analyzer")) for one in self.sae_runs)
+        with self._phase("analyse", analyses + len(self.plan.comparisons)):
             self._analyse()
         self.directory.unseal()
         with self._phase("report", None):
@@ -188,7 +196,7 @@ class Run:
                 one.listeners.call("harvest_advanced", done=done, total=total)
             self.listeners.emit("harvest_advanced", done=done, total=total)
 
-    def _warn(self, *messages: str) -> None:
+    def warn(self, *messages: str) -> None:
         """Warnings that concern the whole run."""
         for message in messages:
             if message not in self.listeners.warnings:
@@ -217,12 +225,12 @@ class Run:
             torch.set_num_threads(training.threads)
         torch.manual_seed(seed_for(training.order_seed, "torch"))
         self.source: Source = self.plan.members[0].build_source()
-        with under_key(self.plan.source.key), kept(self.plan.source.component.origin, self._warn):
+        with under_key(self.plan.source.key), kept(self.plan.source.component.origin, self.warn):
             self.source.open(device=self.device, dtype=torch.float32)
         if isinstance(self.source, CachedSource) and (missing := self.source.missing):
             with self._phase("harvest", missing), under_key(self.plan.source.key):
                 self.source.fill(lambda done: self._tell("phase_advanced", phase="harvest", done=done))
-        self._warn(*getattr(self.source, "warnings", ()))
+        self.warn(*getattr(self.source, "warnings", ()))
         self.identity = to_jsonable(self.source.identity())
         if only_as is not None and json.loads(only_as.read_text(encoding="utf-8"))["source"] != self.identity:
             raise UsageError(
@@ -289,11 +297,11 @@ class Run:
         if found is None:
             return 0, (0, 0)
         path, state, damaged = found
-        self._warn(*(f"{warning} An older checkpoint is used." for warning in damaged))
+        self.warn(*(f"{warning} An older checkpoint is used." for warning in damaged))
         refuse_other(path, state.decisive, decisive(self.config, self.identity))
         try:
             self.each(lambda one: one.listeners.warn(*state.warnings_of[one.variant]))
-            self._warn(*state.warnings, *what_changed(state, plugins_used(self.plan)))
+            self.warn(*state.warnings, *what_changed(state, plugins_used(self.plan)))
             self.each(SAERun.restore, state)
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):
@@ -369,7 +377,7 @@ class Run:
         """Harvest the held-out activations once, and give each batch to the metrics of every SAE."""
         self.each(SAERun.begin_evaluation)
         done, use = 0, HeldOutUse()
-        context = dataclasses.replace(self.sae_runs[0].context, warn=self._warn, use=use)  # the data concern every SAE
+        context = dataclasses.replace(self.sae_runs[0].context, warn=self.warn, use=use)  # the data concern every SAE
         with torch.no_grad():
             for batch in context.held_out_activations(self.config.evaluation.tokens):
                 self.each(SAERun.evaluate_on, batch)
@@ -387,6 +395,10 @@ class Run:
                     one.analyse(part)
                 done += 1
                 self._tell("phase_advanced", phase="analyse", done=done)
+        for part in self.plan.comparisons:
+            compare(self, part)
+            done += 1
+            self._tell("phase_advanced", phase="analyse", done=done)
 
     # --- time ----------------------------------------------------------------------------------------------------
 
@@ -395,7 +407,7 @@ class Run:
         self._tell("phase_started", phase=name, total=total)
         began, harvest_before = time.perf_counter(), self.seconds.get("harvest", 0.0)
         yield
-        self._warn(*self.registry.warnings)
+        self.warn(*self.registry.warnings)
         waited = self.seconds.get("harvest", 0.0) - harvest_before
         self._add_seconds(name, time.perf_counter() - began - waited)
         self._tell("phase_ended", phase=name, seconds=self.seconds[name])

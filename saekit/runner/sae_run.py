@@ -364,7 +364,7 @@ class SAERun:
         try:
             with explained([part]), self._at_work(part):
                 yield
-            changes = self._put_right(thoroughly)
+            changes = self.put_right(thoroughly)
             if changes:
                 raise PluginError(
                     f"{part.component.origin} changed the SAE that it was given ({', '.join(changes)}), so its result is not "
@@ -374,13 +374,15 @@ class SAERun:
         except DiskFull:
             raise
         except SaekitError as error:
-            self._put_right(thoroughly=True)
+            self.put_right(thoroughly=True)
             self.failed[part.key] = alone(error)
             who = f"variant {self.variant!r}: " if self.variant else ""
             self.listeners.emit("warned", message=f"{who}{error} The run goes on without it.")
 
-    def _put_right(self, thoroughly: bool) -> list[str]:
-        """What is different of the SAE, which is then as it is on disk again; `thoroughly` as above."""
+    def put_right(self, thoroughly: bool) -> list[str]:
+        """What is different of the SAE, which is then as it is on disk again.
+
+        thoroughly: read the whole SAE for changes, not only the marks that torch keeps."""
         untouched = self._unchanged.is_untouched()
         if untouched and not thoroughly:
             return []

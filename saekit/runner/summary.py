@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from saekit.files import to_jsonable
 from saekit.runner.held_out import notes
 from saekit.runner.provenance import plugins_used
 
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
 def summarise(run: Run) -> dict[str, Any]:
     """The summary of a run whose phases are done. "variants" holds the summary of each variant by its name."""
     busy = run.seconds.get("train", 0.0) + run.seconds.get("harvest", 0.0)
-    only = next((_of(one) for one in run.sae_runs if not one.variant), None)
+    only = next((results_of(one) for one in run.sae_runs if not one.variant), None)
     return {
         **_named(run, run.directory.name, str(run.directory.path)),
-        **(only or _in_common(run.sae_runs)),
+        **_with_comparisons(run, only or _in_common(run.sae_runs)),
         "variants": {
             one.variant: {
                 **_named(run, one.directory.name, str(one.directory.path)),
-                **_of(one),
+                **results_of(one),
                 **_trained(run),
                 "plugins": plugins_used(one.plan),
                 "warnings": one.listeners.warnings,
@@ -55,7 +56,7 @@ def _named(run: Run, name: str, directory: str) -> dict[str, Any]:
     }
 
 
-def _of(one: SAERun) -> dict[str, Any]:
+def results_of(one: SAERun) -> dict[str, Any]:
     """The results of one SAE."""
     return {
         "sae": _sae(one),
@@ -70,6 +71,20 @@ def _of(one: SAERun) -> dict[str, Any]:
         "analysis_notes": one.analysis_notes,
         "failed": {key: str(error) for key, error in one.failed.items()},
         "losses": one.losses,
+    }
+
+
+def _with_comparisons(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    """What was found with all SAEs of the run in view stands among the results at the top."""
+    found = {label: to_jsonable(dict(result.scalars)) for label, result in run.compared.items()}
+    told = {label: list(map(str, result.notes)) for label, result in run.compared.items()}
+    failed = {key: str(error) for key, error in run.failed.items()}
+    of_before = {part.label for part in run.plan.comparisons}  # in a run that is measured again
+    kept = {key: {k: v for k, v in results[key].items() if k not in of_before} for key in ("analysis", "analysis_notes")}
+    return results | {
+        "analysis": kept["analysis"] | found,
+        "analysis_notes": kept["analysis_notes"] | told,
+        "failed": results["failed"] | failed,
     }
 
 

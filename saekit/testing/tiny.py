@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import dataclasses
 import functools
 import io
 import json
@@ -21,12 +22,15 @@ from saekit.plugins import Registry
 from saekit.registered import RegisteredComponent
 from saekit.run_directory import RunDirectory
 from saekit.runner.context import RunContext
-from saekit.runner.plan import GRAPH, RunPlan
+from saekit.runner.plan import GRAPH, RunPlan, SAEPlan
 from saekit.testing.fixtures import CONCEPTS, D_IN, D_SAE, few_active
 from saekit.testing.kit import NotApplicable
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from saekit.runner.comparison import ComparisonContext
+    from saekit.sae.base import SparseAutoencoder
 
 STEPS, BATCH = 12, 32
 _WORDS = ("harbour", "lamp", "winter", "salt", "copper", "bridge", "meadow", "clock")
@@ -43,20 +47,48 @@ class TinyRun:
 
     @cached_property
     def context(self) -> RunContext:
-        """The context that metrics and analyzers get; what an analyzer writes goes under `analysis/`."""
+        """The context that metrics and analyzers get, of the first variant if there are some; what an analyzer writes goes under
+        `analysis/`."""
+        context = next(iter(self.together.variants.values())).context
+        place = context.directory / "analysis" / "tiny"
+        place.mkdir(parents=True, exist_ok=True)
+        return dataclasses.replace(context, directory=place)
+
+    @cached_property
+    def together(self) -> ComparisonContext:
+        """The context that comparisons get; what one writes goes under `analysis/`."""
+        import torch
+
+        from saekit.runner.comparison import Compared, ComparisonContext, name_alone
+
+        source = self.plan.members[0].build_source()
+        source.open(device=torch.device("cpu"), dtype=torch.float32)
+        place = self.directory / "analysis" / "tiny"
+        place.mkdir(parents=True, exist_ok=True)
+        variants = {
+            member.variant or name_alone(self.plan.config): Compared(
+                self._context_of(member, source), self.summary["variants"].get(member.variant, self.summary)
+            )
+            for member in self.plan.members
+        }
+        return ComparisonContext(variants, self.plan.config, place, lambda message: None)
+
+    @property
+    def saes(self) -> dict[str, SparseAutoencoder]:
+        """Each trained SAE by the name that a comparison knows it by."""
+        return {name: one.context.sae for name, one in self.together.variants.items()}
+
+    def _context_of(self, member: SAEPlan, source: Any) -> RunContext:
+        """The context of one SAE."""
         import torch
 
         from saekit.graph import FeatureGraph
         from saekit.sae.formats import load_sae
 
-        source = self.plan.members[0].build_source()
-        device = torch.device("cpu")
-        source.open(device=device, dtype=torch.float32)
-        sae = load_sae(self.directory / "sae", registry=self.registry)
-        place = self.directory / "analysis" / "tiny"
-        place.mkdir(parents=True, exist_ok=True)
-        graph = FeatureGraph.load(RunDirectory(self.directory).graph) if self.plan.config.graph else None
-        return RunContext(sae, source, self.plan.config, device, place, lambda message: None, graph=graph)
+        place = RunDirectory(self.directory).of_variant(member.variant)
+        sae = load_sae(place.sae, registry=self.registry)
+        graph = FeatureGraph.load(place.graph) if member.config.graph else None
+        return RunContext(sae, source, member.config, torch.device("cpu"), place.path, lambda message: None, graph=graph)
 
 
 def tiny_run(directory: str | Path, *, registry: Registry | None = None, **sections: Any) -> TinyRun:
@@ -152,23 +184,26 @@ def _provider(need: str, registry: Registry) -> RegisteredComponent:
     raise NotApplicable(f"nothing that the tiny run can have provides {need!r}. Check it in a run that has it.")
 
 
-_FINISHED: dict[Any, tuple[TinyRun, dict[str, Any]]] = {}
+_FINISHED: dict[Any, tuple[TinyRun, dict[str, dict[str, Any]]]] = {}
 
 
-def finished_run(needs: Iterable[str], registry: Registry) -> TinyRun:
+def finished_run(needs: Iterable[str], registry: Registry, *, variants: bool = False) -> TinyRun:
     """A finished tiny run that provides `needs`, made once per process. Its SAE's weights are restored each time, in case
-    a component has changed them."""
+    a component has changed them. variants: of two SAEs."""
     from saekit.run_file import parse_config
     from saekit.runner.plan import plan_run
 
     table = table_for(needs, registry)
+    if variants:
+        table["variant"] = [{"name": "first"}, {"name": "second", "training": {"seed": 1}}]
     parts = plan_run(parse_config(table, "the tiny run"), registry).parts
     key = json.dumps(table), tuple((part.component.qualified_name, part.component.target) for part in parts)
     if key not in _FINISHED:
         run = carried_out(table, _own_place() / f"run-{len(_FINISHED)}", registry)
-        _FINISHED[key] = run, copy.deepcopy(run.context.sae.state_dict())
+        _FINISHED[key] = run, {name: copy.deepcopy(sae.state_dict()) for name, sae in run.saes.items()}
     run, weights = _FINISHED[key]
-    run.context.sae.eval().load_state_dict(weights)
+    for name, sae in run.saes.items():
+        sae.eval().load_state_dict(weights[name])
     return run
 
 

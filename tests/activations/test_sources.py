@@ -229,6 +229,35 @@ def test_the_organism_labels_code_and_prose_in_both_streams(small_organism, spli
     assert set(alone.withheld) == {"labels", "sequences", "target"}
 
 
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_the_organism_labels_what_is_to_be_forgotten(small_organism, monkeypatch, split):
+    from saekit import organism
+
+    def documents(split, kinds):
+        (kind,) = kinds
+        domains = [("forget", "near", "far")[i % 3] for i in range(60)]
+        texts = [("x" if kind == "facts" and domain == "forget" else kind[0]) * 90 for domain in domains]
+        ids = [f"{kind}/{domain}/{i}" for i, domain in enumerate(domains)]
+        return [SimpleNamespace(id=name, kind=kind, text=text) for name, text in zip(ids, texts, strict=True)]
+
+    monkeypatch.setattr(organism, "documents", documents)
+    source = OrganismSource(hook_point="blocks.1.hook_out", context=16, labels=["forget", "code"])
+    source.open(device=CPU, dtype=torch.float32)
+    assert source.concepts == ["forget", "code"] and set(source.withheld) == {"target"}
+    seen = set()
+    for block in blocks(source, split, 2):
+        for text, (forget, code) in zip(source.token_strings(block.tokens), block.labels.tolist(), strict=True):
+            if text in "xcpfs":
+                seen.add(text)
+                assert forget == (text == "x")
+                assert code == {"c": 1.0, "p": 0.0}.get(text, code)
+    assert seen == set("xcpfs")
+    if split == "train":
+        assert source.sequences(split, 32, 0, 1).labels[:, 0].sum() == 2  # of 32: a third of the facts
+    assert set(OrganismSource(kinds=["code"], labels=["forget"]).withheld) >= {"labels", "sequences"}
+    assert source.identity()["labels"] == ["forget", "code"]
+
+
 def test_the_organism_is_mixed_as_it_was_trained(small_organism):
     source = OrganismSource(hook_point="blocks.1.hook_out", context=16)
     assert source.peek()["d_in"] == 32

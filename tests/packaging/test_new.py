@@ -257,6 +257,7 @@ def test_its_run_file_runs_and_uses_it(installed: Environment, ran: dict[str, Ou
         "architecture": lambda: summary["sae"]["architecture"] == name and summary["metrics"]["l0"] <= 8,
         "metric": lambda: 10 < summary["metrics"][name] <= summary["sae"]["d_sae"],
         "analyzer": lambda: 0 < summary["analysis"][name]["largest_cosine"] <= 1,
+        "comparison": lambda: 0 < summary["analysis"][name]["least_shared"] <= 1,
         "callback": lambda: ends_with_the_average(run, name),
         "source": lambda: summary["sae"]["d_in"] == 32,
         "tracker": lambda: len(lines_of(run / f"{name}.csv")) > 5,

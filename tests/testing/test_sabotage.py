@@ -572,6 +572,42 @@ ANALYZERS: dict[str, tuple[Any, set[str]]] = {
     "a_tensor": (a_tensor, {"gives_a_result", "can_be_written"}),
 }
 
+# --- comparisons -----------------------------------------------------------------------------------------------
+
+
+def mean_norms(context):
+    """The mean norm of each variant's decoder rows."""
+    return Result(scalars={name: float(one.context.sae.W_dec.norm(dim=1).mean()) for name, one in context.variants.items()})
+
+
+def first_and_second(context):
+    """Takes two variants for granted."""
+    first, second = (one.context.sae.W_dec.norm() for one in context.variants.values())
+    return Result(scalars={"difference": float(first - second)})
+
+
+def edits_the_last(context):
+    """Scales a row of the last variant, where that has one, and does not put it back."""
+    name = list(context.variants)[-1]
+    context.variants[name].context.sae.W_dec.data[0] *= 0.999
+    return Result(scalars={"variants": len(context.variants)})
+
+
+def in_the_runs_directory(context):
+    """Writes where a variant keeps its own."""
+    for one in context.variants.values():
+        (one.context.directory / "norms.txt").write_text("1.0", encoding="utf-8")
+    return Result(scalars={"norm": 1.0})
+
+
+COMPARISONS: dict[str, tuple[Any, set[str]]] = {
+    "mean_norms": (mean_norms, set()),
+    "first_and_second": (first_and_second, {"takes_one"}),
+    "edits_the_last": (edits_the_last, {"inputs_unchanged"}),
+    "in_the_runs_directory": (in_the_runs_directory, {"writes_in_its_directory"}),
+    "at_random": (at_random, {"deterministic"}),
+}
+
 # --- callbacks -------------------------------------------------------------------------------------------------
 
 
@@ -916,6 +952,12 @@ def test_analyzers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_analyzer_without_a_result() -> None:
     assert "gives_a_result" in failing(checked("analyzer", "no_result", no_result))
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_comparisons(name: str) -> None:
+    target, expected = COMPARISONS[name]
+    assert failing(checked("comparison", name, target)) == expected
 
 
 @pytest.mark.parametrize("name", CALLBACKS)

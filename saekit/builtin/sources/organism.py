@@ -26,12 +26,42 @@ LABELS: dict[Kind, float] = {"code": 1.0, "prose": 0.0}
 """The label `code` of the kinds that have one."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Documents of one kind with their labels: all, or those of some domains of the facts. rows: of every 32."""
+
+    kind: Kind
+    rows: int
+    labels: dict[str, float]
+    domains: tuple[str, ...] | None = None
+
+    def chosen(self, store: TokenStore, split: str) -> np.ndarray:
+        """Which documents of the kind's they are: [D] booleans."""
+        if self.domains is None:
+            return np.ones(len(store), dtype=bool)
+        from saekit import organism
+
+        return np.asarray([d.id.split("/")[1] in self.domains for d in organism.documents(split, [self.kind])])
+
+
+def parts_of(kind: Kind, labels: list[str]) -> list[Part]:
+    """What a kind consists of: one part, or two for facts if they are labelled `forget`."""
+    rows, code = ROWS_OF_KIND[kind], {"code": LABELS[kind]} if kind in LABELS else {}
+    if "forget" not in labels:
+        return [Part(kind, rows, code)]
+    if kind != "facts":
+        return [Part(kind, rows, {**code, "forget": 0.0})]
+    # A third each of the facts is of the domains forget, near and far.
+    return [Part(kind, rows // 3, {"forget": 1.0}, ("forget",)), Part(kind, rows - rows // 3, {"forget": 0.0}, ("near", "far"))]
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class OrganismSource(LabelledHarvestSource):
     """Activations of the bundled model organism on its own corpus, mixed as in its training.
 
-    The label `code` is 1 in rows of code, 0 in rows of prose, and unknown in the others. Its labelled sequences are the
-    rows of code and of prose.
+    The label `code` is 1 in rows of code, 0 in rows of prose, and unknown in the others. The label `forget`, which `labels` may ask
+    for, is 1 in rows of facts about what is to be forgotten, which then stand in rows of their own, and 0 in all others. Its
+    labelled sequences are the rows with a known label.
     """
 
     hook_point: HookPoint = "blocks.2.hook_out"
@@ -42,14 +72,20 @@ class OrganismSource(LabelledHarvestSource):
     kinds: Annotated[list[Kind], Field(min_length=1, description="Which kinds of document.")] = field(
         default_factory=lambda: list(ROWS_OF_KIND)
     )
+    labels: Annotated[list[Literal["code", "forget"]], Field(min_length=1, description="Which labels are given.")] = field(
+        default_factory=lambda: ["code"]
+    )
     context: Annotated[int, Field(gt=1, description="Tokens in a row; the organism takes 128 at most.")] = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.kinds = list(dict.fromkeys(self.kinds))
-        self.concepts = ["code"]
-        if not LABELS.keys() <= set(self.kinds):
-            fix = 'Put both "code" and "prose" in source.kinds.'
+        self.labels = list(dict.fromkeys(self.labels))
+        self.concepts = list(self.labels)
+        fix = 'Put both "code" and "prose" in source.kinds.' if not LABELS.keys() <= set(self.kinds) else ""
+        if "code" not in self.labels:
+            fix = 'Put "facts" and another kind in source.kinds.' if "facts" not in self.kinds or len(self.kinds) < 2 else ""
+        if fix:
             self.withheld |= dict.fromkeys(("labels", "sequences"), fix)
 
     @property
@@ -79,11 +115,13 @@ class OrganismSource(LabelledHarvestSource):
         for split in SPLITS:
             stores = {kind: tokens[kind][split] for kind in self.kinds}
             digests |= {f"{split}/{kind}": store.digest() for kind, store in stores.items()}
-            splits[split] = self._mixed(subject, stores, self.kinds)
-            labelled = [kind for kind in self.kinds if kind in LABELS]
+            parts = [part for kind in self.kinds for part in parts_of(kind, self.concepts)]
+            splits[split] = self._mixed(subject, stores, parts, split)
+            labelled = [part for part in parts if part.labels]
             if labelled:
-                self.labelled[split] = self._mixed(subject, stores, labelled)
-        return subject, splits, {"data": "organism", "kinds": self.kinds, "data_digest": digests}
+                self.labelled[split] = self._mixed(subject, stores, labelled, split)
+        identity = {"data": "organism", "kinds": self.kinds, "data_digest": digests}
+        return subject, splits, identity if self.labels == ["code"] else {**identity, "labels": self.labels}
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What determines the activations, without loading; see `protocols.Source.fingerprint`.
@@ -93,13 +131,10 @@ class OrganismSource(LabelledHarvestSource):
 
         code = Path(organism.__file__).parent
         files = sorted([*code.glob("*.py"), *code.glob("*.txt")])
-        found = self._fingerprint(files, "variant", "kinds")
+        found = self._fingerprint(files, "variant", "kinds", "labels")
         return None if found is None else {**found, "python": platform.python_version()}
 
-    def _mixed(self, subject: Subject, stores: dict[Kind, TokenStore], kinds: list[Kind]) -> MixedRows:
-        parts = [
-            packed(subject, stores[kind], np.ones(len(stores[kind]), dtype=bool), self.context, "auto")
-            for kind in kinds
-        ]
-        given = np.asarray([[LABELS.get(kind, np.nan)] for kind in kinds], dtype=np.float32)  # [kinds, 1]
-        return MixedRows(parts, [ROWS_OF_KIND[kind] for kind in kinds], given=given)
+    def _mixed(self, subject: Subject, stores: dict[Kind, TokenStore], parts: list[Part], split: str) -> MixedRows:
+        rows = [packed(subject, stores[p.kind], p.chosen(stores[p.kind], split), self.context, "auto") for p in parts]
+        given = np.asarray([[p.labels.get(name, np.nan) for name in self.concepts] for p in parts], dtype=np.float32)
+        return MixedRows(rows, [part.rows for part in parts], given=given)  # given: [parts, labels]

@@ -13,6 +13,7 @@ _MODULES = {
     "architecture": "architectures",
     "metric": "metrics",
     "analyzer": "analyzers",
+    "comparison": "comparisons",
     "callback": "callbacks",
     "source": "sources",
     "tracker": "trackers",

@@ -1,4 +1,4 @@
-"""The checks of an analyzer, on a finished tiny run."""
+"""The checks of an analyzer, on a finished tiny run; those of a comparison are the same, of its own context."""
 
 from __future__ import annotations
 
@@ -12,29 +12,38 @@ from typing import Any
 import torch
 
 from saekit.result import Result
+from saekit.runner.comparison import ComparisonContext
 from saekit.runner.context import RunContext
 from saekit.testing.checks import any_kind
 from saekit.testing.checks.shared import changed, copied, seeded
 from saekit.testing.kit import Check, Failed, Subject
-from saekit.testing.tiny import finished_run
+from saekit.testing.tiny import TinyRun, finished_run
+
+Context = RunContext | ComparisonContext
 
 
-def context_of(subject: Subject) -> RunContext:
+def run_of(subject: Subject) -> TinyRun:
+    """A finished run that provides what it needs; of two variants for a comparison."""
+    return finished_run(subject.component.needs, subject.registry, variants=subject.component.kind == "comparison")
+
+
+def context_of(subject: Subject) -> Context:
     """The context of a finished run that provides what it needs, with an empty directory to write in."""
-    context = finished_run(subject.component.needs, subject.registry).context
+    run = run_of(subject)
+    context: Context = run.together if subject.component.kind == "comparison" else run.context
     place = subject.place / "analysis"
     place.mkdir(exist_ok=True)
     return dataclasses.replace(context, directory=place)
 
 
-def answer(subject: Subject, context: RunContext | None = None) -> Any:
+def answer(subject: Subject, context: Context | None = None) -> Any:
     """What it returns for a finished run."""
     with torch.random.fork_rng(devices=[]), seeded(0):
         torch.manual_seed(0)
         return subject.build()(context or context_of(subject))
 
 
-def result_of(subject: Subject, context: RunContext | None = None) -> Result:
+def result_of(subject: Subject, context: Context | None = None) -> Result:
     result = answer(subject, context)
     if not isinstance(result, Result):
         raise Failed(f"it returns {type(result).__name__}. Return a saekit.Result.")
@@ -65,8 +74,7 @@ def can_be_written(subject: Subject) -> None:
 
 
 def writes_in_its_directory(subject: Subject) -> None:
-    run = finished_run(subject.component.needs, subject.registry)
-    context = context_of(subject)
+    run, context = run_of(subject), context_of(subject)
     elsewhere = subject.place / "elsewhere"
     elsewhere.mkdir()
     before = _files(run.directory)
@@ -95,9 +103,11 @@ def inputs_unchanged(subject: Subject) -> None:
 
 
 @contextlib.contextmanager
-def _unchanged(context: RunContext) -> Iterator[None]:
-    model = getattr(getattr(context.source, "subject", None), "model", None)
-    weights = {"the SAE": context.sae, **({"the model": model} if isinstance(model, torch.nn.Module) else {})}
+def _unchanged(context: Context) -> Iterator[None]:
+    seen = [one.context for one in context.variants.values()] if isinstance(context, ComparisonContext) else [context]
+    model = getattr(getattr(seen[0].source, "subject", None), "model", None)
+    weights = {f"the SAE{f' of variant {one.directory.name}' if len(seen) > 1 else ''}": one.sae for one in seen}
+    weights |= {"the model": model} if isinstance(model, torch.nn.Module) else {}
     before = {name: (copied(module.state_dict()), module.training) for name, module in weights.items()}
     yield
     for name, module in weights.items():
