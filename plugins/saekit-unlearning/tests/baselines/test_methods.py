@@ -91,7 +91,7 @@ def test_npo_is_the_written_formula() -> None:
     expected = 2 / beta * sum(math.log(1 + r**beta) for r in ratio) / 3
     loss = npo_loss(log_p, log_base, beta)
     assert float(loss) == pytest.approx(expected, rel=1e-12)
-    # Zhang et al. 2024, section 3: that of gradient ascent, weighted by 2 r^beta / (1 + r^beta).
+    # Zhang et al. 2024: that of gradient ascent, weighted by 2 r^beta / (1 + r^beta).
     (gradient,) = torch.autograd.grad(loss, log_p)
     assert gradient.tolist() == pytest.approx([2 * r**beta / (1 + r**beta) / 3 for r in ratio], rel=1e-12)
 

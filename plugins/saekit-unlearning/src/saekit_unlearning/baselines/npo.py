@@ -1,4 +1,4 @@
-"""Negative preference optimisation (Zhang, Lin, Bai and Mei 2024, equation 3), with the divergence that keeps the rest.
+"""Negative preference optimisation (Zhang, Lin, Bai and Mei 2024, L_NPO), with the divergence that keeps the rest.
 
     loss = 2 / beta * mean_i log(1 + (p(y_i | x_i) / base(y_i | x_i)) ** beta) + weight * sum_kinds mean_t KL(base_t || p_t)
 
