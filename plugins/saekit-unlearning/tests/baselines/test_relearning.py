@@ -15,7 +15,7 @@ from saekit_unlearning.edits import Ablate, LatentEdit
 from saekit_unlearning.relearning import Relearned, attacks, extra_gain, halves, relearn, verdict
 
 from saekit import Registry
-from saekit.testing.tiny import build_sae
+from saekit.testing.fixtures import build_sae
 
 
 @pytest.fixture

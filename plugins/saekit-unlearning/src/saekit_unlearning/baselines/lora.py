@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saekit import Subject, UsageError, seeded
 from saekit_unlearning.baselines.material import Material
-from saekit_unlearning.baselines.training import CHECKPOINTS, steps
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, steps
 from saekit_unlearning.baselines.uniform import to_uniform
 from saekit_unlearning.edited import Edited, copied
 from saekit_unlearning.passages import Site
@@ -26,7 +26,7 @@ class LoRA:
 
     rates: Sequence[float] = (3e-3, 1e-2, 2e-2)
     rank: int = 4
-    weight: float = 1.0
+    weight: float = WEIGHT
     checkpoints: Sequence[int] = CHECKPOINTS
     name: str = "LoRA"
 

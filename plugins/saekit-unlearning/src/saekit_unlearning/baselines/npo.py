@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from saekit import Subject
 from saekit_unlearning.baselines.material import Material, Rows
-from saekit_unlearning.baselines.training import CHECKPOINTS, stays, steps, trainable
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, stays, steps, trainable
 from saekit_unlearning.edited import Edited, copied, model_logits
 
 
@@ -26,7 +26,7 @@ class NPO:
 
     rates: Sequence[float] = (5e-4, 1e-3, 2e-3)
     beta: float = 0.1
-    weight: float = 1.0
+    weight: float = WEIGHT
     checkpoints: Sequence[int] = CHECKPOINTS
     name: str = "NPO"
 

@@ -28,6 +28,7 @@ from saekit_unlearning.baselines.material import Material
 from saekit_unlearning.baselines.npo import NPO
 from saekit_unlearning.baselines.oracle import Oracle
 from saekit_unlearning.baselines.rmu import RMU
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT
 from saekit_unlearning.baselines.uniform import FineTuning
 from saekit_unlearning.data import FORGET, Question, UnlearningData, organism_data
 from saekit_unlearning.edited import Edited
@@ -52,9 +53,19 @@ class Baseline(Protocol):
         ...
 
 
-def methods() -> list[Baseline]:
-    """All of them; the oracle comes first, because it is the control of relearning."""
-    return [Oracle(str(organism.directory("oracle"))), DifferenceOfMeans(), FineTuning(), NPO(), LoRA(), RMU()]
+def methods(weight: float, checkpoints: Sequence[int]) -> list[Baseline]:
+    """All of them; the oracle comes first, because it is the control of relearning.
+
+    weight: of what is to stay, for the methods whose loss keeps it by KL. checkpoints: numbers of steps."""
+    trained: dict[str, Any] = {"weight": weight, "checkpoints": tuple(checkpoints)}
+    return [
+        Oracle(str(organism.directory("oracle"))),
+        DifferenceOfMeans(),
+        FineTuning(**trained),
+        NPO(**trained),
+        LoRA(**trained),
+        RMU(checkpoints=tuple(checkpoints)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="names of methods; the oracle is always among them")
+    parser.add_argument(
+        "--weight", type=float, default=WEIGHT, help="of what is to stay, against what is to be forgotten"
+    )
+    parser.add_argument("--steps", type=int, nargs="+", default=CHECKPOINTS, help="after which a model is tried")
     parser.add_argument("--out", type=Path, help="a file for the lines of JSON")
     options = parser.parse_args(arguments)
     subject = load_subject(str(organism.directory()), HOOK_POINT)
@@ -166,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     held_out = list(site.passages(rows(subject.tokenizer, "held_out", 128, HELD_OUT)))
     control: Relearned | None = None
     lines: list[dict[str, Any]] = []
-    for method in methods():
+    for method in methods(options.weight, options.steps):
         if options.only and method.name not in (*options.only, "the oracle"):
             continue
         start, tried, best = time.perf_counter(), list[tuple[str, Setting]](), None

@@ -14,6 +14,8 @@ from saekit_unlearning.kl import retain_kl
 
 CHECKPOINTS = (25, 60)
 """After how many steps a method's model is tried, which makes a setting of each."""
+WEIGHT = 10.0
+"""Of what is to stay. The divergence to uniform is up to log(vocabulary), and what is tolerable here is a few hundredths."""
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

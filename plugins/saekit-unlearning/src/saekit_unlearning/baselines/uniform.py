@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saekit import Subject
 from saekit_unlearning.baselines.material import Material, Rows
-from saekit_unlearning.baselines.training import CHECKPOINTS, stays, steps, trainable
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, stays, steps, trainable
 from saekit_unlearning.edited import Edited, copied, model_logits
 from saekit_unlearning.kl import forget_kl
 
@@ -24,7 +24,7 @@ class FineTuning:
     """Every rate is a setting, after each number of steps in `checkpoints`."""
 
     rates: Sequence[float] = (5e-4, 1e-3, 2e-3)
-    weight: float = 1.0
+    weight: float = WEIGHT
     checkpoints: Sequence[int] = CHECKPOINTS
     name: str = "fine-tuning"
 
