@@ -38,7 +38,11 @@ class Clamp:
     units: Tensor | None = None
 
     def __call__(self, active: Tensor, latents: Tensor) -> Tensor:
-        size = active.new_full((len(latents),), self.value) if self.units is None else self.value * self.units[latents].to(active)
+        size = (
+            active.new_full((len(latents),), self.value)
+            if self.units is None
+            else self.value * self.units[latents].to(active)
+        )
         return torch.where(active > 0, -size, active)
 
 
@@ -70,7 +74,7 @@ class LatentEdit:
 
     def __call__(self, passages: Passages) -> Tensor:
         x = passages.x  # [m, d]
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients(x)):
             code = self.sae.encode(x.to(self.sae.W_dec))
             base = x if self.path == "error_kept" else self.sae.decode(code).to(x)
             active = code.columns(self.latents)  # [m, n]
@@ -90,10 +94,15 @@ class AddedRows:
 
     def __call__(self, passages: Passages) -> Tensor:
         x = passages.x
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients(x)):
             code = self.sae.encode(x.to(self.sae.W_dec))
             active = code.columns(self.latents)  # [m, n]
             base = x
             if self.path == "spliced":
                 base = (self.sae.decode(code) - active @ self.sae.W_dec[self.latents]).to(x)
         return passages.with_x(base + (active @ self.rows).to(base))
+
+
+def gradients(x: Tensor) -> bool:
+    """Whether gradients go through the code: only where layers below the site are trained, as in relearning."""
+    return x.requires_grad and torch.is_grad_enabled()

@@ -1,0 +1,72 @@
+"""Fine-tuning to uniform answers through low-rank adapters (Hu et al. 2021), by peft, merged into the weights at the end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from saekit import Subject, UsageError, seeded
+from saekit_unlearning.baselines.material import Material
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, steps
+from saekit_unlearning.baselines.uniform import to_uniform
+from saekit_unlearning.edited import Edited, copied
+from saekit_unlearning.passages import Site
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Every rate is a setting, after each number of steps in `checkpoints`.
+
+    rank: of the adapters, of which every linear map but the unembedding gets one; their scale is 1 (alpha = rank).
+    """
+
+    rates: Sequence[float] = (3e-3, 1e-2, 2e-2)
+    rank: int = 4
+    weight: float = WEIGHT
+    checkpoints: Sequence[int] = CHECKPOINTS
+    name: str = "LoRA"
+
+    def settings(self, material: Material, seed: int) -> Iterator[Edited]:
+        """The models that it leaves, each with weights of its own. UsageError without peft."""
+        for rate in self.rates:
+            site, batches = copied(material.site), material.batches(seed)
+            with seeded(seed, site.subject.device):
+                adapted = with_adapters(site.subject.model, self.rank)
+            parameters = [p for p in adapted.parameters() if p.requires_grad]
+
+            def loss(site=site, batches=batches) -> Tensor:
+                return to_uniform(material.site.subject, site.subject, *next(batches), self.weight)
+
+            for step in steps(parameters, loss, rate=rate, checkpoints=self.checkpoints):
+                yield Edited(f"rank {self.rank}, rate {rate:g}, {step} steps", merged(adapted, site), changed=True)
+
+
+def with_adapters(model: nn.Module, rank: int) -> Any:
+    """peft's wrapper of a model that has adapters inside from now on; only they are trained."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UsageError(
+            f"the baseline LoRA needs peft ({error}). Install it: pip install 'saekit-unlearning[lora]', or leave LoRA out."
+        ) from None
+    unembedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not unembedding
+    }
+    transposed = "Conv1D" in linear.values()  # GPT-2 keeps its weights as [in, out]
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(linear), fan_in_fan_out=transposed)
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def merged(adapted: Any, site: Site) -> Site:
+    """The site in a copy of the adapted model, whose adapters became part of its weights."""
+    subject = site.subject
+    wrapper, own, target = copy.deepcopy((adapted, subject.site, subject.target_site))
+    model = wrapper.merge_and_unload().requires_grad_(False)
+    return Site(Subject(model, subject.tokenizer, own, name=subject.name, target_site=target), site.trained)

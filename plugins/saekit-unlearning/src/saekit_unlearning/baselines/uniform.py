@@ -1,0 +1,47 @@
+"""Fine-tuning to uniform answers: the two divergences of kl.py, down which a copy of the model's weights goes.
+
+    loss = mean_a KL(p_a || uniform) + weight * sum_kinds mean_t KL(base_t || p_t)
+
+with a over the positions that predict answers of forget texts, t over those of the texts that are to stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from saekit import Subject
+from saekit_unlearning.baselines.material import Material, Rows
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, stays, steps, trainable
+from saekit_unlearning.edited import Edited, copied, model_logits
+from saekit_unlearning.kl import forget_kl
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Every rate is a setting, after each number of steps in `checkpoints`."""
+
+    rates: Sequence[float] = (5e-4, 1e-3, 2e-3)
+    weight: float = WEIGHT
+    checkpoints: Sequence[int] = CHECKPOINTS
+    name: str = "fine-tuning"
+
+    def settings(self, material: Material, seed: int) -> Iterator[Edited]:
+        """The models that it leaves, each with weights of its own."""
+        for rate in self.rates:
+            site, batches = copied(material.site), material.batches(seed)
+            parameters = trainable(site.subject.model)
+
+            def loss(site=site, batches=batches) -> Tensor:
+                return to_uniform(material.site.subject, site.subject, *next(batches), self.weight)
+
+            for step in steps(parameters, loss, rate=rate, checkpoints=self.checkpoints):
+                yield Edited(f"rate {rate:g}, {step} steps", copied(site), changed=True)
+
+
+def to_uniform(base: Subject, subject: Subject, forget: Rows, stay: Sequence[Rows], weight: float) -> Tensor:
+    """The loss above."""
+    answers = model_logits(subject, forget.tokens, forget.mask)[forget.answer]  # [m, vocab]
+    return forget_kl(answers).mean() + weight * stays(base, subject, stay)

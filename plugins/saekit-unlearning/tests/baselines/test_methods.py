@@ -1,0 +1,255 @@
+"""The methods that unlearning through an SAE is compared with: their losses, and what they leave alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from saekit_unlearning.answers import Examination
+from saekit_unlearning.baselines.difference_of_means import DifferenceOfMeans, Shift, mean_at_names
+from saekit_unlearning.baselines.lora import LoRA
+from saekit_unlearning.baselines.material import Material, Rows
+from saekit_unlearning.baselines.npo import NPO, answer_log_p, npo_loss
+from saekit_unlearning.baselines.oracle import Oracle
+from saekit_unlearning.baselines.rmu import RMU, activation, misdirection
+from saekit_unlearning.baselines.training import stays, trainable
+from saekit_unlearning.baselines.uniform import FineTuning, to_uniform
+from saekit_unlearning.data import FORGET
+from saekit_unlearning.edited import Edited, copied, model_logits
+from torch import Tensor, nn
+
+from saekit import UsageError
+
+FEW: dict[str, Any] = {"checkpoints": (2,), "rates": (1e-2,)}
+METHODS = [
+    DifferenceOfMeans(strengths=(1.0,)),
+    FineTuning(**FEW),
+    NPO(**FEW),
+    RMU(norms=(1.0,), checkpoints=(2,)),
+    pytest.param(LoRA(**FEW), marks=pytest.mark.slow, id="LoRA"),  # importing peft takes several seconds
+]
+
+
+def name_of(method: Any) -> str | None:
+    return getattr(method, "name", None)
+
+
+def digest(model: nn.Module) -> str:
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.state_dict().values())).hexdigest()
+
+
+def moved(material: Material) -> Any:
+    """A copy of the subject whose weights are no longer the base's."""
+    site = copied(material.site)
+    for p in trainable(site.subject.model):
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype)
+    return site.subject
+
+
+def batch(material: Material) -> tuple[Rows, list[Rows]]:
+    return next(material.batches(0))
+
+
+def probabilities(subject: Any, rows: Rows) -> Tensor:
+    return torch.softmax(model_logits(subject, rows.tokens, rows.mask), -1)
+
+
+def test_the_loss_to_uniform_is_the_written_formula(material: Material) -> None:
+    subject, (forget, stay) = moved(material), batch(material)
+    p = probabilities(subject, forget)
+    vocabulary = p.shape[-1]
+    of_answers = [(p[i, t] * torch.log(p[i, t] * vocabulary)).sum() for i, t in forget.answer.nonzero().tolist()]
+    expected = torch.stack(of_answers).mean()
+    for rows in stay:
+        q, b = probabilities(subject, rows), probabilities(material.site.subject, rows)
+        kept = [(b[i, t] * torch.log(b[i, t] / q[i, t])).sum() for i, t in rows.mask.nonzero().tolist()]
+        expected = expected + 3.0 * torch.stack(kept).mean()
+    found = to_uniform(material.site.subject, subject, forget, stay, 3.0)
+    parameters = [p for p in subject.model.parameters() if p.requires_grad]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, parameters) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_what_is_to_stay_costs_nothing_before_training(material: Material) -> None:
+    subject, (_, stay) = material.site.subject, batch(material)
+    assert len(stay) == 2
+    assert abs(float(stays(subject, subject, stay))) < 1e-12
+    assert float(stays(subject, moved(material), stay)) > 1e-3
+
+
+def test_npo_is_the_written_formula() -> None:
+    log_p = torch.tensor([-1.0, -5.0, -0.1], dtype=torch.float64, requires_grad=True)
+    log_base, beta = torch.tensor([-2.0, -1.0, -0.1], dtype=torch.float64), 0.3
+    ratio = [math.exp(float(p - b)) for p, b in zip(log_p, log_base, strict=True)]
+    expected = 2 / beta * sum(math.log(1 + r**beta) for r in ratio) / 3
+    loss = npo_loss(log_p, log_base, beta)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+    # Zhang et al. 2024: that of gradient ascent, weighted by 2 r^beta / (1 + r^beta).
+    (gradient,) = torch.autograd.grad(loss, log_p)
+    assert gradient.tolist() == pytest.approx([2 * r**beta / (1 + r**beta) / 3 for r in ratio], rel=1e-12)
+
+
+def test_npo_becomes_gradient_ascent_as_beta_goes_to_0() -> None:
+    log_p = torch.tensor([-1.0, -5.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(npo_loss(log_p, torch.tensor([-3.0, -1.0]), 1e-9), log_p)
+    assert gradient.tolist() == pytest.approx([0.5, 0.5], rel=1e-6)
+
+
+def test_an_answers_likelihood_is_that_of_its_tokens(material: Material, facts: Any) -> None:
+    subject = material.site.subject
+    text = facts.forget[3]
+    row = material.forget[3]
+    ids = subject.tokenizer(text.text)["input_ids"]
+    p = probabilities(subject, Rows.of([row], subject.device))[0]
+    answer = subject.tokenizer(" " + text.text[slice(*text.answer)])["input_ids"]
+    assert [ids[t + 1] for t in row.answer] == answer
+    expected = sum(math.log(p[t, ids[t + 1]]) for t in row.answer)
+    several = Rows.of(material.forget[:8], subject.device)  # padded
+    assert float(answer_log_p(subject, several)[3]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_misdirection_is_the_written_formula(material: Material) -> None:
+    forget, _ = batch(material)
+    h = activation(material.site.subject, forget)
+    assert len(h) == int(forget.mask.sum())
+    target = torch.arange(h.shape[1], dtype=h.dtype)
+    expected = sum(sum((float(a) - float(b)) ** 2 for a, b in zip(row, target, strict=True)) for row in h) / len(h)
+    assert float(misdirection(h, target)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_no_method_changes_the_subject(material: Material, method: Any) -> None:
+    subject = material.site.subject
+    before = digest(subject.model)
+    found = list(method.settings(material, 0))
+    assert digest(subject.model) == before
+    assert not any(p.requires_grad or p.grad is not None for p in subject.model.parameters())
+    for one in found:
+        assert one.changed == (digest(one.site.subject.model) != before)
+
+
+@pytest.mark.parametrize("method", METHODS[1:], ids=name_of)
+def test_the_seed_decides(material: Material, method: Any) -> None:
+    def weights(seed: int) -> str:
+        torch.manual_seed(np.random.default_rng().integers(1000))  # whatever was drawn before
+        return digest(next(iter(method.settings(material, seed))).site.subject.model)
+
+    assert weights(0) == weights(0) != weights(1)
+
+
+@pytest.mark.parametrize(
+    "method", [FineTuning(rates=(5e-3,), checkpoints=(0, 12)), NPO(rates=(5e-3,), checkpoints=(0, 12))], ids=name_of
+)
+def test_a_method_pushes_the_answers_down_and_weight_keeps_the_rest(material: Material, method: Any) -> None:
+    forget, stay = batch(material)
+
+    def measured(of: Iterator[Edited]) -> list[tuple[float, float]]:
+        subjects = [one.site.subject for one in of]
+        base = material.site.subject
+        return [(float(answer_log_p(s, forget).exp().mean()), float(stays(base, s, stay))) for s in subjects]
+
+    (before, nothing), (after, drift) = measured(method.settings(material, 0))
+    assert nothing == pytest.approx(0.0, abs=1e-12)
+    assert after < 0.9 * before
+    free = type(method)(rates=method.rates, checkpoints=(12,), weight=0.0)
+    assert measured(free.settings(material, 0))[0][1] > 1.5 * drift
+
+
+def test_rmu_moves_forget_text_to_its_vector_below_the_site_alone(material: Material) -> None:
+    forget, _ = batch(material)
+    base, (one,) = (
+        material.site.subject,
+        RMU(norms=(1.0,), alpha=0.0, rate=1e-2, checkpoints=(15,)).settings(material, 0),
+    )
+    some, _ = next(material.batches(0))
+    random = torch.rand(32, generator=torch.Generator().manual_seed(0)).double()
+    target = random / random.norm() * activation(base, some).norm(dim=1).mean()
+    assert float(target.norm()) == pytest.approx(float(activation(base, some).norm(dim=1).mean()))
+    subject = one.site.subject
+    assert float(misdirection(activation(subject, forget), target)) < 0.5 * float(
+        misdirection(activation(base, forget), target)
+    )
+    changed = {
+        n for (n, a), b in zip(base.model.named_parameters(), subject.model.parameters(), strict=True) if not a.equal(b)
+    }
+    assert changed
+    assert all(name.startswith(("transformer.h.0.", "transformer.h.1.")) for name in changed)
+
+
+def test_training_leaves_embeddings_and_unembedding_alone(material: Material) -> None:
+    (one,) = FineTuning(**FEW).settings(material, 0)
+    base = dict(material.site.subject.model.named_parameters())
+    same = {name for name, p in one.site.subject.model.named_parameters() if p.equal(base[name])}
+    assert {name for name in base if "wte" in name or "wpe" in name} <= same
+    assert any("attn" in name for name in base.keys() - same)
+
+
+def test_a_shift_is_the_written_formula(material: Material) -> None:
+    site = material.site
+    passages = next(site.passages([row.tokens for row in material.forget[:6]]))
+    origin, d = mean_at_names(site, material.retain), site.subject.width()
+    direction = mean_at_names(site, material.forget) - origin
+    t = torch.tensor([float((x - origin) @ direction) / float(direction @ direction) for x in passages.x])
+    assert (t > 0.5).any()
+    assert (t <= 0.5).any()
+    for projected in (False, True):
+        for everywhere in (False, True):
+            new = Shift(origin, direction, 2.0, projected, everywhere)(passages)[passages.keep]
+            for x, y, share in zip(passages.x, new, t.tolist(), strict=True):
+                by = (share if projected else 1.0) if everywhere or share > 0.5 else 0.0
+                torch.testing.assert_close(y, x - 2.0 * by * direction, rtol=1e-5, atol=1e-6)
+    assert d == len(origin)
+
+
+def test_the_mean_difference_is_taken_at_names_ends(material: Material, facts: Any) -> None:
+    subject, text, row = material.site.subject, facts.forget[0], material.forget[0]
+    ends = len(subject.tokenizer(text.text[: text.name[1]])["input_ids"]) - 1
+    h = activation(subject, Rows.of([row], subject.device))
+    torch.testing.assert_close(mean_at_names(material.site, [row]), h[ends])
+
+
+def test_projecting_out_once_puts_every_activation_at_the_mean_of_what_stays(material: Material) -> None:
+    one = next(
+        e
+        for e in DifferenceOfMeans(strengths=(1.0,)).settings(material, 0)
+        if e.label.startswith("projected out everywhere")
+    )
+    passages = next(material.site.passages([material.forget[0].tokens]))
+    shift: Any = one.edit
+    new = shift(passages)[passages.keep]
+    assert ((new - shift.origin) @ shift.direction).abs().max() < 1e-8 * float(shift.direction @ shift.direction)
+
+
+def test_the_oracle_is_another_model_at_the_same_hook_point(
+    material: Material, tiny_directory: Any, facts: Any
+) -> None:
+    (one,) = Oracle(str(tiny_directory)).settings(material, 0)
+    assert one.site.subject is not material.site.subject
+    exam = Examination(material.site, [q for q in facts.questions if q.group == FORGET][:8])
+    assert exam.right_by(one.logits).tolist() == exam.right().tolist()  # it is the same model here
+
+
+def test_without_peft_the_error_names_what_to_install(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UsageError, match=r"pip install 'saekit-unlearning\[lora\]'"):
+        next(iter(LoRA(**FEW).settings(material, 0)))
+
+
+@pytest.mark.slow
+def test_lora_changes_every_linear_map_by_its_rank_at_most(material: Material) -> None:
+    (one,) = LoRA(**FEW, rank=3).settings(material, 0)
+    base, after = material.site.subject.model, one.site.subject.model
+    assert type(after) is type(base)
+    assert [n for n, _ in after.named_parameters()] == [n for n, _ in base.named_parameters()]
+    for (name, a), b in zip(base.named_parameters(), after.parameters(), strict=True):
+        maps = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert a.equal(b) != maps, name
+        if maps:
+            assert torch.linalg.matrix_rank(b - a, rtol=1e-6) <= 3
