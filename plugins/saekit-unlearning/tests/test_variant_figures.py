@@ -30,6 +30,7 @@ METHODS = {
         method("lucky", "spliced", 0.1, 0.9),
         method("good", "error_kept", 0.2, 0.0, within_bound=False),
     ],
+    "nothing": [method("good", "model", 0.0, 0.0, candidates=0)],
     "zero": [method("good", "spliced", 0.0, 0.0), method("good", "error_kept", 0.0, 0.0)],
 }
 
@@ -52,6 +53,7 @@ VARIANTS = [
     {"name": "works", "analyzer": [{**UNLEARN, "of": "works"}, {"use": "threshold", "name": "importance"}]},
     {"name": "zero", "analyzer": [UNLEARN]},
     {"name": "bare", "analyzer": []},
+    {"name": "nothing", "analyzer": [{**UNLEARN, "of": "nothing"}]},
 ]
 
 
@@ -68,7 +70,7 @@ def variants(run: TinyRun) -> list[Variant]:
 
 def test_the_table_holds_what_was_planted(run: TinyRun) -> None:
     result = unlearning_figures(run.together)
-    works, zero, bare = result.tables["variants"]
+    works, zero, bare, nothing = result.tables["variants"]
     assert (works["saebench_spliced"], works["saebench_error_kept"]) == (0.6, 0.2)
     assert (works["ours_spliced"], works["method_spliced"]) == (0.5, "good")  # not the one that only the unseen wordings favour
     assert (works["ours_spliced_low"], works["ours_spliced_high"]) == (0.4, 0.6)
@@ -76,6 +78,8 @@ def test_the_table_holds_what_was_planted(run: TinyRun) -> None:
     assert (works["threshold"], works["latents_above"], works["latents_living"]) == (0.01, 12, 60)
     assert REASON in zero["reason_of_zero"]
     assert zero["threshold"] is None
+    assert nothing["saebench_spliced"] == nothing["ours_error_kept"] == 0.0
+    assert REASON in nothing["reason_of_zero"]
     assert bare["saebench_spliced"] is None
     assert "no result of 'unlearn'" in bare["reason_of_zero"]
     assert works["explained_variance"] == run.summary["variants"]["works"]["metrics"]["explained_variance"]
@@ -133,9 +137,9 @@ def test_a_bar_of_zero_is_a_line_and_has_its_reason(variants: list[Variant]) -> 
 
 def test_the_losses_have_a_line_a_variant_and_one_term_that_compares(variants: list[Variant]) -> None:
     total, shared = losses(variants, 32).axes
-    assert [line.get_label() for line in total.lines] == ["works", "zero", "bare"]
+    assert [line.get_label() for line in total.lines] == ["works", "zero", "bare", "nothing"]
     assert {line.get_alpha() for line in (*total.lines, *shared.lines)} == {0.7}
-    assert len({to_rgba(line.get_color()) for line in total.lines}) == 3
+    assert len({to_rgba(line.get_color()) for line in total.lines}) == 4
     assert "mse" in shared.get_title()
     steps, values = total.lines[0].get_data()
     assert list(steps) == list(range(1, 13))
@@ -146,9 +150,9 @@ def test_the_losses_have_a_line_a_variant_and_one_term_that_compares(variants: l
 def test_a_threshold_is_a_bar_and_none_is_told(variants: list[Variant]) -> None:
     figure = thresholds(variants)
     (axis,) = figure.axes
-    assert [bar.get_height() for bar in axis.containers[0]] == [0.01, 0.0, 0.0]
+    assert [bar.get_height() for bar in axis.containers[0]] == [0.01, 0.0, 0.0, 0.0]
     assert "12 of\n60 latents" in texts(figure)
-    assert texts(figure).count("no threshold") == 2
+    assert texts(figure).count("no threshold") == 3
 
 
 def test_many_reasons_have_letters_of_their_own() -> None:

@@ -126,6 +126,7 @@ def losses(variants: Sequence[Variant], steps_of: int) -> Figure:
             axis.text(0.5, 0.5, "nothing was trained", transform=axis.transAxes, ha="center", color=_QUIET)
         elif min(drawn) > 0 and max(drawn) / min(drawn) > 20:
             axis.set_yscale("log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(title)
         axis.set_xlabel(f"training step ({steps_of:,} activations each)")
         axis.set_ylabel("loss (no unit)")

@@ -90,7 +90,8 @@ def _scores(one: Compared, unlearn: str) -> dict[tuple[str, str], Score]:
         return {(score, path): missing for score in SCORES for path in PATHS}
     scores = {}
     for path in PATHS:
-        rows = [row for row in result.tables.get("methods", []) if row.get("path") == path]
+        # A method that found nothing to edit has no path; its zero is one on every path.
+        rows = [row for row in result.tables.get("methods", []) if row.get("path") == path or row.get("candidates") == 0]
         scores[SAEBENCH, path] = _saebench(rows)
         scores[OURS, path] = _ours(rows, result)
     return {(score, path): scores[score, path] for score in SCORES for path in PATHS}
