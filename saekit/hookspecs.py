@@ -151,7 +151,8 @@ class Lifecycle:
 
     @hookspec
     def analysed(self, name: str, result: Result, variant: str) -> None:
-        """Analyzer `name` has returned its `Result`. `variant` is empty if the run has none."""
+        """The analyzer `name`, or at the end of training the callback, has returned its `Result`. `variant` is empty if the run has
+        none."""
 
     @hookspec
     def warned(self, message: str) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.plugins import Registry
 from saekit.registered import RegisteredComponent
+from saekit.result import Result
 from saekit.run_directory import RunDirectory
 from saekit.runner.context import RunContext
 from saekit.runner.plan import GRAPH, RunPlan
@@ -56,7 +57,10 @@ class TinyRun:
         place = self.directory / "analysis" / "tiny"
         place.mkdir(parents=True, exist_ok=True)
         graph = FeatureGraph.load(RunDirectory(self.directory).graph) if self.plan.config.graph else None
-        return RunContext(sae, source, self.plan.config, device, place, lambda message: None, graph=graph)
+        own = RunDirectory(self.directory)
+        labels = [part.label for part in self.plan.members[0].sections["callback"] if own.result(part.label).is_file()]
+        found = {label: Result.read(own.result(label)) for label in labels}
+        return RunContext(sae, source, self.plan.config, device, place, lambda message: None, graph=graph, found=found)
 
 
 def tiny_run(directory: str | Path, *, registry: Registry | None = None, **sections: Any) -> TinyRun:

@@ -67,6 +67,7 @@ class Resample:
         """Give the dead latents new weights now. Returns their indices [n]."""
         sae, step = trainer.sae, trainer.step
         silent = self.running_usage() < self.below
+        silent &= ~trainer.firing.retired
         silent[sae.fixed_latents] = False  # a fixed row has a meaning even while its latent does not fire
         dead = silent.nonzero().squeeze(1)  # [n]
         error = step.error.square().sum(1).cpu()  # [batch]
@@ -78,6 +79,7 @@ class Resample:
         rows = rows.to(step.x.device)  # [n]
         living = torch.ones(sae.d_sae, dtype=torch.bool, device=dead.device)
         living[dead] = False
+        living &= ~trainer.firing.retired
         norm = sae.W_enc[:, living].norm(dim=0).mean() if bool(living.any()) else sae.W_enc.new_ones(())
         sae.W_enc[:, dead] = self.encoder_scale * norm * normalize(sae.centred(step.x[rows]), dim=1).t()  # [d_in, n]
         rebuilt = normalize(step.target[rows] - sae.skipped(step.x[rows]) - sae.b_dec, dim=1)  # [n, d_out]
