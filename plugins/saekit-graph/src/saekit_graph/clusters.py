@@ -54,6 +54,17 @@ class Pairs:
         shape = (self.latents, self.latents)
         return coo_matrix((np.concatenate([self.weight, self.weight]), ends), shape=shape).tocsr()
 
+    def spanning_forest(self) -> Pairs:
+        """The pairs that connect as much as all of them do, above every threshold: a maximum spanning forest."""
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import minimum_spanning_tree
+
+        lengths = 2.0 - self.weight.astype(np.float64)  # an entry of 0 would be no edge
+        shape = (self.latents, self.latents)
+        tree = minimum_spanning_tree(coo_matrix((lengths, (self.first, self.second)), shape=shape)).tocoo()
+        ends = np.sort(np.stack([tree.row, tree.col]), axis=0)
+        return Pairs(ends[0], ends[1], (2.0 - tree.data).astype(np.float32), self.latents, self.tokens)
+
     def components(self) -> list[np.ndarray]:
         """The connected components of two latents or more, the largest first."""
         from scipy.sparse.csgraph import connected_components
