@@ -130,6 +130,7 @@ def test_groups_are_joined_into_clusters_and_the_large_component_is_cut(monkeypa
 
 
 def test_without_groups_it_says_so() -> None:
+    assert len(correlated_pairs(iter([]), F)) == 0
     callback = Groups(every=2, minimum=40)
     trainer = trainer_with(callback)
     for batch in batches(2):

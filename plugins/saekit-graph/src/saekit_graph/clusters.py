@@ -89,16 +89,14 @@ def correlated_pairs(codes: Iterator[Code], d_sae: int, *, least: int = 10, visi
     often = np.flatnonzero(firings.counts() >= least)
     firings = Firings(firings.by_token[:, often])
     pearson, parts = firings.pearson(), []
-    for start, joint in firings.joint():
+    for start, joint in firings.joint() if len(often) else ():
         ours = start + np.repeat(np.arange(joint.shape[0]), np.diff(joint.indptr))
         theirs, once = joint.indices, joint.indices > ours
         ours, theirs = ours[once], theirs[once]
         weight = pearson(joint.data[once], ours, theirs).astype(np.float32)
         parts.append((often[ours].astype(np.int32), often[theirs].astype(np.int32), weight))
-    first, second, weight = (
-        np.concatenate(column) if parts else np.empty(0, kind)
-        for column, kind in zip(zip(*parts, strict=True) if parts else [()] * 3, (np.int32, np.int32, np.float32), strict=True)
-    )
+    none = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32)
+    first, second, weight = (np.concatenate([none[i], *(part[i] for part in parts)]) for i in range(3))
     return Pairs(first, second, weight, d_sae, firings.tokens)
 
 
