@@ -155,8 +155,8 @@ class Lifecycle:
 
     @hookspec
     def analysed(self, name: str, result: Result, variant: str) -> None:
-        """Analyzer `name` has returned its `Result`. `variant` is empty if the run has none. The view, and the listeners of a run
-        without variants, hear of a comparison in the same way, with an empty `variant`."""
+        """The analyzer `name`, or at the end of training the callback, has returned its `Result`. `variant` is empty if the run has
+        none. The view, and the listeners of a run without variants, hear of a comparison in the same way, with an empty `variant`."""
 
     @hookspec
     def warned(self, message: str) -> None:

@@ -52,7 +52,7 @@ class RunInfo:
 class Training(Protocol):
     """One SAE in training: the argument `trainer` of the hooks.
 
-    A callback may change the weights of `sae`, the state of `optimizer`, and `graph`; the rest is for reading.
+    A callback may change the weights of `sae`, the state of `optimizer`, `graph` and `provided`; the rest is for reading.
     """
 
     sae: SparseAutoencoder
@@ -74,7 +74,8 @@ class Training(Protocol):
     """[d_sae], in how many rows of the last batch each latent fired; available from the first `step_ended` on."""
 
     firing: FiringStatistics
-    """Which latents are silent: `silent`, `dead`, `n_dead`; `revive(latents)` counts them as living after they got new weights."""
+    """Which latents are silent: `silent`, `dead`, `n_dead`; `revive(latents)` counts them as living after they got new weights.
+    `retired` and `n_retired`: those that `retire` took out, which are never dead and must not be revived."""
 
     number: int
     """How many steps are done."""
@@ -97,6 +98,11 @@ class Training(Protocol):
     graph: FeatureGraph | None
     """The feature graph that losses see in their `Step`; a callback that provides one sets it."""
 
+    provided: dict[str, Tensor]
+    """What else callbacks keep up to date for losses (`Step.provided`) and for each other, by the word of their `provides`:
+    `groups` [d_sae], the number of each latent's group or -1; `importance` [d_sae], from 0 to 1. Empty until one is set. A
+    callback sets a new tensor and does not write into the old one."""
+
     variant: str
     """The variant's name; empty if the run has none."""
 
@@ -112,6 +118,11 @@ class Training(Protocol):
 
     def warn(self, message: str) -> None:
         """Tell the user something that does not stop the run; the same message is shown only once."""
+        ...
+
+    def retire(self, latents: Tensor) -> None:
+        """Take these latents [n] out of the dictionary for the rest of training: they are silent, no loss moves them, and nothing
+        that revives dead latents (`auxk`, `resample`) may bring them back."""
         ...
 
 
@@ -270,6 +281,21 @@ class ModelMetric(Protocol):
 
     def measure(self, context: RunContext) -> dict[str, float | Estimate | None]:
         """Named plain numbers or estimates, measured on held-out data."""
+        ...
+
+
+class Callback(Protocol):
+    """An object with lifecycle hooks, marked with `hookimpl`; it may change the run. What else it may have:
+
+    `prepare(context)`, called with a `RunContext` before training; `state_dict()` and `load_state_dict()`, which join the
+    checkpoint; `measures(trainer)`, scalars by name that are logged as `LABEL/NAME`; and `result()`.
+    """
+
+    def result(self) -> Result:
+        """Optional: what it found, asked once after the last step. It is written to `analysis/LABEL/`, shown like an analyzer's,
+        and given to metrics and analyzers as `context.found[LABEL]`.
+
+        What it needs for that must be in its `state_dict`: a run may be resumed after its last step."""
         ...
 
 

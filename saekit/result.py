@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -26,6 +28,11 @@ class Result:
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     headline: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """The result in a `result.json`."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def to_json(self) -> dict[str, Any]:
         """The content of `result.json`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saekit.config import RunConfig
     from saekit.graph import FeatureGraph
     from saekit.protocols import Source
+    from saekit.result import Result
     from saekit.sae.base import SparseAutoencoder
 
 
@@ -31,6 +32,7 @@ class RunContext:
     warn: tells the user.
     scale, target_scale: 1 once training is over; while a loss prepares itself before the first step, the factors that
         training applies (`training.normalize`).
+    found: the `Result` of each callback that has one, by its label, for metrics and analyzers; empty during training.
     graph: what `[graph]` built of this SAE, for metrics and analyzers; None without it, and during training.
     use: counts the held-out data that is taken, for the summary; for metrics only.
     """
@@ -45,6 +47,7 @@ class RunContext:
     target_scale: float = 1.0
     graph: FeatureGraph | None = None
     use: HeldOutUse | None = None
+    found: dict[str, Result] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:

@@ -278,8 +278,7 @@ class Run:
         )
         with contextlib.closing(batches), self._interruption.in_training():
             self._loop(number, batches)
-        for one in self.sae_runs:
-            one.end_training()
+        self.each(SAERun.end_training)
         self.each(SAERun.settle)
         self.trained_tokens = self.plan.total_steps * training.batch_size
         self.tokens_this_time = self.trained_tokens - number * training.batch_size

@@ -64,6 +64,7 @@ class SAERun:
     plan, config, directory: of this SAE, as if it were alone.
     info: what its listeners are told of the run.
     graph: once built, if the run file asks for one.
+    found: what callbacks found in training, by their labels.
     metrics, headline, meanings: once evaluated.
     held_out: how much held-out data each metric was given.
     estimates: what stands beside some metrics: intervals, numbers, sentences.
@@ -84,6 +85,7 @@ class SAERun:
         self.plan, self.info, self.registry = plan, info, registry
         self.config, self.directory, self.variant = info.config, info.directory, info.variant
         self.graph: FeatureGraph | None = None
+        self.found: dict[str, Result] = {}
         self.metrics: dict[str, float | None] = {}
         self.estimates: dict[str, dict[str, Any]] = {}
         self.headline: list[str] = []
@@ -232,6 +234,10 @@ class SAERun:
         if prepare is not None and self._is_new:
             with self._at_work(self.plan.architecture):
                 prepare(context)
+        for listener in self.listeners:
+            if listener.vital and hasattr(listener.instance, "prepare"):
+                with under_key(listener.label):
+                    listener.instance.prepare(context)
         terms = []
         for part in self.plan.sections["loss"]:
             function = part.build()
@@ -269,11 +275,23 @@ class SAERun:
             self.listeners.emit("logged", trainer=trainer, number=trainer.number - 1, values=trainer.last_logged)
 
     def end_training(self) -> None:
-        """Keep the last losses, and free what only training needs."""
+        """Keep the last losses and what callbacks found, and free what only training needs."""
         last = self.trainer.last_logged
         self.losses = {k.removeprefix("loss/"): v for k, v in last.items() if k.startswith("loss/")}
         self.last_speed = last.get("tokens_per_second")
         del self.trainer
+        by_key = {listener.label: listener.instance for listener in self.listeners}
+        for part in self._with_results():
+            with self._at_work(part), torch.random.fork_rng(devices=[]):
+                result = by_key[part.key].result()
+                _refuse_other_than_result(result)
+                self._keep(part, result)
+            self.found[part.label] = result
+            self.listeners.emit("analysed", name=part.label, result=result, variant=self.variant)
+
+    def _with_results(self) -> list[Part]:
+        """The callbacks that say what they found."""
+        return [part for part in self.plan.sections["callback"] if hasattr(part.component.load(), "result")]
 
     def settle(self) -> None:
         """After training: bring the SAE to the units of the raw activations, and let it set what training followed only on
@@ -339,6 +357,9 @@ class SAERun:
         self.sae = load_sae(self.directory.sae, device=self.device, registry=self.registry)
         if self.plan.graph is not None:
             self.graph = FeatureGraph.load(self.directory.graph).to(self.device)
+        self.found = {
+            part.label: Result.read(file) for part in self._with_results() if (file := self.directory.result(part.label)).is_file()
+        }
         self._again, self._unchanged = set(told["failed"]), Unchanged(self.sae)
         self.metrics, self.headline, self.meanings = told["metrics"], told["headline"], told["meanings"]
         self.analysis, self.analysis_notes, self.losses = told["analysis"], told["analysis_notes"], told["losses"]
@@ -399,8 +420,18 @@ class SAERun:
         return changes
 
     def _context(self, directory: Path, scale: float = 1.0, target_scale: float = 1.0) -> RunContext:
-        warn = self.listeners.warn
-        return RunContext(self.sae, self.source, self.config, self.device, directory, warn, scale, target_scale, self.graph)
+        return RunContext(
+            self.sae,
+            self.source,
+            self.config,
+            self.device,
+            directory,
+            self.listeners.warn,
+            scale,
+            target_scale,
+            graph=self.graph,
+            found=self.found,
+        )
 
     def _measuring(self, part: Part) -> RunContext:
         """The context of a metric: what it takes of the held-out data is counted."""
@@ -490,15 +521,23 @@ class SAERun:
         with self._guarded(part), seeded(seed_for(self.config.training.seed, part.key), self.device):
             analyzer = self._prepared.get(part.key) or part.build()
             result = analyzer(self._context(directory))
-            if not isinstance(result, Result):
-                raise TypeError(f"it returned {type(result).__name__}, not a saekit.Result")
+            _refuse_other_than_result(result)
         if part.key not in self.failed:
             with self._guarded(part, thoroughly=False):
-                self.directory.write_analysis(part.label, result)
-                self.analysis[part.label] = to_jsonable(dict(result.scalars))
-                self.analysis_notes[part.label] = list(map(str, result.notes))
+                self._keep(part, result)
         if part.key not in self.failed:
             self.listeners.emit("analysed", name=part.label, result=result, variant=self.variant)
+
+    def _keep(self, part: Part, result: Result) -> None:
+        """Write the result of an analyzer or a callback, and its scalars and notes for the summary."""
+        self.directory.write_analysis(part.label, result)
+        self.analysis[part.label] = to_jsonable(dict(result.scalars))
+        self.analysis_notes[part.label] = list(map(str, result.notes))
+
+
+def _refuse_other_than_result(result: Any) -> None:
+    if not isinstance(result, Result):
+        raise TypeError(f"it returned {type(result).__name__}, not a saekit.Result")
 
 
 def _both_return(name: str, *parts: Part) -> str:

@@ -346,6 +346,14 @@ class SparseAutoencoder(nn.Module):
         return torch.empty(0, dtype=torch.long, device=self.W_dec.device)
 
     @torch.no_grad()
+    def silence(self, latents: Tensor) -> None:
+        """Let these latents [n] be silent on every input: a column of zeros in the encoder, and what a new latent starts with
+        in `latent_parameters`. Their decoder rows stay."""
+        self.W_enc[:, latents] = 0.0
+        for name, value in self.latent_parameters.items():
+            getattr(self, name)[latents] = value
+
+    @torch.no_grad()
     def shift_pre_activations(self, by: Tensor | float) -> None:
         """Add `by` ([d_sae], or one number) to the pre-activations of every input, by moving the encoder's biases.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ def make_step(
     tokens: bool = False,
     sequences: bool | Tensor = False,
     graph: bool = False,
+    provided: Sequence[str] = (),
     dead: int = 0,
     number: int = 0,
     fraction: float = 0.0,
@@ -57,6 +58,7 @@ def make_step(
     labels: True gives labels of two concepts, 0, 1 or NaN (unknown); a tensor [batch, n] is taken as it is. tokens: random ids.
     sequences: True gives 12 labelled sequences of up to 5 positions with their code; a tensor of labels [n, m] gives n.
     graph: each latent with the next three as neighbours.
+    provided: what a callback provides: "groups" (eight latents each, the last quarter in none), "importance" (rising).
     dead: how many latents are marked dead.
     dtype: of activations and weights, float32 by default. The same arguments give the same step.
     """
@@ -96,11 +98,28 @@ def make_step(
         n_dead=dead,
         sequences=None if sequences is False else _sequences(sae, sequences, sparse, seed),
         graph=_ring(sae) if graph else None,
+        provided={word: _PROVIDED[word](sae.d_sae).to(device) for word in provided},
     )
     if not sparse:
         step.code = DenseCode(step.code.dense(), step.code.pre, step.code.margin)
         step.reconstruction = sae.reconstruct(step.x, step.code)
     return step
+
+
+def _groups(d_sae: int) -> Tensor:
+    import torch
+
+    latents = torch.arange(d_sae)
+    return torch.where(latents < d_sae - d_sae // 4, latents // 8, -1)
+
+
+def _importance(d_sae: int) -> Tensor:
+    import torch
+
+    return torch.linspace(0, 1, d_sae)
+
+
+_PROVIDED = {"groups": _groups, "importance": _importance}
 
 
 def _sequences(sae: SparseAutoencoder, labels: bool | Tensor, sparse: bool, seed: int) -> SequenceBatch:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.plugins import Registry
 from saekit.registered import RegisteredComponent
+from saekit.result import Result
 from saekit.run_directory import RunDirectory
 from saekit.runner.context import RunContext
 from saekit.runner.plan import GRAPH, RunPlan, SAEPlan
@@ -88,7 +89,10 @@ class TinyRun:
         place = RunDirectory(self.directory).of_variant(member.variant)
         sae = load_sae(place.sae, registry=self.registry)
         graph = FeatureGraph.load(place.graph) if member.config.graph else None
-        return RunContext(sae, source, member.config, torch.device("cpu"), place.path, lambda message: None, graph=graph)
+        labels = [part.label for part in member.sections["callback"] if place.result(part.label).is_file()]
+        found = {label: Result.read(place.result(label)) for label in labels}
+        device = torch.device("cpu")
+        return RunContext(sae, source, member.config, device, place.path, lambda message: None, graph=graph, found=found)
 
 
 def tiny_run(directory: str | Path, *, registry: Registry | None = None, **sections: Any) -> TinyRun:

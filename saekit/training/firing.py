@@ -12,6 +12,8 @@ class FiringStatistics:
     silent: [d_sae], that number.
     dead: [d_sae], whether it is `dead_after` or more.
     n_dead: how many are dead. The last two are updated only every `check_every` steps, since the host has to wait for them.
+    retired: [d_sae], whether it was taken out of the dictionary for good. A retired latent is never dead: nothing revives it.
+    n_retired: how many are retired.
     """
 
     def __init__(self, d_sae: int, dead_after: int, device: torch.device, check_every: int = 10) -> None:
@@ -19,14 +21,22 @@ class FiringStatistics:
         self.silent = torch.zeros(d_sae, dtype=torch.long, device=device)
         self.dead = torch.zeros(d_sae, dtype=torch.bool, device=device)
         self.n_dead = 0
+        self.retired = torch.zeros(d_sae, dtype=torch.bool, device=device)
+        self.n_retired = 0
 
     def update(self, fired: Tensor, rows: int, number: int) -> None:
         """Take in step `number`: `fired` [d_sae] counts of rows in which each latent fired, of `rows` rows."""
         self.silent += rows
         self.silent.masked_fill_(fired > 0, 0)
         if (number + 1) % self.check_every == 0:
-            self.dead = self.silent >= self.dead_after
+            self.dead = (self.silent >= self.dead_after) & ~self.retired
             self.n_dead = int(self.dead.sum())
+
+    def retire(self, latents: Tensor) -> None:
+        """Count these latents as retired; `Training.retire` also silences them."""
+        self.retired[latents] = True
+        self.dead &= ~self.retired
+        self.n_dead, self.n_retired = int(self.dead.sum()), int(self.retired.sum())
 
     def revive(self, latents: Tensor) -> None:
         """Count these latents as living again, after they got new weights."""
@@ -36,10 +46,11 @@ class FiringStatistics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
-        return {"silent": self.silent, "dead": self.dead}
+        return {"silent": self.silent, "dead": self.dead, "retired": self.retired}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
         self.silent.copy_(state["silent"])
         self.dead = state["dead"].to(self.silent.device)
-        self.n_dead = int(self.dead.sum())
+        self.retired.copy_(state.get("retired", torch.zeros_like(self.retired)))  # absent from checkpoints of earlier versions
+        self.n_dead, self.n_retired = int(self.dead.sum()), int(self.retired.sum())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from saekit.activations.batch import Activations, SequenceBatch
@@ -29,6 +31,7 @@ class Step:
     n_dead: how many were dead when they were last counted, a plain number that costs no synchronisation.
     sequences: whole labelled sequences with their code, a second stream beside x; only where a loss of the run needs them.
     graph: the feature graph that a callback keeps up to date; None before it has built one, and outside training.
+    provided: what else callbacks keep up to date, by the word of their `provides`; see `Training.provided`.
     """
 
     x: Tensor
@@ -44,6 +47,7 @@ class Step:
     n_dead: int = 0
     sequences: SequenceBatch | None = None
     graph: FeatureGraph | None = None
+    provided: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.config import TrainingConfig
@@ -69,6 +70,7 @@ class Trainer(Training):
         self.guard: GradientGuard | None = GradientGuard(self.named_parameters, terms)
         self.number = 0
         self.graph: FeatureGraph | None = None
+        self.provided: dict[str, Tensor] = {}
         self.needs_sequences = any("sequences" in getattr(term.component, "needs", ()) for term in terms)
         self.losses: dict[str, Tensor] = {}
         self.grad_norm: Tensor | None = None
@@ -89,6 +91,28 @@ class Trainer(Training):
     def warn(self, message: str) -> None:
         """Tell the user something that does not stop the run."""
         self.listeners.warn(message)
+
+    @torch.no_grad()
+    def retire(self, latents: Tensor) -> None:
+        """Take these latents [n] out of the dictionary for the rest of training."""
+        self.sae.silence(latents)
+        self.firing.retire(latents)
+        for parameter, by_latent in self._of_latents():
+            moments = self.optimizer.state[parameter]
+            for name in moments.keys() & {"exp_avg", "exp_avg_sq"}:  # absent until a loss has reached the parameter
+                by_latent(moments[name])[latents] = 0.0
+
+    def _of_latents(self) -> list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]]:
+        """The parameters that have a part for each latent, and how to turn one so that latents come first."""
+        sae = self.sae
+        plain = [sae.W_dec, *(getattr(sae, name) for name in sae.latent_parameters)]
+        return [(sae.W_enc, Tensor.t), *((parameter, Tensor.detach) for parameter in plain)]
+
+    def _hold_retired(self) -> None:
+        """Remove every gradient of retired latents, so that no loss moves them."""
+        for parameter, by_latent in self._of_latents():
+            if parameter.grad is not None:
+                by_latent(parameter.grad).masked_fill_(self.firing.retired.view(-1, *[1] * (parameter.dim() - 1)), 0.0)
 
     def train_on(self, batch: Activations, sequences: SequenceBatch | None = None) -> None:
         """One optimiser step on a batch of activations, and on whole sequences if a loss needs them, as the source gives
@@ -118,6 +142,7 @@ class Trainer(Training):
             dead=self.firing.dead,
             n_dead=self.firing.n_dead,
             graph=self.graph,
+            provided=self.provided,
         )
         if sequences is not None:
             step.sequences = self._encoded(sequences)
@@ -175,6 +200,8 @@ class Trainer(Training):
 
     def _finish_step(self) -> None:
         self.sae.constrain_gradients()
+        if self.firing.n_retired:
+            self._hold_retired()
         if self.config.clip:
             self._clip(self.config.clip)
         self.listeners.emit("gradients_ready", trainer=self, number=self.number)
@@ -210,6 +237,8 @@ class Trainer(Training):
         values["explained_variance"] = 1.0 - float(step.error.square().sum() / spread.clamp_min(1e-30))
         values["l0"] = float(step.code.count().mean())
         values["dead"] = float(self.firing.n_dead)
+        if self.firing.n_retired:
+            values["retired"] = float(self.firing.n_retired)
         values["lr"] = value_at(self.config.lr, step.number, self.total_steps)
         if self.grad_norm is not None:
             values["grad_norm"] = float(self.grad_norm)

@@ -36,6 +36,7 @@ MAY_SKIP = {
     "batch_of_one",  # a loss that compares rows
     "without_positives",  # a loss that needs no labels
     "sparse_and_dense_codes_agree",  # a loss of one architecture, whose code has one form
+    "result_is_whole",  # a callback that finds nothing
     "measures_are_scalars",  # a loss that says nothing beside its value
     "whole_or_in_pieces", "bounded_memory", "empty_stream",  # a metric that measures with the model
     "estimates_hold",  # a metric that gives plain numbers
@@ -77,6 +78,10 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
         "builtin.synthetic": {"d_in": 16, "n_features": 32, "probability": 0.1, "held_out": 2000, "concepts": [0, 1]},
         "builtin.tensors": {"data": str(place / "x.npy"), "chunk": 100},
         "graph.refresh_graph": {"every": 3, "start": 2, "batches": 2},
+        "unlearning.groups": {"every": 3, "batches": 2, "least": 2, "minimum": 2},
+        "unlearning.importance": {"every": 2},
+        "unlearning.prune": {"every": 2, "start": 2},
+        "unlearning.stability": {"every": 2},
         "revival.resample": {"every": 3, "below": 0.2},
         "steering.steer": {
             "prompts": str(place / "prompts.json"),

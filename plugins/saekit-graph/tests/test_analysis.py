@@ -80,7 +80,7 @@ def test_a_pair_weighs_the_mean_of_both_ways() -> None:
 def test_wide_graphs_do_without_agglomerative_clusters_and_say_so(
     context: RunContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saekit_graph.communities.AGGLOMERATIVE", 10)
+    monkeypatch.setattr("saekit_graph.communities.LARGEST", 10)
     result = Communities()(with_graph(context, planted(context.sae)))
     assert result.scalars["agglomerative_modularity"] is None
     assert any("left out" in note for note in result.notes)

@@ -203,7 +203,7 @@ def test_its_state_is_what_it_was_in_the_middle_of_gathering_codes() -> None:
     trainer = Trainer()
     for number in range(6):  # after 3 steps a graph, and after 6 one of two codes for the next
         callback.step_ended(trainer, number)
-    assert len(callback.codes) == 1
+    assert len(callback.window) == 1
     other = RefreshGraph(builder=choice, start=3, every=4, batches=2)
     other.load_state_dict(callback.state_dict())
     second = Trainer()

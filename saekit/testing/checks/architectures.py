@@ -252,6 +252,18 @@ def latents_start_again(subject: Subject) -> None:
         )
 
 
+def silenced_are_silent(subject: Subject) -> None:
+    sae, half = built(subject), torch.arange(0, D_SAE, 2)
+    sae.silence(half)
+    for mode in (True, False):
+        fired = sae.train(mode).encode(activations(200)).fired()[half]
+        if bool(fired.any()):
+            raise Failed(
+                "after silence(latents) these fire. Override it: a latent with a column of zeros in the encoder and the values of "
+                "latent_parameters must not fire."
+            )
+
+
 def shift_moves_pre_activations(subject: Subject) -> None:
     x, by = activations().double(), 0.3 * activations(1, seed=6, width=D_SAE).squeeze(0).double()
     for sparse in (False, True):
@@ -441,6 +453,7 @@ CHECKS: tuple[Check, ...] = (
         "With the values of `latent_parameters` latents are as they were at the start.",
         latents_start_again,
     ),
+    Check("silenced_are_silent", "After `silence(latents)` none of these fires.", silenced_are_silent),
     Check(
         "shift_moves_pre_activations",
         "`shift_pre_activations(by)` adds `by`, and can replace subtracting b_dec from the input, in float64.",

@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
+import json
+
+import torch
+
+from saekit.hookspecs import hookimpl
+from saekit.protocols import Training
+from saekit.result import Result
 from saekit.testing.checks import any_kind, listening
-from saekit.testing.kit import Check, Failed, Subject
+from saekit.testing.checks.shared import changed, copied
+from saekit.testing.kit import Check, Failed, NotApplicable, Subject
 
 
 def deterministic(subject: Subject) -> None:
     first, second = (listening.trained(subject, name).directory / listening.WEIGHTS for name in ("first", "second"))
     if first.read_bytes() != second.read_bytes():
         raise Failed("the same run ends at different weights the second time. Draw from trainer.generator, and from nothing else.")
+
+
+class _Retiring:
+    """A view that retires every other latent after the first step, and counts how often these fire."""
+
+    fired = 0
+
+    @hookimpl
+    def step_ended(self, trainer: Training, number: int) -> None:
+        if number == 0:
+            trainer.retire(torch.arange(0, trainer.sae.d_sae, 2))
+        else:
+            self.fired += int(trainer.fired[::2].sum())
+
+
+def retired_stay_retired(subject: Subject) -> None:
+    view = _Retiring()
+    listening.trained(subject, "retired", view)
+    if view.fired:
+        raise Failed(
+            "latents that were retired fire again. Leave trainer.firing.retired out of what is given new weights."
+        )
+
+
+def result_is_whole(subject: Subject) -> None:
+    callback = listening.listener_of(subject)
+    if not callable(getattr(callback, "result", None)):
+        raise NotApplicable("it has no `result`.")
+    first, other = callback.result(), subject.build()
+    if not isinstance(first, Result):
+        raise Failed(f"`result` returns {type(first).__name__}. Return a saekit.Result.")
+    for name, value in first.scalars.items():
+        if not isinstance(name, str) or not (value is None or isinstance(value, int | float)):
+            raise Failed(f"scalar {name!r} is {type(value).__name__}. Give plain numbers: float(...), or None if undefined.")
+    try:
+        json.dumps(first.to_json())
+    except (TypeError, ValueError) as error:
+        raise Failed(f"its result cannot be written as JSON: {error}. Give lists and plain numbers: tensor.tolist().") from None
+    if hasattr(callback, "state_dict"):
+        other.load_state_dict(callback.state_dict())
+    what = changed(copied(first.to_json()), copied(other.result().to_json()))
+    if what:
+        raise Failed(
+            f"{what} of its result is lost when a run is resumed after its last step. Put what `result` needs into state_dict."
+        )
 
 
 CHECKS: tuple[Check, ...] = (
@@ -26,5 +79,15 @@ CHECKS: tuple[Check, ...] = (
         "resumes_to_the_same_bits",
         "A training that is interrupted and resumed ends at the same bits as one that is not.",
         listening.resumes_to_the_same_bits,
+    ),
+    Check(
+        "result_is_whole",
+        "If it has `result`: it returns a `Result` that can be written, the same after `state_dict` and `load_state_dict`.",
+        result_is_whole,
+    ),
+    Check(
+        "retired_stay_retired",
+        "No latent that is retired from the first step on fires again.",
+        retired_stay_retired,
     ),
 )

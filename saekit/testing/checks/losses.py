@@ -25,6 +25,8 @@ from saekit.training.measures import has_measures, measures_of
 _DEAD = 8
 _WITHHELD = ("labels", "tokens", "logits", "sequences", "graph")
 """What a step may hold, but only if it is declared in `needs`."""
+_PROVIDED = ("groups", "importance")
+"""What `Step.provided` may hold in the same way."""
 
 
 @dataclasses.dataclass
@@ -40,7 +42,8 @@ class Bench:
     def step(self, **changes: Any) -> Step:
         """A step with everything that a source can give, and dead latents; `changes` as for `make_step`."""
         settings = {"sae": self.sae, "dtype": self.dtype, "device": self.device, **changes}
-        given = {name: self.subject.needs(name) for name in ("sequences", "graph")}
+        given: dict[str, Any] = {name: self.subject.needs(name) for name in ("sequences", "graph")}
+        given["provided"] = [word for word in _PROVIDED if self.subject.needs(word)]
         return make_step(**{"labels": True, "tokens": True, "dead": _DEAD, **given, **settings})
 
     def value(self, step: Step, seed: int = 0) -> Tensor:

@@ -70,6 +70,20 @@ class Firings:
             csr_matrix((np.concatenate(values), joined, offsets.astype(np.int32)), shape=(len(offsets) - 1, d_sae))
         )
 
+    def pearson(self) -> Measure:
+        """The Pearson correlation of two latents' activations, zeros included; 0 for a latent that does not vary."""
+        n = max(self.tokens, 1)
+        means = np.asarray(self.by_token.sum(0)).ravel() / n
+        squares = np.asarray(self.by_token.power(2).sum(0)).ravel() / n
+        variances = squares - means**2
+        # A constant's variance by rounding alone counts as zero.
+        inverse = np.where(variances > 1e-12 * squares, 1 / np.sqrt(np.maximum(variances, 1e-300)), 0.0)
+
+        def of(joint: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+            return (joint / n - means[ours] * means[theirs]) * inverse[ours] * inverse[theirs]
+
+        return of
+
     def joint(self, elements: int = BLOCK) -> Iterator[tuple[int, Any]]:
         """(first latent, scipy CSR matrix [n, d_sae]) for each block: sums over activations of the products of two latents."""
         by_latent = self.by_token.T.tocsr()  # [d_sae, tokens]
@@ -104,17 +118,7 @@ class Correlation:
 
     def __call__(self, sae: SparseAutoencoder, codes: Iterator[Code]) -> FeatureGraph:
         firings = Firings.of(codes, sae.d_sae, np.float64)
-        n = max(firings.tokens, 1)
-        means = np.asarray(firings.by_token.sum(0)).ravel() / n
-        squares = np.asarray(firings.by_token.power(2).sum(0)).ravel() / n
-        variances = squares - means**2
-        # A constant's variance by rounding alone counts as zero.
-        inverse = np.where(variances > 1e-12 * squares, 1 / np.sqrt(np.maximum(variances, 1e-300)), 0.0)
-
-        def pearson(joint: np.ndarray, ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-            return (joint / n - means[ours] * means[theirs]) * inverse[ours] * inverse[theirs]
-
-        return top_k_graph(sae, firings.measured(pearson), k=self.k, above=self.above)
+        return top_k_graph(sae, firings.measured(firings.pearson()), k=self.k, above=self.above)
 
 
 class Coactivation:

@@ -8,11 +8,10 @@ import numpy as np
 from pydantic import Field
 
 from saekit import AgainstControls, ComponentError, FeatureGraph, OptionError, Result, RunContext
+from saekit_graph.clusters import LARGEST, agglomerative, louvain, ordered
 
 if TYPE_CHECKING:
     import networkx as nx
-
-AGGLOMERATIVE = 4096  # the most latents: the matrix of their distances takes 128 MB
 
 
 class Communities:
@@ -43,12 +42,12 @@ class Communities:
         """scalars: communities, modularity, modularity_rewired, ... tables: communities, members, rewired."""
         graph = usable(context.graph, self.latents, context)
         G = undirected(graph)
-        found = self._louvain(G, context.seed)
+        found = louvain(G, resolution=self.resolution, seed=context.seed)
         modularity = _modularity(G, found, self.resolution)
         controls = []
         for number in range(self.rewired):
             other = rewire(G, context.seed + number)
-            controls.append(_modularity(other, self._louvain(other, context.seed), self.resolution))
+            controls.append(_modularity(other, louvain(other, resolution=self.resolution, seed=context.seed), self.resolution))
         clusters, note = self._agglomerative(G, sum(len(c) > 1 for c in found))
         notes = [AgainstControls.of(modularity, controls).sentence("modularity", "rewired graphs")]
         notes += [note] if note else []
@@ -72,32 +71,17 @@ class Communities:
         tables["rewired"] = [{"rewired": i, "modularity": value} for i, value in enumerate(controls)]
         return Result(scalars=scalars, tables=tables, figures={"sizes": _figure(found)}, notes=notes)
 
-    def _louvain(self, G: nx.Graph, seed: int) -> list[list[int]]:
-        """Communities, the largest first, each sorted."""
-        import networkx as nx
-
-        found = nx.community.louvain_communities(G, weight="weight", resolution=self.resolution, seed=seed % 2**32)
-        return _ordered(found)
-
     @staticmethod
     def _agglomerative(G: nx.Graph, n: int) -> tuple[list[list[int]] | None, str]:
         """Clusters of the latents with edges, or None and the reason."""
-        from sklearn.cluster import AgglomerativeClustering
+        import networkx as nx
 
         nodes = list(G)
-        if len(nodes) > AGGLOMERATIVE:
-            return (
-                None,
-                f"Agglomerative clustering is left out: {len(nodes)} latents have edges, and it takes at most {AGGLOMERATIVE}.",
-            )
-        place = {node: i for i, node in enumerate(nodes)}
-        weights = np.zeros((len(nodes), len(nodes)))
-        for a, b, weight in G.edges(data="weight"):
-            weights[place[a], place[b]] = weights[place[b], place[a]] = weight
-        distance = 1.0 - weights / weights.max()
-        np.fill_diagonal(distance, 0.0)
-        made = AgglomerativeClustering(max(n, 1), metric="precomputed", linkage="average").fit_predict(distance)
-        return _ordered({nodes[i] for i in (made == c).nonzero()[0]} for c in range(max(n, 1))), ""
+        if len(nodes) > LARGEST:
+            return None, f"Agglomerative clustering is left out: {len(nodes)} latents have edges, and it takes at most {LARGEST}."
+        weights = nx.to_scipy_sparse_array(G, nodelist=nodes, weight="weight", dtype=np.float64)
+        made = agglomerative(weights / weights.max(), clusters=n)
+        return ordered([nodes[i] for i in (made == c).nonzero()[0]] for c in range(max(n, 1))), ""
 
     def _members(self, G: nx.Graph, groups: list[list[int]] | None, latent: int, method: str) -> list[dict[str, Any]]:
         """The members of a latent's community as rows, those with the most weight inside it first."""
@@ -178,10 +162,6 @@ def rewire(G: nx.Graph, seed: int) -> nx.Graph:
     other.add_nodes_from(G)
     other.add_weighted_edges_from((a, b, weight) for (a, b), weight in zip(edges, weights, strict=True))
     return other
-
-
-def _ordered(groups: Any) -> list[list[int]]:
-    return sorted((sorted(group) for group in groups if group), key=lambda group: (-len(group), group[0]))
 
 
 def _modularity(G: nx.Graph, groups: list[list[int]], resolution: float) -> float:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from saekit import Code, ComponentOption, FeatureGraph, OfKind, Pattern, SparseCode, Training, hookimpl
-
-Kept = tuple[Tensor, Tensor, Tensor, int]
-"""A code's entries that are not zero, (rows, latents, values), and how many rows it has."""
+from saekit import ComponentOption, FeatureGraph, OfKind, Training, hookimpl
+from saekit_graph.window import Window
 
 
 class RefreshGraph:
@@ -37,13 +33,12 @@ class RefreshGraph:
         self.builder, self.every, self.start, self.batches = builder, every, start, batches
         self.graph: FeatureGraph | None = None
         self.refreshed = 0  # after how many steps the graph was built; 0 for never
-        self.codes: list[Kept] = []
+        self.window = Window()
 
     @hookimpl
     def training_started(self, trainer: Training) -> None:
         """A resumed run continues with the graph and the codes of its checkpoint."""
-        at = trainer.device
-        self.codes = [(rows.to(at), latents.to(at), values.to(at), n) for rows, latents, values, n in self.codes]
+        self.window.to(trainer.device)
         if self.graph is not None:
             self.graph = self.graph.to(trainer.device)
         trainer.graph = self.graph
@@ -53,9 +48,7 @@ class RefreshGraph:
         """Keep the step's code if the next graph is to see it, and build that graph when it is time."""
         left = self._steps_left(number + 1)
         if left < self.batches:
-            code = trainer.step.code
-            rows, latents, values = (t.detach().clone() for t in code.nonzero())
-            self.codes.append((rows, latents, values, len(code)))
+            self.window.keep(trainer.step.code)
         if left == 0:
             self.refresh(trainer, number + 1)
 
@@ -66,7 +59,7 @@ class RefreshGraph:
     @torch.no_grad()
     def refresh(self, trainer: Training, done: int) -> FeatureGraph:
         """Build the graph now, after `done` steps, and give it to the trainer."""
-        graph = self.builder.build()(trainer.sae, self._stream(trainer.sae.d_sae))
+        graph = self.builder.build()(trainer.sae, self.window.codes(trainer.sae.d_sae))
         graph.builder = self.builder.component.qualified_name
         if not graph.edge_index.shape[1]:
             trainer.warn(
@@ -74,18 +67,13 @@ class RefreshGraph:
                 "one latent alone. Give it more `batches` or a later `start`, or a builder that asks for less."
             )
         self.graph = trainer.graph = graph.to(trainer.device)
-        self.refreshed, self.codes = done, []
+        self.refreshed = done
+        self.window.clear()
         return self.graph
-
-    def _stream(self, d_sae: int) -> Iterator[Code]:
-        for rows, latents, values, batch in self.codes:
-            yield SparseCode(Pattern.of_rows(rows, latents, batch, d_sae), values)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the graph, when it was built, and the codes kept for the next one."""
-        state: dict[str, Any] = {"refreshed": self.refreshed, "rows": [kept[3] for kept in self.codes]}
-        for i, kept in enumerate(self.codes):
-            state |= {f"code{i}.{name}": tensor for name, tensor in zip(("rows", "latents", "values"), kept, strict=False)}
+        state: dict[str, Any] = {"refreshed": self.refreshed, **self.window.state_dict()}
         if self.graph is not None:
             state |= {"edge_index": self.graph.edge_index, "weight": self.graph.weight, "nodes": self.graph.nodes}
             state |= {"dictionary": self.graph.dictionary, "builder": self.graph.builder}
@@ -94,10 +82,7 @@ class RefreshGraph:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.refreshed = state["refreshed"]
-        self.codes = [
-            (state[f"code{i}.rows"], state[f"code{i}.latents"], state[f"code{i}.values"], batch)
-            for i, batch in enumerate(state["rows"])
-        ]
+        self.window.load_state_dict(state)
         self.graph = None
         if "edge_index" in state:
             names = ("nodes", "edge_index", "weight", "dictionary", "builder")

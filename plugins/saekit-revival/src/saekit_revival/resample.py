@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from saekit import Training, hookimpl
+from saekit_revival.renewal import renew
 
 
 class Resample:
@@ -65,40 +65,14 @@ class Resample:
     @torch.no_grad()
     def resample(self, trainer: Training) -> Tensor:
         """Give the dead latents new weights now. Returns their indices [n]."""
-        sae, step = trainer.sae, trainer.step
-        silent = self.running_usage() < self.below
-        silent[sae.fixed_latents] = False  # a fixed row has a meaning even while its latent does not fire
-        dead = silent.nonzero().squeeze(1)  # [n]
-        error = step.error.square().sum(1).cpu()  # [batch]
-        drawable = int((error > 0).sum())
-        dead = dead[: min(len(dead), drawable)]
-        if len(dead) == 0:
-            return dead
-        rows = torch.multinomial(error.double(), len(dead), replacement=False, generator=trainer.generator)
-        rows = rows.to(step.x.device)  # [n]
-        living = torch.ones(sae.d_sae, dtype=torch.bool, device=dead.device)
-        living[dead] = False
-        norm = sae.W_enc[:, living].norm(dim=0).mean() if bool(living.any()) else sae.W_enc.new_ones(())
-        sae.W_enc[:, dead] = self.encoder_scale * norm * normalize(sae.centred(step.x[rows]), dim=1).t()  # [d_in, n]
-        rebuilt = normalize(step.target[rows] - sae.skipped(step.x[rows]) - sae.b_dec, dim=1)  # [n, d_out]
-        sae.W_dec[dead] = rebuilt * (sae.W_dec[living].norm(dim=1).mean() if bool(living.any()) else 1.0)
-        for name, value in sae.latent_parameters.items():
-            getattr(sae, name)[dead] = value
-        self._reset_moments(trainer, dead)
-        trainer.firing.revive(dead)
+        silent = (self.running_usage() < self.below) & ~trainer.firing.retired
+        silent[trainer.sae.fixed_latents] = False  # a fixed row has a meaning even while its latent does not fire
+        dead = renew(trainer, silent.nonzero().squeeze(1), encoder_scale=self.encoder_scale)  # [n]
         for average in (self.usage, self.steps):  # their averages start again
             assert average is not None
             average[dead] = 0.0
         self.resampled += len(dead)
         return dead
-
-    @staticmethod
-    def _reset_moments(trainer: Training, dead: Tensor) -> None:
-        sae = trainer.sae
-        for name in ("W_enc", "W_dec", *sae.latent_parameters):
-            state = trainer.optimizer.state[getattr(sae, name)]
-            for moment in state.keys() & {"exp_avg", "exp_avg_sq"}:  # absent until a loss has reached the parameter
-                (state[moment].T if name == "W_enc" else state[moment])[dead] = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
