@@ -156,7 +156,7 @@ class Lifecycle:
     @hookspec
     def analysed(self, name: str, result: Result, variant: str) -> None:
         """The analyzer `name`, or at the end of training the callback, has returned its `Result`. `variant` is empty if the run has
-        none. The view, and the listeners of a run without variants, hear of a comparison in the same way, with an empty `variant`."""
+        none. The view, and the listeners of a run without variants, hear of a comparison in the same way, without a variant."""
 
     @hookspec
     def warned(self, message: str) -> None:

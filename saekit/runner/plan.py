@@ -158,7 +158,7 @@ def plan_run(config: RunConfig, registry: Registry) -> RunPlan:
         with of_variant(variant):
             plan = _plan(variant, _with_defaults(own, registry, given, OWN_LISTS) if variant else resolved, source, registry)
             _check_needs(plan, comparisons, registry, withheld)
-            _check_results(plan)
+            _check_results(plan, comparisons)
             _check_training(plan)
             _try_out([part for section in _LATE for part in plan.sections[section]])
             members.append(plan)
@@ -260,9 +260,9 @@ def _check_needs(plan: SAEPlan, comparisons: list[Part], registry: Registry, wit
             raise UsageError(f"{who} needs {need!r}, which nothing in this run provides. {_provider(need, part, registry)}")
 
 
-def _check_results(plan: SAEPlan) -> None:
-    """Analyzers and callbacks with a result are kept by their labels."""
-    analyzers = {part.label: part for part in plan.sections["analyzer"]}
+def _check_results(plan: SAEPlan, comparisons: list[Part]) -> None:
+    """Analyzers, comparisons and callbacks with a result are kept by their labels."""
+    analyzers = {part.label: part for part in (*plan.sections["analyzer"], *comparisons)}
     for part in plan.sections["callback"]:
         if part.label in analyzers and hasattr(part.component.load(), "result"):
             raise UsageError(
