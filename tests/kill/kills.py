@@ -5,7 +5,7 @@ end. What is then in the run directory must be, bit for bit, what an undisturbed
 printed with its seed, and the exit code is 1.
 
 A moment is a phase and how long after the phase has begun, up to as long as that phase lasted undisturbed: most of a run is
-training, and moments drawn from its whole length would seldom fall into the short phases. Those that had fewest are drawn most.
+training, and moments drawn from its whole length would seldom fall into the short phases.
 
 Processes are forked from this one, which has imported everything and carried out each run once, so that a kill costs the time
 of a tiny run and not that of the imports.
@@ -290,17 +290,18 @@ class Killer:
         history: list[str] = []
         chain = min(most, draw.randint(1, CHAIN))
         while True:
-            drawn = self._drawn(name, draw, tally)
-            watch = _moment(drawn, draw.random() * self.seconds[name][drawn]) if len(history) < chain else _never
+            lasts = self.seconds[name]
+            drawn = draw.choice(list(lasts))
+            watch = _moment(drawn, draw.random() * lasts[drawn]) if len(history) < chain else _never
             began = time.monotonic()
             code, said = attempt.process(watch)
             phase = PHASES[attempt.clock[0]]
             if code != -signal.SIGKILL:
                 if watch is not _never:  # the machine is idler than it was
-                    self.seconds[name][drawn] *= 0.8
+                    lasts[drawn] *= 0.5
                 break
             if phase == drawn:
-                self.seconds[name][drawn] *= 1.04
+                lasts[drawn] *= 1.02
             history.append(f"{phase} after {time.monotonic() - began:.3f} s")
             tally.kills[name, phase] += 1
         problem = ""
@@ -327,12 +328,6 @@ class Killer:
         else:
             tally.ends["the same bits"] += 1
             shutil.rmtree(attempt.place)
-
-    def _drawn(self, name: str, draw: random.Random, tally: Tally) -> str:
-        """A random phase of a run."""
-        phases = list(self.seconds[name])
-        (phase,) = draw.choices(phases, [1 / (1 + tally.kills[name, phase]) ** 2 for phase in phases])
-        return phase
 
 
 def table_of(tally: Tally, names: list[str]) -> Iterator[str]:
