@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from saekit.errors import RunError
+from saekit.errors import RunError, UsageError
 
 TEMPORARY = ".*.tmp"
 """The pattern of the temporary names."""
@@ -115,6 +115,13 @@ def to_jsonable(value: Any) -> Any:
     if isinstance(value, Path | datetime.date | datetime.time):
         return str(value)
     return to_jsonable(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def given_path(text: Path | str, key: str = "") -> Path:
+    """A directory that a user named. UsageError, which begins with `key`, for an empty text: it is not meant as "here"."""
+    if text == "":
+        raise UsageError(f'{key}the path is empty. Name a directory; the one that you are in is ".".')
+    return Path(text)
 
 
 def sha256_of(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from saekit.config import RunConfig
 from saekit.errors import UsageError
-from saekit.files import TEMPORARY, disk_errors, parse_json, sha256_of, write_json, write_text
+from saekit.files import TEMPORARY, disk_errors, given_path, parse_json, sha256_of, write_json, write_text
 from saekit.lock import locked
 from saekit.run_file import parse_config, read_toml
 
@@ -31,9 +31,18 @@ class RunDirectory:
 
     @classmethod
     def at(cls, path: Path | str) -> RunDirectory:
-        """The run directory at `path`, which may be that of a variant."""
-        place = Path(path).resolve()
-        return cls(Path(path), place.name if place.parent.name == _VARIANTS else "")
+        """The run directory at `path`, which may be that of a variant. UsageError if there is none."""
+        place = given_path(path)
+        if not place.is_dir():
+            raise UsageError(f"{path}: there is no such directory. Give a run directory, such as runs/NAME.")
+        whole = place.resolve()
+        directory = cls(place, whole.name if whole.parent.name == _VARIANTS else "")
+        if not any(file.is_file() for file in (directory.run_toml, directory.summary, directory.history)):
+            raise UsageError(
+                f"{path}: is not a run directory: it has none of run.toml, summary.json and metrics.jsonl. "
+                "Give a directory that `saekit run` made."
+            )
+        return directory
 
     @property
     def name(self) -> str:
@@ -110,7 +119,7 @@ class RunDirectory:
         date and recipe.
 
         It is withdrawn if the run fails with a UsageError before it began, so that the corrected command can use it."""
-        path = cls._dated(config) if where is None else Path(where)
+        path = cls._dated(config) if where is None else given_path(where, "--directory: ")
         taken = UsageError(f"--directory {where}: exists and is not empty. Choose another, or use --resume {where}.")
         with disk_errors(path):
             is_new = not path.exists()
@@ -172,7 +181,7 @@ class RunDirectory:
     @contextlib.contextmanager
     def resume(cls, where: str) -> Iterator[tuple[RunDirectory, RunConfig]]:
         """The directory of an earlier run, which is locked in the block, and its configuration."""
-        directory = cls(Path(where))
+        directory = cls(given_path(where, "--resume: "))
         if not directory.path.is_dir():
             raise UsageError(f"--resume {where}: there is no such directory. Name one that an earlier run printed.")
         place = directory.path.absolute()
@@ -192,10 +201,7 @@ class RunDirectory:
 
     def finished_summary(self) -> dict[str, Any] | None:
         """The summary, or None if the run has not finished."""
-        try:
-            return parse_json(self.summary.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+        return _naming_texts(_read_object(self.summary, [], "")) or None
 
     def seal(self) -> None:
         """Write the checksums of a finished run and of its variants. What has its own, or is made from the rest, is left out."""
@@ -262,15 +268,8 @@ class RunFiles:
 def read_run(path: Path) -> RunFiles:
     """Read a run directory for showing; what is damaged is noted and skipped. UsageError if it is not a run directory."""
     directory = RunDirectory.at(path)
-    if not directory.path.is_dir():
-        raise UsageError(f"{path}: there is no such directory. Give a run directory, such as runs/NAME.")
-    if not any(file.is_file() for file in (directory.run_toml, directory.summary, directory.history)):
-        raise UsageError(
-            f"{path}: is not a run directory: it has none of run.toml, summary.json and metrics.jsonl. "
-            "Give a directory that `saekit run` made."
-        )
     run = RunFiles(directory)
-    run.summary = _read_object(directory.summary, run.problems, "the run has not finished")
+    run.summary = _naming_texts(_read_object(directory.summary, run.problems, "the run has not finished"))
     run.provenance = _read_object(directory.provenance, run.problems, "what made this run is not known")
     run.variants = {one.variant: read_run(one.path) for one in directory.variant_directories()}
     if not run.variants:
@@ -334,6 +333,17 @@ def _read_object(path: Path, problems: list[str], without: str) -> dict[str, Any
         problems.append(f"{name} does not hold a JSON object: {without}.")
         return {}
     return value
+
+
+def _naming_texts(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary with texts alone in its `headline` and in those of its variants: they are names, and looked up."""
+    summary = dict(summary)
+    if "headline" in summary:
+        names = summary["headline"]
+        summary["headline"] = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    if isinstance(summary.get("variants"), dict):
+        summary["variants"] = {name: _naming_texts(_dict(own)) for name, own in summary["variants"].items()}
+    return summary
 
 
 def _as_result(content: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def command(
 
     if curves and html is None:
         raise UsageError("--curve: belongs to --html FILE.")
-    comparison = compare(map(Path, runs), metrics, everything=everything)
+    comparison = compare(runs, metrics, everything=everything)
     if html is not None:
         write_html(comparison_page(comparison, curves), Path(html))
     if as_json:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from saekit.cli.import_ import LIBRARIES, empty_directory
 from saekit.errors import UsageError
+from saekit.files import given_path
 from saekit.terminal.output import echo
 
 
@@ -32,7 +31,7 @@ def sae_of(source: str) -> str:
     """The directory of an SAE: `source` itself, or the `sae/` of the run `source`."""
     from saekit.run_directory import RunDirectory
 
-    run = RunDirectory(Path(source))
+    run = RunDirectory(given_path(source))
     if run.sae.is_dir():
         return str(run.sae)
     if run.run_toml.is_file():

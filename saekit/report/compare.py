@@ -76,7 +76,7 @@ class Comparison:
         }
 
 
-def compare(directories: Iterable[Path], metrics: Iterable[str] = (), *, everything: bool = False) -> Comparison:
+def compare(directories: Iterable[Path | str], metrics: Iterable[str] = (), *, everything: bool = False) -> Comparison:
     """Read run directories and compare them; a run of variants is replaced by its variants.
 
     metrics: names of columns, such as `explained_variance`, `losses.mse`, `analysis.features.dead`; by default every

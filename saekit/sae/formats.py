@@ -18,7 +18,7 @@ import torch
 from saekit.activations.trained_positions import TrainedPositions
 from saekit.checked_tensors import facts_of, load_checked, save_checked
 from saekit.errors import UsageError
-from saekit.files import disk_errors, parse_json, sha256_of, write_json
+from saekit.files import disk_errors, given_path, parse_json, sha256_of, write_json
 from saekit.plugins import Registry
 from saekit.registered import OWN_DISTRIBUTION
 from saekit.sae.base import SparseAutoencoder
@@ -97,7 +97,7 @@ def open_sae(source: str | Path, *, device: str | torch.device = "cpu", registry
     from saekit.sae import interop  # here, because it imports this module
 
     registry = registry or Registry()
-    directory = Path(source)
+    directory = given_path(source)
     release = interop.release_of(source)
     if release is not None:
         saved = interop.take_in(interop.sae_lens.fetch(*release), registry)

@@ -73,7 +73,7 @@ class RunState:
         if path is None:
             return None
         try:
-            state = TypeAdapter(cls).validate_python({**values, "tensors": tensors})
+            state = TypeAdapter(cls).validate_python(dict(values, tensors=tensors))
         except ValidationError as error:
             raise UsageError("\n".join(validation_lines(error, str(path / checkpoint.STATE), values))) from None
         return path, state, warnings

@@ -77,6 +77,42 @@ def test_a_plugin_file_that_may_not_be_read(command: Run, place: Path) -> None:
     refused(command("plugins", "--plugin", "mine.py"), "mine.py", "Permission denied")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", ""], ["compare", ""], ["run", "run.toml", "--directory", ""], ["run", "--resume", ""],
+        ["export", "--to", "sae_lens", "", "new"], ["export", "--to", "sae_lens", "sae", ""],
+        ["import", "", "new"], ["import", "sae", ""],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_empty_path_is_not_the_working_directory(arguments: list[str], command: Run, place: Path) -> None:
+    """Even where that is a run, or empty."""
+    written(place, weights())
+    here = {path.name: path.stat().st_mtime_ns for path in [place, *place.iterdir()]}
+    refused(command(*arguments), "the path is empty")
+    assert {path.name: path.stat().st_mtime_ns for path in [place, *place.iterdir()]} == here
+
+
+def test_a_report_is_asked_of_no_run(command: Run, place: Path) -> None:
+    (place / "other").mkdir()
+    before = (place / "other").stat().st_mtime_ns
+    refused(command("report", "other"), "not a run directory")
+    assert (place / "other").stat().st_mtime_ns == before  # not even a lock was there
+
+
+@pytest.mark.parametrize("headline", [[["l0"], {}, 3, "l0"], {"l0": 1}, "l0", [None]], ids=str)
+def test_a_summary_whose_names_are_none(headline: Any, command: Run, place: Path) -> None:
+    (place / "run").mkdir()
+    (place / "run" / "run.toml").write_bytes((place / "run.toml").read_bytes())
+    summary = {"metrics": {"l0": 3.0, "mse": 1.0}, "headline": headline, "variants": {"a": {"headline": headline}}}
+    (place / "run" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    for arguments in (["report"], ["compare"], ["run", "--resume"]):
+        outcome = command(*arguments, "run")
+        assert outcome.code == 0, outcome.err
+    assert (place / "run" / "report.html").is_file()
+
+
 # --- SAEs of others ----------------------------------------------------------------------------------------------
 
 

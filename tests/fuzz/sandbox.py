@@ -109,7 +109,7 @@ class Sandbox:
         finally:
             _watched = None
             signal.setitimer(signal.ITIMER_REAL, 0)
-        inside = (self.run, self.temporary, Path("/dev"))
+        inside = (self.run, self.temporary, Path(os.devnull))
         outside = sorted({str(path) for path in written if not any(map(path.is_relative_to, inside))})
         assert not outside, f"written outside of the run directory: {outside}"
         changed = set(self._listing()) ^ set(before)

@@ -1,8 +1,11 @@
 """Kills tiny runs at random moments and lets them go on: `python tests/kill/kills.py 1000 --seed 0` (`make kills`).
 
-Every attempt begins a run, kills it with SIGKILL at a random moment, resumes it, kills it again, until it ends before its
-moment comes. What is then in the run directory must be, bit for bit, what an undisturbed run left; or the run must have been
-refused with a message. Everything else is a failure, which is printed with its seed, and the exit code is 1.
+Every attempt begins a run, kills it with SIGKILL at a random moment, resumes it, kills it again, a few times, and then lets it
+end. What is then in the run directory must be, bit for bit, what an undisturbed run left. Everything else is a failure, which is
+printed with its seed, and the exit code is 1.
+
+A moment is a phase and how long after the phase has begun, up to as long as that phase lasted undisturbed: most of a run is
+training, and moments drawn from its whole length would seldom fall into the short phases.
 
 Processes are forked from this one, which has imported everything and carried out each run once, so that a kill costs the time
 of a tiny run and not that of the imports.
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import mmap
 import os
@@ -48,6 +52,9 @@ CLOCK = {"seconds", "tokens_per_second"}
 REFUSED, BROKEN = 2, 70  # exit codes of a process
 
 STEPS, BATCH = 36, 32
+CHAIN = 8
+"""The most kills of one run."""
+POLL = 0.001  # seconds between looks at a process
 _RESAMPLE = {"use": "resample", "every": 7, "below": 0.02, "memory": 0.8}
 
 
@@ -101,6 +108,7 @@ def cases() -> dict[str, dict[str, Any]]:
             **base,
             "source": {**language, "cache": "", "cache_tokens": 2_000},
             "architecture": {**topk, "d_sae": 64},
+            "graph": {"use": "coactivation", "k": 5},
             "analyzer": [{"use": "features"}],
         },
     }
@@ -114,7 +122,6 @@ class Attempt:
     table: dict[str, Any]
     place: Path
     clock: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 1))  # shared with the child: the phase it is in
-    seen: list[str] = field(default_factory=list)
 
     @property
     def run(self) -> Path:
@@ -142,26 +149,54 @@ class Attempt:
     def phase_ended(self, phase: str) -> None:
         self.clock[0] = PHASES.index("after" if phase == "report" else "prepare" if phase == "harvest" else phase)
 
-    def process(self, seconds: float | None = None) -> tuple[int, str]:
-        """Let a child carry on and kill it after so many seconds; (how it ended, what it said)."""
+    def process(self, watch: Callable[[str], bool]) -> tuple[int, str]:
+        """Let a child carry on and kill it once `watch`, which is told its phase now and then, says so.
+
+        Returns how it ended and what it said."""
         self.clock[0] = 0
         said = self.place / "said"
         child = os.fork()
         if child == 0:
             _ended(self.carry_on, said)
-        deadline = None if seconds is None else time.monotonic() + seconds
+        killed = False
         try:
             while True:
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid:
                     return os.waitstatus_to_exitcode(status), said.read_text() if said.exists() else ""
-                if deadline is not None and time.monotonic() >= deadline:
+                if not killed and watch(PHASES[self.clock[0]]):
                     os.kill(child, signal.SIGKILL)
-                    deadline = None
-                time.sleep(0.0005)
+                    killed = True
+                time.sleep(POLL)
         except KeyboardInterrupt:
             os.kill(child, signal.SIGKILL)
             raise
+
+
+def _moment(phase: str, seconds: float) -> Callable[[str], bool]:
+    """True so many seconds after the phase was begun, or a later one, where this one has nothing to do any more."""
+    began: list[float] = []
+
+    def reached(now: str) -> bool:
+        if not began and PHASES.index(now) >= PHASES.index(phase):
+            began.append(time.monotonic())
+        return bool(began) and time.monotonic() >= began[0] + seconds
+
+    return reached
+
+
+def _noting(looks: list[tuple[str, float]]) -> Callable[[str], bool]:
+    """Never True; keeps each phase that it is told, and when."""
+
+    def look(now: str) -> bool:
+        looks.append((now, time.monotonic()))
+        return False
+
+    return look
+
+
+def _never(phase: str) -> bool:
+    return False
 
 
 def _ended(act: Callable[[], None], said: Path) -> None:
@@ -225,7 +260,8 @@ class Killer:
         self.place = place
         self.tables = {name: table for name, table in cases().items() if name in wanted}
         self.expected: dict[str, dict[str, Any]] = {}
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, dict[str, float]] = {}
+        """How long each phase of each case lasts, by case and phase."""
         for name, table in self.tables.items():
             Attempt(name, table, self._folder(f"{name}-warm")).carry_on()  # imports what is only imported in a run
         threads = list(Path("/proc/self/task").glob("*"))
@@ -234,33 +270,40 @@ class Killer:
         )
         for name, table in self.tables.items():
             attempt = Attempt(name, table, self._folder(f"{name}-undisturbed"))
-            began = time.monotonic()
-            code, said = attempt.process()
+            looks: list[tuple[str, float]] = []
+            code, said = attempt.process(_noting(looks))
             assert code == 0, said
-            self.seconds[name] = time.monotonic() - began
+            lasted = collections.Counter[str]()
+            for (phase, at), (_, later) in itertools.pairwise(looks):
+                lasted[phase] += later - at
+            self.seconds[name] = {phase: seconds for phase, seconds in lasted.items() if seconds > 4 * POLL}
             self.expected[name] = outcome_of(attempt)
 
     def _folder(self, name: str) -> Path:
         (self.place / name).mkdir()
         return self.place / name
 
-    def attempt(self, name: str, seed: str, tally: Tally, most: int) -> int:
-        """Kill a run again and again until it ends, `most` times at most; how often it was killed."""
+    def attempt(self, name: str, seed: str, tally: Tally, most: int) -> None:
+        """Kill a run again and again, `most` times at most, and compare what it ends with."""
         draw = random.Random(seed)
         attempt = Attempt(name, self.tables[name], self._folder(f"{name}-{seed.replace('/', '-')}"))
-        kills, history = 0, []
+        history: list[str] = []
+        chain = min(most, draw.randint(1, CHAIN))
         while True:
-            # Every other process is killed early: what a resumed run does first is where it could go wrong, and chains last longer.
-            moment = draw.random() * self.seconds[name] * (1.1 if kills % 2 == 0 else 0.6) if kills < most else None
-            code, said = attempt.process(moment)
-            # The machine may be busier or idler than it was: of four moments about three come before the end.
-            self.seconds[name] *= 1.04 if code == -signal.SIGKILL else 0.9
-            if code != -signal.SIGKILL:
-                break
+            lasts = self.seconds[name]
+            drawn = draw.choice(list(lasts))
+            watch = _moment(drawn, draw.random() * lasts[drawn]) if len(history) < chain else _never
+            began = time.monotonic()
+            code, said = attempt.process(watch)
             phase = PHASES[attempt.clock[0]]
-            history.append(f"{phase} at {moment:.3f} s")
+            if code != -signal.SIGKILL:
+                if watch is not _never:  # the machine is idler than it was
+                    lasts[drawn] *= 0.5
+                break
+            if phase == drawn:
+                lasts[drawn] *= 1.02
+            history.append(f"{phase} after {time.monotonic() - began:.3f} s")
             tally.kills[name, phase] += 1
-            kills += 1
         problem = ""
         if code == REFUSED:
             tally.ends["refused"] += 1
@@ -285,7 +328,6 @@ class Killer:
         else:
             tally.ends["the same bits"] += 1
             shutil.rmtree(attempt.place)
-        return kills
 
 
 def table_of(tally: Tally, names: list[str]) -> Iterator[str]:
@@ -307,19 +349,20 @@ def main() -> int:
     parser.add_argument("--case", action="append", choices=names, help="only this one; may be given several times")
     given = parser.parse_args()
     names = given.case or names
+    turns = [*names, *({"cached"} & set(names))]  # twice: no other has a harvest and an analyzer
     tally, number = Tally(), 0
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         place = Path(tempfile.mkdtemp(prefix="saekit-kills-"))
         stack.callback(lambda: tally.failures or shutil.rmtree(place, ignore_errors=True))
         killer = Killer(place, names)
-        lengths = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in killer.seconds.items())
+        lengths = ", ".join(f"{name} {sum(seconds.values()):.2f} s" for name, seconds in killer.seconds.items())
         print(f"seed {given.seed}; undisturbed: {lengths}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: what was seen so far is printed
             while (left := given.kills - tally.kills.total()) > 0:
-                killer.attempt(names[number % len(names)], f"{given.seed}/{number}", tally, left)
+                killer.attempt(turns[number % len(turns)], f"{given.seed}/{number}", tally, left)
                 number += 1
-                if number % (10 * len(names)) == 0:
+                if number % (4 * len(turns)) == 0:
                     print(f"{tally.kills.total()} kills, {number} runs, {len(tally.failures)} failures", flush=True)
     print(*table_of(tally, names), sep="\n")
     ends = ", ".join(f"{count} {end}" for end, count in tally.ends.items())
