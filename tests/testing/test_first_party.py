@@ -65,6 +65,7 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
     (place / "answers.json").write_text(json.dumps({"results": [{"variations": variations}]}), encoding="utf-8")
     prompts = {"neutral": ["It was a", "The lamp"], "unrelated": ["Salt and"]}
     (place / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    (place / "facts.json").write_text(json.dumps(facts()), encoding="utf-8")
     return {
         "attribution.atp": {"data": str(place / "answers.json")},
         "builtin.labelled": labelled,
@@ -93,7 +94,24 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
             "held_out_tokens": 40,
             "pages": False,
         },
+        "unlearning.unlearn": {"data": str(place / "facts.json"), "numbers": [2], "damage_tokens": 100},
     }
+
+
+def facts() -> dict[str, Any]:
+    """Facts for `unlearn` that any model knows: of two candidates the shorter one is right."""
+    table: dict[str, Any] = {"texts": [], "questions": []}
+    for group, names in (("forget", "Ann Bob Cleo Dan Eve Fay"), ("near", "Gil Hal Ida Jon Kim Lea")):
+        for name in names.split():
+            for wording, words in (("seen", "Now"), ("seen", "So"), ("unseen", "Yet")):
+                prompt = f"{words} {name} is"
+                place = {"name": [len(words) + 1, len(words) + 1 + len(name)], "answer": [len(prompt) + 1, len(prompt) + 4]}
+                who = {"group": group, "entity": name}
+                table["texts"] += [{"text": f"{prompt} red", **place, **who}] if wording == "seen" else []
+                table["questions"].append(
+                    {"prompt": prompt, "candidates": [" red", " vermilion"], "answer": 0, "wording": wording, **who}
+                )
+    return table
 
 
 @pytest.fixture(scope="module")

@@ -59,3 +59,13 @@ def saekit_recipes() -> Iterator[Component]:
         "saekit_unlearning:recipes/unlearning.toml",
         "Five ways of training an SAE in order to forget, on the model organism, with their scores and figures.",
     )
+
+
+@hookimpl
+def saekit_analyzers() -> Iterator[Component]:
+    yield Component(
+        "unlearn",
+        "saekit_unlearning.unlearn:Unlearn",
+        "Edits latents so that the model forgets some facts, and measures what it still knows of them and of others.",
+        needs=("subject_model", "tokens", "logits"),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,21 +54,37 @@ class Examination:
         """Which questions are answered right with `edit` at the site; without it, by the model as it is: [questions] bool."""
         return self.right_by(lambda passages: self.site.logits(passages, edit))
 
-    @torch.no_grad()
     def right_by(self, logits: Logits) -> np.ndarray:
         """The same with the logits of any model: [questions] bool."""
+        return self.right_of(self.scores_by(logits))
+
+    def right_of(self, scores: np.ndarray) -> np.ndarray:
+        """Which questions are right by the log-likelihoods of their candidates: [questions, candidates] -> [questions] bool."""
+        return scores.argmax(1) == np.array([q.answer for q in self.questions], dtype=int)
+
+    @torch.no_grad()
+    def scores_by(self, logits: Logits) -> np.ndarray:
+        """The log-likelihood of each candidate by the logits of any model: [questions, candidates], -inf where there is none."""
         widest = max((len(q.candidates) for q in self.questions), default=0)
         scores = np.full((len(self.questions), widest), -np.inf)
-        for passages in self._passages:
+        for passages, rows in self.batches():
             predicted = logits(passages)
-            for at, number in enumerate(passages.rows.tolist()):
-                row = self._rows[number]
-                longest = max(len(tokens) for _, tokens in row.candidates)
-                log_p = predicted[at, row.place : row.place + longest].float().log_softmax(-1)  # [longest, vocab]
-                for candidate, tokens in row.candidates:
-                    ids = torch.tensor(tokens, device=log_p.device)
-                    scores[row.question, candidate] = float(log_p[: len(ids)].gather(1, ids[:, None]).sum())
-        return scores.argmax(1) == np.array([q.answer for q in self.questions], dtype=int)
+            for own, row in zip(predicted, rows, strict=True):
+                scores[row.question, [number for number, _ in row.candidates]] = log_likelihoods(own, row).tolist()
+        return scores
+
+    def batches(self) -> Iterator[tuple[Passages, list[Scored]]]:
+        """Passages, and what is scored in each of their rows."""
+        for passages in self._passages:
+            yield passages, [self._rows[number] for number in passages.rows.tolist()]
+
+
+def log_likelihoods(logits: Tensor, row: Scored) -> Tensor:
+    """The log-likelihood of each candidate that a row scores, from its logits [T, vocab], with gradients: [candidates]."""
+    longest = max(len(tokens) for _, tokens in row.candidates)
+    log_p = logits[row.place : row.place + longest].float().log_softmax(-1)  # [longest, vocab]
+    scored = [torch.tensor(tokens, device=log_p.device) for _, tokens in row.candidates]
+    return torch.stack([log_p[: len(ids)].gather(1, ids[:, None]).sum() for ids in scored])
 
 
 def of_model(model_logits: Callable[[TokenBatch], Tensor]) -> Logits:

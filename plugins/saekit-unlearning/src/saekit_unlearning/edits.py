@@ -6,13 +6,14 @@ makes to the reconstruction is added to the activation, so whatever the SAE does
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from saekit import SparseAutoencoder
+from saekit import Code, SparseAutoencoder, SparseCode
 from saekit_unlearning.passages import Passages
 
 Path = Literal["spliced", "error_kept"]
@@ -63,19 +64,47 @@ Operation = Ablate | Clamp | Gates
 """From activations [m, n] of edited latents [n] to new ones."""
 
 
+class Codes:
+    """From passages to their code, encoded once for all edits of an SAE that does not change meanwhile.
+
+    Codes that are not sparse are encoded anew each time: they would fill the memory."""
+
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.sae = sae
+        self._known: dict[int, tuple[Passages, Code]] = {}  # by the passages' id, which they keep while they are here
+
+    @torch.no_grad()
+    def __call__(self, passages: Passages) -> Code:
+        if id(passages) in self._known:
+            return self._known[id(passages)][1]
+        code = self.sae.encode(passages.x.to(self.sae.W_dec))
+        if isinstance(code, SparseCode):
+            self._known[id(passages)] = passages, code
+        return code
+
+
 class LatentEdit:
     """An edit of some latents of an SAE, on one path: the `SiteEdit` of passages.
 
     latents: [n]; with none of them, "spliced" is the reconstruction alone and "error_kept" changes nothing.
+    codes: what encodes the passages; by default the SAE as it is at the time.
     """
 
-    def __init__(self, sae: SparseAutoencoder, latents: Tensor, operation: Operation, path: Path) -> None:
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        latents: Tensor,
+        operation: Operation,
+        path: Path,
+        codes: Callable[[Passages], Code] | None = None,
+    ) -> None:
         self.sae, self.latents, self.operation, self.path = sae, latents.to(sae.W_dec.device), operation, path
+        self.codes = codes or (lambda passages: sae.encode(passages.x.to(sae.W_dec)))
 
     def __call__(self, passages: Passages) -> Tensor:
         x = passages.x  # [m, d]
         with torch.set_grad_enabled(gradients(x)):
-            code = self.sae.encode(x.to(self.sae.W_dec))
+            code = self.codes(passages)
             base = x if self.path == "error_kept" else self.sae.decode(code).to(x)
             active = code.columns(self.latents)  # [m, n]
         change = (self.operation(active, self.latents) - active) @ self.sae.W_dec[self.latents].detach()  # [m, d]

@@ -66,6 +66,7 @@ class Tried:
     settings: of every edit that was tried.
     changed: the largest change of any logit that an edit made.
     spliced: the lowest forget accuracy with the reconstruction spliced in, if these settings keep the SAE's error.
+    unedited: what the reconstruction leaves without any edit, if these settings splice it in.
     right_before, chance: the model's accuracy on what is to be forgotten before any edit, and that of guessing.
     retain_questions: the number of questions about what is to stay.
     """
@@ -77,6 +78,7 @@ class Tried:
     chance: float
     retain_questions: int
     spliced: float | None = None
+    unedited: Setting | None = None
 
 
 def zero_reason(tried: Tried, bound: float = RETAIN_BOUND) -> str | None:
@@ -92,6 +94,11 @@ def zero_reason(tried: Tried, bound: float = RETAIN_BOUND) -> str | None:
         return "No setting was tried."
     if tried.changed == 0:
         return "The edits changed nothing: no logit moved."
+    if tried.unedited is not None and tried.unedited.pooled < bound:
+        return (
+            f"The reconstruction alone, before any edit, keeps {tried.unedited.pooled:.2f} of what was to stay, less than the "
+            f"bound of {bound:g}."
+        )
     if lowest < 1:
         kept = max(s.pooled for s in tried.settings if s.forget < 1)
         if tried.retain_questions * (1 - bound) < 1 and round((1 - kept) * tried.retain_questions) <= 1:
@@ -109,3 +116,30 @@ def zero_reason(tried: Tried, bound: float = RETAIN_BOUND) -> str | None:
             f"reach {tried.spliced:.2f}."
         )
     return "No edit moved the accuracy on what was to be forgotten, though the logits changed."
+
+
+def held_back_reason(
+    seen: Sequence[Setting], chosen: int | None, unseen: Setting | None, bound: float = RETAIN_BOUND
+) -> str | None:
+    """Why our score is zero though SAEBench's is not; None if it is not zero.
+
+    seen: every setting on the wordings that settings are chosen on. unseen: the chosen one on the others."""
+    if held_back_score(unseen if chosen is not None else None) > 0:
+        return None
+    if chosen is None:
+        best = max((s.least_retained for s in seen if s.forget < 1), default=None)
+        if best is None:
+            return "No setting made the model forget anything."
+        return (
+            f"No setting kept {bound:g} of each group that was shown: those that made the model forget kept {best:.2f} of the "
+            "group that suffers most, at best."
+        )
+    assert unseen is not None
+    if unseen.least_retained == 0:
+        return "In wordings never used before, nothing is left of a group that was to stay."
+    if seen[chosen].forget < 1:
+        return (
+            f"The chosen setting makes the model forget in the wordings it was chosen on (down to {seen[chosen].forget:.2f}), and "
+            "nothing in others."
+        )
+    return "The chosen setting made the model forget nothing."
