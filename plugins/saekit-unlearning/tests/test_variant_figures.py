@@ -79,10 +79,11 @@ def test_the_table_holds_what_was_planted(run: TinyRun) -> None:
     assert REASON in zero["reason_of_zero"]
     assert zero["threshold"] is None
     assert nothing["saebench_spliced"] == nothing["ours_error_kept"] == 0.0
-    assert REASON in nothing["reason_of_zero"]
+    assert nothing["reason_of_zero"] == REASON
     assert bare["saebench_spliced"] is None
     assert "no result of 'unlearn'" in bare["reason_of_zero"]
     assert works["explained_variance"] == run.summary["variants"]["works"]["metrics"]["explained_variance"]
+    assert "SAEBench's score, error kept: works is highest with 0.20, the next 0.00." in result.notes
     assert any("works is highest with 0.50 (0.40 to 0.60)" in note for note in result.notes)
     assert result.scalars["ours_works_spliced"] == 0.5
 

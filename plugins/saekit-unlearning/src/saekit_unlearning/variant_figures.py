@@ -50,7 +50,8 @@ def _notes(variants: Sequence[Variant]) -> list[str]:
         for path in PATHS:
             found = [(v.name, s) for v in variants if (s := v.scores[score, path]).value is not None]
             if found:
-                notes.append(f"{SCORES[score]}, {words(path)}: {_in_words(found)}".capitalize().replace("saebench", "SAEBench"))
+                text = f"{SCORES[score]}, {words(path)}: {_in_words(found)}"
+                notes.append(text[0].upper() + text[1:])
     return notes
 
 

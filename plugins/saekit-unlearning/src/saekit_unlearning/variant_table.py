@@ -58,8 +58,12 @@ class Variant:
         row |= {"threshold": self.threshold, "latents_above": self.above, "latents_living": self.living}
         row |= {name: self.metrics.get(name) for name in ("explained_variance", "l0", "dead", "ce_recovered")}
         row["last_loss"] = self.losses["loss"][-1][1] if self.losses.get("loss") else None
-        reasons = {found.reason: f"{SCORES[score]}, {words(path)}" for (score, path), found in self.scores.items() if found.reason}
-        return row | {"reason_of_zero": " ".join(f"{where}: {reason}" for reason, where in reasons.items())}
+        where: dict[str, list[str]] = {}
+        for (score, path), found in self.scores.items():
+            if found.reason:
+                where.setdefault(found.reason, []).append(f"{SCORES[score]}, {words(path)}")
+        told = [reason if len(of) == len(self.scores) else f"{'; '.join(of)}: {reason}" for reason, of in where.items()]
+        return row | {"reason_of_zero": " ".join(told)}
 
 
 def words(path: str) -> str:
