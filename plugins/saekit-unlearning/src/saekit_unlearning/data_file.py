@@ -1,4 +1,4 @@
-"""The option `data`: the organism's facts, or a JSON file of texts and questions."""
+"""The option `data`: the organism's facts, a JSON file of texts and questions, or what `files` reads."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from saekit import OptionError, UsageError
+from saekit_unlearning import files
 from saekit_unlearning.data import UnlearningData, checked, organism_data
 
 ORGANISM = "organism"
 
 
 def load(data: str) -> UnlearningData:
-    """The organism's facts, or those of a file {"texts": [...], "questions": [...]} with the fields of `Text` and `Question`.
+    """The organism's facts, those of a file {"texts": [...], "questions": [...]} with the fields of `Text` and `Question`, or
+    what `files.load` knows: a directory of JSON Lines, WMDP-bio with MMLU.
 
     OptionError for the option `data` if nothing can be unlearned or measured with them."""
     if data == ORGANISM:
         return organism_data()
+    if Path(data).is_dir() or data.partition(":")[0] == files.WMDP:
+        return files.load(data)
     try:
         found = TypeAdapter(UnlearningData).validate_python(json.loads(Path(data).read_text(encoding="utf-8")))
     except FileNotFoundError:

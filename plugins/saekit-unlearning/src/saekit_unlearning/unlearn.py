@@ -44,7 +44,7 @@ class Unlearn:
     reported on wordings never used before, also about entities that were never shown."""
 
     data: Annotated[
-        str, Field(description="`organism`, or a JSON file with `texts` and `questions`; see docs/unlearning.md.")
+        str, Field(description="`organism`, `wmdp-bio`, or files with texts and questions; see docs/unlearning.md.")
     ] = ORGANISM
     shown_share: Annotated[
         float, Field(gt=0, lt=1, description="The share of the entities to stay whose texts are shown as retain text.")
