@@ -106,7 +106,9 @@ def inputs_unchanged(subject: Subject) -> None:
 def _unchanged(context: Context) -> Iterator[None]:
     seen = [one.context for one in context.variants.values()] if isinstance(context, ComparisonContext) else [context]
     model = getattr(getattr(seen[0].source, "subject", None), "model", None)
-    weights = {f"the SAE{f' of variant {one.directory.name}' if len(seen) > 1 else ''}": one.sae for one in seen}
+    weights: dict[str, torch.nn.Module] = {
+        f"the SAE{f' of variant {one.directory.name}' if len(seen) > 1 else ''}": one.sae for one in seen
+    }
     weights |= {"the model": model} if isinstance(model, torch.nn.Module) else {}
     before = {name: (copied(module.state_dict()), module.training) for name, module in weights.items()}
     yield

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "////")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 8,
     "font.family": "DejaVu Sans",
     "axes.titlesize": 9,
@@ -105,6 +105,8 @@ def scores(variants: Sequence[Variant]) -> Figure:
 
 def losses(variants: Sequence[Variant], steps_of: int) -> Figure:
     """A line a variant: the loss that is trained, and the reconstruction's, which all of them share."""
+    from matplotlib.ticker import MaxNLocator
+
     shared = next((n for n in variants[0].losses if n != "loss" and all(n in v.losses for v in variants)), None)
     panels = {"loss": "All terms, as weighted"} | ({shared: f"The term {shared} alone"} if shared else {})
     rows = math.ceil(len(variants) / 3)
@@ -126,7 +128,7 @@ def losses(variants: Sequence[Variant], steps_of: int) -> Figure:
             axis.text(0.5, 0.5, "nothing was trained", transform=axis.transAxes, ha="center", color=_QUIET)
         elif min(drawn) > 0 and max(drawn) / min(drawn) > 20:
             axis.set_yscale("log")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(title)
         axis.set_xlabel(f"training step ({steps_of:,} activations each)")
         axis.set_ylabel("loss (no unit)")
