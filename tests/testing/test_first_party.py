@@ -65,7 +65,9 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
     (place / "answers.json").write_text(json.dumps({"results": [{"variations": variations}]}), encoding="utf-8")
     prompts = {"neutral": ["It was a", "The lamp"], "unrelated": ["Salt and"]}
     (place / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
-    (place / "facts.json").write_text(json.dumps(facts()), encoding="utf-8")
+    (place / "facts").mkdir(exist_ok=True)
+    for kind, lines in facts().items():
+        (place / "facts" / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return {
         "attribution.atp": {"data": str(place / "answers.json")},
         "builtin.labelled": labelled,
@@ -94,13 +96,13 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
             "held_out_tokens": 40,
             "pages": False,
         },
-        "unlearning.unlearn": {"data": str(place / "facts.json"), "numbers": [2], "damage_tokens": 100},
+        "unlearning.unlearn": {"data": str(place / "facts"), "numbers": [2], "damage_tokens": 100},
     }
 
 
-def facts() -> dict[str, Any]:
+def facts() -> dict[str, list[dict[str, Any]]]:
     """Facts for `unlearn` that any model knows: of two candidates the shorter one is right."""
-    table: dict[str, Any] = {"texts": [], "questions": []}
+    table: dict[str, list[dict[str, Any]]] = {"texts": [], "questions": []}
     for group, names in (("forget", "Ann Bob Cleo Dan Eve Fay"), ("near", "Gil Hal Ida Jon Kim Lea")):
         for name in names.split():
             for wording, words in (("seen", "Now"), ("seen", "So"), ("unseen", "Yet")):

@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from saekit_unlearning import data_file
 from saekit_unlearning.files import load, wmdp_bio
 
 from saekit import OptionError, UsageError
@@ -41,7 +40,6 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [q.answer for q in data.questions] == [1, 0, 0, 0, 0]
     assert data.questions[0].candidates == (" Oslo", " Rome")
     assert data.groups() == ["forget", "near"]
-    assert data_file.load(str(tmp_path)) == data  # as the analyzer's option names it
 
 
 WRONG_TEXTS: list[tuple[Any, tuple[str, ...]]] = [
@@ -132,7 +130,6 @@ def test_wmdp_and_mmlu_without_biology(tmp_path: Path) -> None:
     assert text.text == "Which agent is number 1? Two"
     assert text.text[slice(*text.answer)] == "Two"
     assert len(data.divided(0.5, 0).shown) == 1
-    assert data_file.load(f"wmdp-bio:{tmp_path}") == data
 
 
 def test_so_many_questions_of_each_subject(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from saekit import RunContext
 from saekit_unlearning.answers import Logits
+from saekit_unlearning.kl import retain_kl
 from saekit_unlearning.passages import Passages, Site
 
 KINDS = ("code", "prose")
@@ -53,8 +54,7 @@ def damage(site: Site, texts: Mapping[str, Sequence[Passages]], logits: Logits) 
             before, after = (
                 of(passages)[:, :-1][predicts].float().log_softmax(-1) for of in (site.logits, logits)
             )  # [k, vocab]
-            kl = (before.exp() * (before - after)).sum()
-            sums += torch.stack([kl, (before - after).gather(1, following).sum()]).double().cpu()
+            sums += torch.stack([retain_kl(before, after).sum(), (before - after).gather(1, following).sum()]).double().cpu()
             tokens += len(following)
         if tokens:
             found[kind] = Damage(tokens, *(sums / tokens).tolist())

@@ -111,7 +111,10 @@ class Prepared:
 class Method(Protocol):
     """A way to make a model forget, with its settings."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What tables and scalars call it."""
+        ...
 
     def prepare(self, seen: Seen) -> Prepared:
         """Select or train whatever is needed, from what is seen alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from saekit_unlearning.activity import Activity
 from saekit_unlearning.answers import log_likelihoods
 from saekit_unlearning.edits import Ablate, LatentEdit
 from saekit_unlearning.methods import Seen
+from saekit_unlearning.passages import Passages
 
 NEIGHBOURS = 8
 """How many of the most similar latents each control is drawn from."""
@@ -78,7 +80,7 @@ def _attributions(seen: Seen, without: Sequence[int]) -> tuple[Tensor, Tensor]:
     for passages, rows in seen.examination.batches():
         with torch.enable_grad():
             activation = edit(passages).detach().requires_grad_()
-            logits = seen.site.logits(passages, lambda _, own=activation: own)
+            logits = seen.site.logits(passages, partial(_given, activation))
             margins = [
                 (
                     _weights(seen, row.question, [number for number, _ in row.candidates]).to(logits)
@@ -93,6 +95,11 @@ def _attributions(seen: Seen, without: Sequence[int]) -> tuple[Tensor, Tensor]:
     counts = torch.stack([forgets.sum(), (~forgets).sum()]).clamp_min(1).to(found)
     forget, retain = found / counts[:, None]
     return forget, retain
+
+
+def _given(activation: Tensor, _: Passages) -> Tensor:
+    """An activation as an edit of the site."""
+    return activation
 
 
 def _weights(seen: Seen, question: int, candidates: list[int]) -> Tensor:

@@ -14,11 +14,11 @@ from saekit import ComponentError, OptionError, Result, RunContext, wilson_inter
 from saekit_unlearning.answers import Examination
 from saekit_unlearning.damage import damage, other_text
 from saekit_unlearning.data import FORGET, Question, UnlearningData
-from saekit_unlearning.data_file import ORGANISM, load
 from saekit_unlearning.edits import Codes, Path
 from saekit_unlearning.entity_intervals import intervals
 from saekit_unlearning.experiment import Experiment, Found
 from saekit_unlearning.figures import curve_figure, score_figure, title
+from saekit_unlearning.files import ORGANISM, load
 from saekit_unlearning.latent_methods import Grid, attribution, greedy, sparsity
 from saekit_unlearning.measure import Exam, chance
 from saekit_unlearning.methods import Method, Seen
@@ -44,7 +44,7 @@ class Unlearn:
     reported on wordings never used before, also about entities that were never shown."""
 
     data: Annotated[
-        str, Field(description="`organism`, `wmdp-bio`, or files with texts and questions; see docs/unlearning.md.")
+        str, Field(description="organism; wmdp-bio; or a directory with texts.jsonl and questions.jsonl.")
     ] = ORGANISM
     shown_share: Annotated[
         float, Field(gt=0, lt=1, description="The share of the entities to stay whose texts are shown as retain text.")

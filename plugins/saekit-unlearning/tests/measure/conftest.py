@@ -106,8 +106,8 @@ def subject(known: Sequence[str] = ENTITIES, hidden: Sequence[str] = ()) -> Subj
 
 def context(own: Subject | None = None) -> SimpleNamespace:
     own = own or subject()
-    batch = TokenBatch.of_rows([[0, 3, 1, 9], [2, 15, 0, 4]], keep_first=True)
-    other = TokenBatch.of_rows([[0, 16, 1, 17], [2, 15, 0, 18]], keep_first=True)  # names plants alone
+    batch = TokenBatch.of_rows([[0, 3, 1, 9], [2, 15, 0, 4]])
+    other = TokenBatch.of_rows([[0, 16, 1, 17], [2, 15, 0, 18]])  # names plants alone
     source = SimpleNamespace(
         subject=own, token_batches=lambda split, rows: iter([other if split == "train" else batch])
     )
