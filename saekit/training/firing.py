@@ -13,7 +13,7 @@ class FiringStatistics:
     dead: [d_sae], whether it is `dead_after` or more.
     n_dead: how many are dead. The last two are updated only every `check_every` steps, since the host has to wait for them.
     retired: [d_sae], whether it was taken out of the dictionary for good. A retired latent is never dead: nothing revives it.
-    n_retired: how many are retired.
+    n_retired, retired_latents: how many are retired, and which: [n_retired].
     """
 
     def __init__(self, d_sae: int, dead_after: int, device: torch.device, check_every: int = 10) -> None:
@@ -23,6 +23,7 @@ class FiringStatistics:
         self.n_dead = 0
         self.retired = torch.zeros(d_sae, dtype=torch.bool, device=device)
         self.n_retired = 0
+        self.retired_latents = torch.empty(0, dtype=torch.long, device=device)
 
     def update(self, fired: Tensor, rows: int, number: int) -> None:
         """Take in step `number`: `fired` [d_sae] counts of rows in which each latent fired, of `rows` rows."""
@@ -36,7 +37,11 @@ class FiringStatistics:
         """Count these latents as retired; `Training.retire` also silences them."""
         self.retired[latents] = True
         self.dead &= ~self.retired
-        self.n_dead, self.n_retired = int(self.dead.sum()), int(self.retired.sum())
+        self._count()
+
+    def _count(self) -> None:
+        self.retired_latents = self.retired.nonzero().squeeze(1)
+        self.n_dead, self.n_retired = int(self.dead.sum()), len(self.retired_latents)
 
     def revive(self, latents: Tensor) -> None:
         """Count these latents as living again, after they got new weights."""
@@ -53,4 +58,4 @@ class FiringStatistics:
         self.silent.copy_(state["silent"])
         self.dead = state["dead"].to(self.silent.device)
         self.retired.copy_(state.get("retired", torch.zeros_like(self.retired)))  # absent from checkpoints of earlier versions
-        self.n_dead, self.n_retired = int(self.dead.sum()), int(self.retired.sum())
+        self._count()

@@ -130,6 +130,8 @@ class Trainer(Training):
         self.firing.update(self.fired, len(batch), number)
         self.number += 1
         self.listeners.emit("step_ended", trainer=self, number=number)
+        if self.firing.n_retired:
+            self.sae.silence(self.firing.retired_latents)  # whatever a callback has made of them
 
     def _forward(self, batch: Activations, sequences: SequenceBatch | None) -> Step:
         step = Step.of(

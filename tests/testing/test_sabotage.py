@@ -661,9 +661,25 @@ class OwnDice(EveryThird):
         trainer.sae.b_enc.data.add_(0.01 * random.SystemRandom().random())
 
 
+class FindsNothingAgain(EveryThird):
+    """Has a result that a resumed run does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0.0
+
+    @hookimpl
+    def step_ended(self, trainer):
+        self.largest = max(self.largest, float(trainer.sae.W_enc.detach().abs().max()))
+
+    def result(self):
+        return Result(scalars={"largest": self.largest})
+
+
 CALLBACKS: dict[str, tuple[Any, set[str]]] = {
     "every_third": (EveryThird, set()),
     "loses_count": (LosesCount, {"resumes_to_the_same_bits"}),
+    "finds_nothing_again": (FindsNothingAgain, {"result_is_whole"}),
     "no_hooks": (NoHooks, {"has_hooks"}),
     "own_dice": (OwnDice, {"deterministic", "resumes_to_the_same_bits"}),
 }

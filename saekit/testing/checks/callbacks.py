@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 
-import torch
-
-from saekit.hookspecs import hookimpl
-from saekit.protocols import Training
 from saekit.result import Result
 from saekit.testing.checks import any_kind, listening
 from saekit.testing.checks.shared import changed, copied
@@ -18,28 +14,6 @@ def deterministic(subject: Subject) -> None:
     first, second = (listening.trained(subject, name).directory / listening.WEIGHTS for name in ("first", "second"))
     if first.read_bytes() != second.read_bytes():
         raise Failed("the same run ends at different weights the second time. Draw from trainer.generator, and from nothing else.")
-
-
-class _Retiring:
-    """A view that retires every other latent after the first step, and counts how often these fire."""
-
-    fired = 0
-
-    @hookimpl
-    def step_ended(self, trainer: Training, number: int) -> None:
-        if number == 0:
-            trainer.retire(torch.arange(0, trainer.sae.d_sae, 2))
-        else:
-            self.fired += int(trainer.fired[::2].sum())
-
-
-def retired_stay_retired(subject: Subject) -> None:
-    view = _Retiring()
-    listening.trained(subject, "retired", view)
-    if view.fired:
-        raise Failed(
-            "latents that were retired fire again. Leave trainer.firing.retired out of what is given new weights."
-        )
 
 
 def result_is_whole(subject: Subject) -> None:
@@ -84,10 +58,5 @@ CHECKS: tuple[Check, ...] = (
         "result_is_whole",
         "If it has `result`: it returns a `Result` that can be written, the same after `state_dict` and `load_state_dict`.",
         result_is_whole,
-    ),
-    Check(
-        "retired_stay_retired",
-        "No latent that is retired from the first step on fires again.",
-        retired_stay_retired,
     ),
 )
