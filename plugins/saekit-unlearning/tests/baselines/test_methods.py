@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from saekit_unlearning.answers import Examination
+from saekit_unlearning.baselines.baseline import AsMethod
 from saekit_unlearning.baselines.difference_of_means import DifferenceOfMeans, Shift, mean_at_names
 from saekit_unlearning.baselines.lora import LoRA
 from saekit_unlearning.baselines.material import Material, Rows
@@ -259,3 +261,17 @@ def test_lora_changes_every_linear_map_by_its_rank_at_most(material: Material) -
         assert a.equal(b) != maps, name
         if maps:
             assert torch.linalg.matrix_rank(b - a, rtol=1e-6) <= 3
+
+
+def test_a_baseline_is_a_method_of_the_analyzer(material: Material, facts: Any) -> None:
+    seen: Any = SimpleNamespace(
+        site=material.site, forget=facts.forget, retain=facts.retain, general=[[2, 3, 4, 5]], seed=0
+    )
+    method = AsMethod(FineTuning(rates=(1e-2,), checkpoints=(0, 1)))
+    prepared = method.prepare(seen)
+    assert (method.name, prepared.candidates) == ("fine-tuning", None)
+    assert [trial.path for trial in prepared.trials] == [None, None]
+    passages = next(material.site.passages([material.forget[0].tokens]))
+    same, changed = (trial.logits(passages) for trial in prepared.trials)
+    torch.testing.assert_close(same, material.site.logits(passages))
+    assert not torch.allclose(changed, same)
