@@ -81,14 +81,14 @@ def test_relearning_teaches_one_half_and_changes_neither_model_nor_edit(
     exam = Examination(material.site, [q for q in facts.questions if q.wording == "seen"])
     model, sae = material.site.subject.model, edit.sae
     before = [p.clone() for p in (*model.parameters(), *sae.parameters())]
-    found = relearn(Edited("", material.site, edit=edit), facts, exam, rate=3e-3, at=(0, 40), batch=8)
+    found = relearn(Edited("", material.site, edit=edit), facts, exam, rate=5e-3, at=(0, 50), batch=8)
     assert all(a.equal(b) for a, b in zip(before, (*model.parameters(), *sae.parameters()), strict=True))
-    assert found.trained_curve[1] > 0.8 > found.trained_curve[0]
+    assert found.trained_curve[1] > 0.7 > found.trained_curve[0]
     _, others = halves(facts, 0)
     assert set(found.entities.tolist()) == others
     asked = [q for q in exam.questions if q.group == FORGET]
     assert found.trained.shape[1] + found.other.shape[1] == len(asked)
-    again = relearn(Edited("", material.site, edit=edit), facts, exam, rate=3e-3, at=(0, 40), batch=8)
+    again = relearn(Edited("", material.site, edit=edit), facts, exam, rate=5e-3, at=(0, 50), batch=8)
     assert (again.other == found.other).all()
 
 
@@ -112,7 +112,7 @@ def test_what_comes_back_was_hidden_and_what_does_not_was_removed() -> None:
     assert removed.back_after is None
     assert "hides the facts" in verdict("A", hidden, never)
     assert "from 0.30 to 0.90 (0.9 after 20 steps)" in verdict("A", hidden, never)
-    assert "no more behind" in verdict("B", removed, never)
+    assert "does not show" in verdict("B", removed, never)
     assert "never forgotten" in verdict("C", kept, never)
     assert extra_gain(hidden, never)[0] == pytest.approx(0.55 - 0.05)
 
@@ -123,4 +123,11 @@ def test_a_gain_of_one_entity_is_not_one_of_all() -> None:
     more, (low, high) = extra_gain(one, never)
     assert more == pytest.approx(0.8 / 20)
     assert low == 0.0 < high
-    assert "no more behind" in verdict("A", one, never)
+    assert "does not show" in verdict("A", one, never)
+
+
+def test_nothing_came_back_where_only_the_control_got_worse() -> None:
+    worse, same = planted(0.3, 0.1, 0.1), planted(0.5, 0.5, 0.5)
+    assert extra_gain(same, worse)[1].low > 0
+    assert extra_gain(same)[0] == 0.0
+    assert "does not show" in verdict("A", same, worse)

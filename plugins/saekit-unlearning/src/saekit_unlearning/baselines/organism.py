@@ -12,16 +12,17 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from saekit import Interval, TrainedPositions, load_subject, organism, wilson_interval
 from saekit_unlearning.answers import Examination
+from saekit_unlearning.baselines.baseline import Baseline
 from saekit_unlearning.baselines.difference_of_means import DifferenceOfMeans
 from saekit_unlearning.baselines.lora import LoRA
 from saekit_unlearning.baselines.material import Material
@@ -41,16 +42,6 @@ HOOK_POINT = "blocks.2.hook_out"
 KINDS = ("code", "prose")
 WIDTH, GENERAL, HELD_OUT = 32, 600, 24
 """Tokens in a row of general text; rows of each kind for training; held-out rows of 128 of each kind for the divergence."""
-
-
-class Baseline(Protocol):
-    """A method without an SAE."""
-
-    name: str
-
-    def settings(self, material: Material, seed: int) -> Iterator[Edited]:
-        """The model that each of its settings leaves."""
-        ...
 
 
 def methods(weight: float, checkpoints: Sequence[int]) -> list[Baseline]:

@@ -40,7 +40,9 @@ def steps(
             yield step
         if step == max(checkpoints):
             return
-        for p, gradient in zip(parameters, torch.autograd.grad(loss(), parameters, allow_unused=True), strict=True):
+        with torch.enable_grad():  # whoever asks for the settings may be in a block without
+            gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+        for p, gradient in zip(parameters, gradients, strict=True):
             p.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
