@@ -38,7 +38,7 @@ class Edited:
         if edit is None:
             with subject.lock:
                 return model_logits(subject, tokens, mask)
-        keep = mask & self.site.trained.in_rows(tokens, bos=subject.bos_token_id)
+        keep = mask & self.site.trained.in_rows(tokens)
         rows = torch.arange(len(tokens), device=tokens.device)
         with subject.replaced(lambda activation: edit(Passages(rows, Recording(tokens, mask, activation), keep))):
             return model_logits(subject, tokens, mask)

@@ -81,12 +81,11 @@ class Site:
             while end < len(order) and len(rows[order[end]]) * (end + 1 - start) <= batch_tokens:
                 end += 1
             chosen = order[start:end]
-            batch = TokenBatch.of_rows([rows[i] for i in chosen], keep_first=True)
-            keep = batch.mask & self.trained.in_rows(batch.tokens, bos=self.subject.bos_token_id)
+            batch = TokenBatch.of_rows([rows[i] for i in chosen], self.trained)
             device = self.subject.device
             with self.subject.lock:
                 recording = self.replay.record(batch.tokens.to(device), batch.mask.to(device))
-            yield Passages(torch.tensor(chosen, device=device), recording, keep.to(device))
+            yield Passages(torch.tensor(chosen, device=device), recording, batch.keep.to(device))
             start = end
 
     def logits(self, passages: Passages, edit: SiteEdit | None = None) -> Tensor:
