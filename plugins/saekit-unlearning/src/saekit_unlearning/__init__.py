@@ -13,6 +13,12 @@ def saekit_losses() -> Iterator[Component]:
         "Latents of a group respond to the same inputs, those of different groups do not.",
         needs=("groups",),
     )
+    yield Component(
+        "kl_unlearn",
+        "saekit_unlearning.kl_unlearn:KLUnlearn",
+        "With the reconstruction in place, the model forgets some texts and predicts others as before.",
+        needs=("subject_model", "logits"),
+    )
 
 
 @hookimpl

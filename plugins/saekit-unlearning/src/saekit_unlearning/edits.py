@@ -121,14 +121,18 @@ class AddedRows:
     def __init__(self, sae: SparseAutoencoder, latents: Tensor, rows: Tensor, path: Path) -> None:
         self.sae, self.latents, self.rows, self.path = sae, latents.to(sae.W_dec.device), rows, path
 
-    def __call__(self, passages: Passages) -> Tensor:
+    def parts(self, passages: Passages) -> tuple[Tensor, Tensor]:
+        """(what the rows are added to [m, d], the latents' activations [m, n])."""
         x = passages.x
         with torch.set_grad_enabled(gradients(x)):
             code = self.sae.encode(x.to(self.sae.W_dec))
-            active = code.columns(self.latents)  # [m, n]
-            base = x
-            if self.path == "spliced":
-                base = (self.sae.decode(code) - active @ self.sae.W_dec[self.latents]).to(x)
+            active = code.columns(self.latents)
+            if self.path == "error_kept":
+                return x, active
+            return (self.sae.decode(code) - active @ self.sae.W_dec[self.latents]).to(x), active
+
+    def __call__(self, passages: Passages) -> Tensor:
+        base, active = self.parts(passages)
         return passages.with_x(base + (active @ self.rows).to(base))
 
 

@@ -16,7 +16,7 @@ from saekit_unlearning.passages import Passages, Site
 
 @dataclass(frozen=True)
 class Placed:
-    """A text as tokens, up to the last one from which its answer is predicted.
+    """A text as tokens, up to the last one from which its answer is predicted, or whole.
 
     name: the position of the last token of the name.
     answer: the positions that predict the answer's tokens.
@@ -28,8 +28,10 @@ class Placed:
     answer: list[int]
 
 
-def placed(tokenizer: Any, text: Text) -> Placed:
-    """UsageError if the tokenizer cannot say where its tokens are, or if nothing comes before the answer."""
+def placed(tokenizer: Any, text: Text, *, whole: bool = False) -> Placed:
+    """The text as tokens; what follows the last prediction of the answer is left out unless `whole`.
+
+    UsageError if the tokenizer cannot say where its tokens are, or if nothing comes before the answer."""
     try:
         encoded = tokenizer(text.text, return_offsets_mapping=True, verbose=False)
     except (NotImplementedError, TypeError):
@@ -40,7 +42,8 @@ def placed(tokenizer: Any, text: Text) -> Placed:
     name, answer = _tokens_of(spans, text.name), _tokens_of(spans, text.answer)
     if not name or not answer or answer[0] == 0:
         raise UsageError(f"the name or the answer of {text.text!r} has no token of its own that another one predicts.")
-    return Placed(text, list(encoded["input_ids"][: answer[-1]]), name[-1], [position - 1 for position in answer])
+    tokens = list(encoded["input_ids"])
+    return Placed(text, tokens if whole else tokens[: answer[-1]], name[-1], [position - 1 for position in answer])
 
 
 def _tokens_of(spans: Sequence[tuple[int, int]], wanted: tuple[int, int]) -> list[int]:
