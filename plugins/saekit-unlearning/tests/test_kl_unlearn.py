@@ -45,7 +45,7 @@ def test_a_step_takes_the_same_texts_whenever_it_is_asked(planted):
     loss, _, step = prepared(planted, texts=2)
     first = [loss(step(number)).item() for number in range(8)]
     assert [loss(step(number)).item() for number in reversed(range(8))] == first[::-1]
-    assert len({round(value, 4) for value in first}) > 1
+    assert len({tuple(loss._at(loss._forget, number).passages.tokens.flatten().tolist()) for number in range(8)}) > 1
 
 
 def test_it_applies_every_so_many_steps(planted):

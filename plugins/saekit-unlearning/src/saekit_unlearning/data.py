@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -104,7 +104,8 @@ def checked(data: UnlearningData, name: str) -> UnlearningData:
                     f"{name}: {what} = [{start}, {end}] is not a stretch of the {len(text.text)} characters of {text.text!r}."
                 )
     groups: dict[str, str] = {}
-    for one in (*data.texts, *data.questions):
+    everything: list[Text | Question] = [*data.texts, *data.questions]
+    for one in everything:
         if (groups.setdefault(one.entity, one.group) == FORGET) != (one.group == FORGET):
             raise UsageError(f"{name}: {one.entity!r} is both to be forgotten and to stay. Put it in one of the two.")
     for question in data.questions:
@@ -115,7 +116,7 @@ def checked(data: UnlearningData, name: str) -> UnlearningData:
             )
         if len(set(question.candidates)) < max(len(question.candidates), 2):
             raise UsageError(f"{name}: the candidates of {question.prompt!r} are not two or more different ones.")
-    there = Counter((question.group == FORGET, question.wording) for question in data.questions)
+    there: Counter[tuple[bool, str]] = Counter((question.group == FORGET, question.wording) for question in data.questions)
     for forget, wording in ((True, "seen"), (True, "unseen"), (False, "seen"), (False, "unseen")):
         if not there[forget, wording]:
             what = "to be forgotten" if forget else "to stay"
@@ -130,14 +131,14 @@ def organism_data() -> UnlearningData:
     texts, questions = [], []
     for domain in organism.DOMAINS:
         for fact in organism.facts_of(domain):
-            for wording in range(organism.WORDINGS):
-                if wording == fact.unseen:
+            for number in range(organism.WORDINGS):
+                if number == fact.unseen:
                     continue
-                text = fact.statement(wording)
+                text = fact.statement(number)
                 start, end = text.index(fact.entity), len(text) - 1
                 name, answer = (start, start + len(fact.entity)), (end - len(fact.value), end)
                 texts.append(Text(text, domain, fact.entity, name, answer))
-        for wording in ("seen", "unseen"):
+        for wording in get_args(Wording):
             for q in organism.cloze_questions(domain, wording):
                 questions.append(Question(q.prompt, q.candidates, q.answer, domain, q.entity, wording))
     return UnlearningData(tuple(texts), tuple(questions))

@@ -115,7 +115,7 @@ def in_contexts(texts: Sequence[Text], contexts: Sequence[str], seed: int, n: in
     for text in {text.entity: text for text in texts}.values():
         name = text.text[slice(*text.name)]
         for _ in range(n):
-            words = contexts[draws.integers(len(contexts))][:LONGEST].split(" ")
+            words = contexts[int(draws.integers(len(contexts)))][:LONGEST].split(" ")
             before = " ".join(words[: draws.integers(1, len(words) + 1)]) + " "
             span = (len(before), len(before) + len(name))
             found.append(Text(before + name, text.group, text.entity, span, span))

@@ -47,7 +47,7 @@ class KLUnlearn:
 
     def prepare(self, context: RunContext) -> None:
         """Record the texts. OptionError if the data are not good enough."""
-        data = self.read(self.data).divided(self.shown, context.seed)
+        data = type(self).read(self.data).divided(self.shown, context.seed)
         subject = context.source.subject
         self._site = Site(subject, context.sae.trained_positions)
         self._scale, self._seed = context.scale, context.seed

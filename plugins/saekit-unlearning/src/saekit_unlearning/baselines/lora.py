@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saekit import Subject, UsageError, seeded
 from saekit_unlearning.baselines.material import Material
-from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, steps
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, steps, unembedding_of
 from saekit_unlearning.baselines.uniform import to_uniform
 from saekit_unlearning.edited import Edited, copied
 from saekit_unlearning.passages import Site
@@ -39,7 +39,8 @@ class LoRA:
             parameters = [p for p in adapted.parameters() if p.requires_grad]
 
             def loss(site=site, batches=batches) -> Tensor:
-                return to_uniform(material.site.subject, site.subject, *next(batches), self.weight)
+                forget, stay = next(batches)
+                return to_uniform(material.site.subject, site.subject, forget, stay, self.weight)
 
             for step in steps(parameters, loss, rate=rate, checkpoints=self.checkpoints):
                 yield Edited(f"rank {self.rank}, rate {rate:g}, {step} steps", merged(adapted, site), changed=True)
@@ -53,7 +54,7 @@ def with_adapters(model: nn.Module, rank: int) -> Any:
         raise UsageError(
             f"the baseline LoRA needs peft ({error}). Install it: pip install 'saekit-unlearning[lora]', or leave LoRA out."
         ) from None
-    unembedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    unembedding = unembedding_of(model)
     linear = {
         name: type(module).__name__
         for name, module in model.named_modules()
@@ -61,7 +62,7 @@ def with_adapters(model: nn.Module, rank: int) -> Any:
     }
     transposed = "Conv1D" in linear.values()  # GPT-2 keeps its weights as [in, out]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(linear), fan_in_fan_out=transposed)
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 def merged(adapted: Any, site: Site) -> Site:

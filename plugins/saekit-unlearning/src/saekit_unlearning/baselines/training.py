@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,19 @@ WEIGHT = 10.0
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """All weights but those of embeddings and of the unembedding, now with gradients."""
     left_out = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    unembedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if isinstance(unembedding, nn.Module):
+    unembedding = unembedding_of(model)
+    if unembedding is not None:
         left_out |= {id(p) for p in unembedding.parameters()}
-    found = [p.requires_grad_(True) for p in model.parameters() if id(p) not in left_out]
-    return found or [p.requires_grad_(True) for p in model.parameters()]
+    found = [p for p in model.parameters() if id(p) not in left_out] or list(model.parameters())
+    for p in found:
+        p.requires_grad_(True)
+    return found
+
+
+def unembedding_of(model: Any) -> nn.Module | None:
+    """The module that makes logits, if the model tells."""
+    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return found if isinstance(found, nn.Module) else None
 
 
 def steps(

@@ -35,7 +35,8 @@ class FineTuning:
             parameters = trainable(site.subject.model)
 
             def loss(site=site, batches=batches) -> Tensor:
-                return to_uniform(material.site.subject, site.subject, *next(batches), self.weight)
+                forget, stay = next(batches)
+                return to_uniform(material.site.subject, site.subject, forget, stay, self.weight)
 
             for step in steps(parameters, loss, rate=rate, checkpoints=self.checkpoints):
                 yield Edited(f"rate {rate:g}, {step} steps", copied(site), changed=True)
