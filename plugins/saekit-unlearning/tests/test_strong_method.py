@@ -11,7 +11,7 @@ from saekit_unlearning.edits import PATHS, AddedRows
 from saekit_unlearning.grown import LIFT, grown, save_grown, with_rows
 from saekit_unlearning.places import batches, placed
 from saekit_unlearning.push import train_rows
-from saekit_unlearning.strong import Edited, beside
+from saekit_unlearning.strong import Pushing, beside
 
 from saekit import Registry, SparseAutoencoder, UsageError, load_sae
 
@@ -97,7 +97,7 @@ def test_rows_make_the_model_forget_and_leave_all_else_to_the_bit(planted, detec
     pushed = train_rows(
         planted.site, parts, planted.data.forget, rows_of(planted, planted.data.retain), steps=60, lr=0.15, batch=8
     )
-    edit = Edited(parts, pushed.rows)
+    edit = Pushing(parts, pushed.rows)
     exam = Examination(planted.site, planted.data.questions)
     right = exam.right(edit)
     about = [q.group == FORGET for q in exam.questions]
@@ -109,7 +109,7 @@ def test_rows_make_the_model_forget_and_leave_all_else_to_the_bit(planted, detec
     assert not pushed.retain.any()
     (passages,) = planted.site.passages(rows_of(planted, [t for t in planted.data.texts if t.group != FORGET]))
     assert torch.equal(planted.site.logits(passages, edit), planted.site.logits(passages))
-    untrained = Edited(parts, torch.zeros_like(pushed.rows))
+    untrained = Pushing(parts, torch.zeros_like(pushed.rows))
     assert known(planted, untrained) == known(planted)
 
 

@@ -27,7 +27,7 @@ from saekit_unlearning.push import Parts, Pushed, train_rows
 
 
 @dataclass(frozen=True)
-class Edited:
+class Pushing:
     """Rows that push, beside the model: a `SiteEdit`. Where nothing fires the activation keeps its bits."""
 
     parts: Parts
@@ -57,7 +57,7 @@ def random_rows(rows: Tensor, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def damage(site: Site, texts: Sequence[str], edit: Edited) -> tuple[float, float]:
+def damage(site: Site, texts: Sequence[str], edit: Pushing) -> tuple[float, float]:
     """(mean KL(base || edited) over all positions of `texts`, the share of texts in which a latent fires)."""
     total = fired = positions = 0.0
     rows = [site.subject.tokenizer(text, verbose=False)["input_ids"][:128] for text in texts]
@@ -81,7 +81,7 @@ def interval(right: np.ndarray, entities: Sequence[str], seed: int = 0, draws: i
     return float(low), float(high)
 
 
-def right_after(site: Site, questions: Sequence[Question], edit: Edited, before: np.ndarray) -> np.ndarray:
+def right_after(site: Site, questions: Sequence[Question], edit: Pushing, before: np.ndarray) -> np.ndarray:
     """Which questions are right under the edit. Those in whose prompt no latent fires are answered as before."""
     fired = np.zeros(len(questions), dtype=bool)
     prompts = [site.subject.tokenizer(question.prompt, verbose=False)["input_ids"] for question in questions]
@@ -126,8 +126,8 @@ class Fitted:
     choice: Choice
 
     @property
-    def edit(self) -> Edited:
-        return Edited(beside(self.detectors), self.pushed.rows)
+    def edit(self) -> Pushing:
+        return Pushing(beside(self.detectors), self.pushed.rows)
 
 
 def fitted(site: Site, data: UnlearningData, general: General, *, seed: int, steps: int) -> Fitted:
