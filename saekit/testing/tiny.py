@@ -68,7 +68,7 @@ class TinyRun:
         place.mkdir(parents=True, exist_ok=True)
         variants = {
             member.variant or name_alone(self.plan.config): Compared(
-                self._context_of(member, source), self.summary["variants"].get(member.variant, self.summary)
+                self._context_of(member, source), self.summary.get("variants", {}).get(member.variant, self.summary)
             )
             for member in self.plan.members
         }

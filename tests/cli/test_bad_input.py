@@ -270,7 +270,7 @@ def test_an_sae_of_another_width_is_refused(trained: Path, command: Run, run_fil
     outcome = command("run", file, "--directory", tmp_path / "run")
     refused(outcome, "architecture.from", str(other), "width 16", "width 32", "blocks.1.hook_out")
     file = run_file(architecture={"use": "topk", "k": 4, "d_sae": 99, "from": str(trained)})
-    refused(command("run", file, "--directory", tmp_path / "run"), "architecture.d_sae: 99", "64 latents", "Leave d_sae out")
+    refused(command("run", file, "--directory", tmp_path / "run"), "architecture.d_sae: 99", "it is 64", "Leave d_sae out")
     file = run_file(architecture={"use": "topk", "k": 5, "from": str(trained)})
     refused(command("run", file, "--directory", tmp_path / "run"), "architecture.k: 5", "made with 4", "Leave k out")
     file = run_file(architecture={"use": "standard", "from": str(trained)})

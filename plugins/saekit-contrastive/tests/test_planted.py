@@ -8,6 +8,7 @@ from saekit_contrastive.concept import Concept
 from saekit_contrastive.concept_auroc import ConceptAUROC
 
 from saekit import Registry, RunContext, Step
+from saekit.estimate import value_of
 from saekit.run_file import parse_config
 from saekit.testing.fixtures import build_sae
 from saekit.testing.tiny import tiny_table
@@ -67,7 +68,7 @@ def test_three_planted_concepts_are_found_from_a_dead_start(architecture: str, t
         context = trained(source, loss, architecture, tmp_path)
         metric = ConceptAUROC()
         metric.prepare(context)
-        found[name] = metric.measure(context)
+        found[name] = {key: value_of(value) for key, value in metric.measure(context).items()}
     for i in CONCEPTS:
         assert found["with"][f"concept_auroc_tokens_feature_{i}"] >= 0.95
         assert found["with"][f"concept_auroc_sequences_feature_{i}"] >= 0.95
