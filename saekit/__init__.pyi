@@ -11,6 +11,7 @@ from .component import Component as Component
 from .component import OfKind as OfKind
 from .component_option import ComponentOption as ComponentOption
 from .controls import AgainstControls as AgainstControls
+from .controls import matched_latents as matched_latents
 from .errors import ComponentError as ComponentError
 from .errors import OptionError as OptionError
 from .errors import SaekitError as SaekitError

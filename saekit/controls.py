@@ -1,16 +1,24 @@
-"""`AgainstControls`: an effect beside its controls, as numbers and as one sentence."""
+"""`AgainstControls`: an effect beside its controls, as numbers and as one sentence; `matched_latents`: what controls can be."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ENOUGH_SPREADS = 2.0
 """An effect exceeds its controls if it lies at least this many of their standard deviations beyond their mean."""
 FEW = 10
 """With fewer controls than this the sentence says how often chance alone would put the effect first."""
+
+NEIGHBOURS = 8
+"""How many of the most similar latents a matched one is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -162,3 +170,28 @@ deviation 0.718; the effect is 0.91 of them above the mean).
 def _text(value: float | None) -> str:
     assert value is not None
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def matched_latents(chosen: Sequence[int], density: Tensor, size: Tensor, generator: torch.Generator) -> list[int]:
+    """For each chosen latent a similar one, drawn from the nearest in log density and log size; none of `chosen`, and none twice.
+
+    density, size: [d_sae] each, the share of positions of some text at which a latent is active, and how strongly it is there
+        (its mean or its RMS). Only latents that are active on this text are drawn; if these run out, there are fewer than
+        `chosen`.
+    generator: on the CPU."""
+    import torch
+
+    density, size = density.cpu(), size.cpu().abs()
+    free = density > 0
+    free[list(chosen)] = False
+    place = torch.stack([density.clamp_min(1e-9).log(), size.clamp_min(1e-9).log()], dim=1)  # [d_sae, 2]
+    drawn: list[int] = []
+    for latent in chosen:
+        candidates = free.nonzero()[:, 0]
+        if not len(candidates):
+            break
+        distance = (place[candidates] - place[latent]).square().sum(1)
+        near = candidates[distance.topk(min(NEIGHBOURS, len(candidates)), largest=False).indices]
+        drawn.append(int(near[torch.randint(len(near), (1,), generator=generator)]))
+        free[drawn[-1]] = False
+    return drawn

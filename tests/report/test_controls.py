@@ -3,8 +3,9 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from saekit import AgainstControls
+from saekit import AgainstControls, matched_latents
 
 
 def told(effect, *controls, higher: bool = True) -> str:
@@ -78,3 +79,49 @@ def test_controls_that_gave_no_number_are_left_out_and_counted() -> None:
     assert "2 other latents (2 more gave no number)" in told(5.0, 1.0, None, 2.0, math.nan)
     assert AgainstControls(5.0, (None, math.nan)).undefined == "no control gave a number"
     assert told(5.0, None) == "The gain of 5 has no controls beside it: no control gave a number (other latents)."
+
+
+# --- matched latents -----------------------------------------------------------------------------------------------
+
+
+def activity(n: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Densities and sizes of n latents."""
+    generator = torch.Generator().manual_seed(seed)
+    return 10 ** -(3 * torch.rand(n, generator=generator)), 10 ** torch.randn(n, generator=generator)
+
+
+def matched(chosen: list[int], density: torch.Tensor, size: torch.Tensor, seed: int = 0) -> list[int]:
+    return matched_latents(chosen, density, size, torch.Generator().manual_seed(seed))
+
+
+def test_matched_latents_are_others_and_all_different() -> None:
+    chosen = list(range(0, 200, 2))
+    drawn = matched(chosen, *activity())
+    assert len(set(drawn)) == len(drawn) == 100
+    assert not set(drawn) & set(chosen)
+
+
+def test_matched_latents_are_far_more_like_the_chosen_than_any_others() -> None:
+    density, size = activity()
+    chosen = list(range(20))
+    place = torch.stack([density.log(), size.log()], 1)
+    near = (place[matched(chosen, density, size)] - place[chosen]).norm(dim=1).mean()
+    anyone = (place[200:220] - place[chosen]).norm(dim=1).mean()
+    assert near < 0.4 * anyone
+
+
+def test_matched_latents_are_as_often_active() -> None:
+    density = torch.tensor([0.9] * 30 + [0.03] * 30 + [0.0] * 4)
+    for seed in range(5):
+        drawn = matched([0, 1, 40], density, density, seed)
+        assert not {0, 1, 40} & set(drawn) and len(set(drawn)) == 3
+        assert drawn[0] < 30 and drawn[1] < 30 and 30 <= drawn[2] < 60
+
+
+def test_the_seed_decides_which_latents_are_drawn() -> None:
+    draws = [matched(list(range(20)), *activity(), seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_latents_that_are_not_active_are_never_drawn() -> None:
+    assert matched([0, 1], torch.tensor([0.5, 0.5, 0.0, 0.4, 0.0]), torch.ones(5)) == [3]

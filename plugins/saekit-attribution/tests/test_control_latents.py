@@ -1,11 +1,11 @@
-"""Control latents resemble the chosen ones; the side effects of an edit on other text."""
+"""How active latents are on prompts; the side effects of an edit on other text."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from saekit_attribution.ablate.side_effects import side_effects
-from saekit_attribution.effects.control_latents import Activity, activity, matched_controls
+from saekit_attribution.effects.control_latents import activity
 
 import saekit
 from saekit import TokenBatch, TrainedPositions
@@ -15,38 +15,6 @@ from saekit.activations.subject import Subject
 def rows(n: int = 6, length: int = 10, seed: int = 3) -> list[list[int]]:
     drawn = torch.randint(2, 100, (n, length), generator=torch.Generator().manual_seed(seed))
     return [[0, *row] for row in drawn.tolist()]
-
-
-def found(n: int = 400, seed: int = 0) -> Activity:
-    generator = torch.Generator().manual_seed(seed)
-    return Activity(10 ** -(3 * torch.rand(n, generator=generator)), 10 ** torch.randn(n, generator=generator))
-
-
-def test_controls_are_others_and_all_different() -> None:
-    chosen = list(range(0, 200, 2))
-    drawn = matched_controls(chosen, found(), torch.Generator().manual_seed(0))
-    assert len(set(drawn)) == len(drawn) == 100
-    assert not set(drawn) & set(chosen)
-
-
-def test_controls_are_far_more_like_the_chosen_than_any_others() -> None:
-    seen, chosen = found(), list(range(20))
-    drawn = matched_controls(chosen, seen, torch.Generator().manual_seed(0))
-    place = torch.stack([seen.density.log(), seen.mean.log()], 1)
-    near = (place[drawn] - place[chosen]).norm(dim=1).mean()
-    anyone = (place[200:220] - place[chosen]).norm(dim=1).mean()
-    assert near < 0.4 * anyone
-
-
-def test_the_seed_decides_the_draw() -> None:
-    draws = [matched_controls(list(range(20)), found(), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-
-
-def test_latents_that_are_not_active_on_the_prompts_are_never_drawn() -> None:
-    density = torch.tensor([0.5, 0.5, 0.0, 0.4, 0.0])
-    drawn = matched_controls([0, 1], Activity(density, torch.ones(5)), torch.Generator().manual_seed(0))
-    assert drawn == [3]
 
 
 def test_activity_is_that_of_the_whole_code(tiny, gpt2: Subject) -> None:

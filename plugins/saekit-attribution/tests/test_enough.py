@@ -238,7 +238,7 @@ def test_a_file_that_cannot_be_split_is_refused(ablated: Callable[..., Result], 
 def test_random_latents_that_do_as_much_are_told(ablated: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     edits = {**EDITED, ("random", 0): frozenset([63])}
     monkeypatch.setitem(EDITED, ("random", 0), edits["random", 0])
-    monkeypatch.setattr("saekit_attribution.ablate.experiment.matched_controls", lambda *_: [63])
+    monkeypatch.setattr("saekit_attribution.ablate.experiment.matched_latents", lambda *_: [63])
     good = answered(neutral=50)
     result = ablated(neutral_but(answered(like=50), {("exact", 10): good}, {("exact", 10): good, ("random", 0): good}))
     assert result.scalars["like_enough"] == 1

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from saekit import AgainstControls
+from saekit import AgainstControls, matched_latents
 from saekit_unlearning.answers import Logits
 from saekit_unlearning.curve import area, front
 from saekit_unlearning.damage import Damage
@@ -25,7 +25,6 @@ from saekit_unlearning.score import (
     saebench_score,
     zero_reason,
 )
-from saekit_unlearning.selection import matched
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class Experiment:
             return None
         generator, scores = torch.Generator().manual_seed(self.seen.seed), []
         for _ in range(self.draws):
-            latents = matched(trial.latents, self.seen.on_forget, generator)
+            latents = matched_latents(trial.latents, self.seen.on_forget.rate, self.seen.on_forget.rms, generator)
             control = self.seen.trial("matched random latents", latents, trial.operation, trial.path)
             scores.append(held_back_score(self.unseen.of(control.logits).setting))
         return AgainstControls.of(effect, scores)

@@ -1,4 +1,4 @@
-"""Which latents to edit: by how often they are active on the texts, by attribution, or greedily; and controls for them."""
+"""Which latents to edit: by how often they are active on the texts, by attribution, or greedily."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import torch
 from torch import Tensor
 
 from saekit import Code
-from saekit_unlearning.activity import Activity
 from saekit_unlearning.answers import log_likelihoods
 from saekit_unlearning.edits import Ablate, LatentEdit
 from saekit_unlearning.methods import Seen
 from saekit_unlearning.passages import Passages
 
-NEIGHBOURS = 8
-"""How many of the most similar latents each control is drawn from."""
 _AT_ONCE = 1 << 14  # active latents whose decoder rows are gathered at a time
 
 
@@ -51,25 +48,6 @@ def greedily(seen: Seen, numbers: Sequence[int]) -> list[int]:
     for number in sorted(numbers):
         chosen += by_attribution(seen, chosen)[: number - len(chosen)]
     return chosen
-
-
-def matched(latents: Sequence[int], found: Activity, generator: torch.Generator) -> list[int]:
-    """For each latent another one, drawn from those nearest in log rate and log RMS; none twice, and none of `latents`.
-
-    Only latents that are active are drawn. If these run out, there are fewer."""
-    free = (found.rate > 0).cpu()
-    free[list(latents)] = False
-    place = torch.stack([found.rate.clamp_min(1e-9).log(), found.rms.clamp_min(1e-9).log()], 1).cpu()  # [d_sae, 2]
-    drawn: list[int] = []
-    for latent in latents:
-        candidates = free.nonzero()[:, 0]
-        if not len(candidates):
-            break
-        distance = (place[candidates] - place[latent]).square().sum(1)
-        near = candidates[distance.topk(min(NEIGHBOURS, len(candidates)), largest=False).indices]
-        drawn.append(int(near[torch.randint(len(near), (1,), generator=generator)]))
-        free[drawn[-1]] = False
-    return drawn
 
 
 def _attributions(seen: Seen, without: Sequence[int]) -> tuple[Tensor, Tensor]:

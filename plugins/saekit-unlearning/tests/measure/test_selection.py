@@ -11,7 +11,7 @@ from saekit_unlearning.answers import log_likelihoods
 from saekit_unlearning.edits import Ablate, Clamp, Codes, LatentEdit
 from saekit_unlearning.interventions import operations
 from saekit_unlearning.latent_methods import Grid, attribution, greedy, sparsity
-from saekit_unlearning.selection import _attributions, by_attribution, by_sparsity, greedily, matched
+from saekit_unlearning.selection import _attributions, by_attribution, by_sparsity, greedily
 
 GRID = Grid(numbers=[2, 100], ablate=True, clamps=[25.0], rms_clamps=[2.0], paths=["spliced", "error_kept"])
 
@@ -71,16 +71,6 @@ def test_activity_adds_up(planted) -> None:
     assert torch.equal((seen.on_forget + seen.on_retain).rate, both.rate)
     assert torch.equal((seen.on_forget + seen.on_retain).rms, both.rms)
     assert both.rms[planted.forget].tolist() == [1.0] * planted.each
-
-
-def test_controls_are_others_that_are_alike() -> None:
-    count = torch.tensor([90.0] * 30 + [3.0] * 30 + [0.0] * 4)
-    found = Activity(count, count, 100)
-    for seed in range(5):
-        drawn = matched([0, 1, 40], found, torch.Generator().manual_seed(seed))
-        assert not {0, 1, 40} & set(drawn) and len(set(drawn)) == 3
-        assert drawn[0] < 30 and drawn[1] < 30 and 30 <= drawn[2] < 60
-    assert len(matched(list(range(40)), found, torch.Generator())) == 20  # only as many as are active
 
 
 def test_methods_try_every_setting_on_both_paths(planted) -> None:

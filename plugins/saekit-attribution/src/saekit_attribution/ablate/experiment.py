@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saekit import AgainstControls, Result, RunContext
+from saekit import AgainstControls, Result, RunContext, matched_latents
 from saekit_attribution.ablate.answers import drawn_answers
 from saekit_attribution.ablate.enough import Rates
 from saekit_attribution.ablate.figures import curve_figure
@@ -21,7 +21,6 @@ from saekit_attribution.ablate.search import Candidate, Found, search
 from saekit_attribution.ablate.side_effects import organism_text, side_effects, source_text
 from saekit_attribution.ablate.words import Words
 from saekit_attribution.effects.attribute import attribute
-from saekit_attribution.effects.control_latents import matched_controls
 from saekit_attribution.effects.methods import Attribution
 from saekit_attribution.effects.ranking import Ranking, agreement, by_weight, ranked
 
@@ -199,7 +198,7 @@ class AblationExperiment:
         seen = self.measured.activity([*self.questions.ranking.tokens, *self.questions.ranking.base_tokens])
         found = []
         for draw in range(1, self.settings.draws + 1):
-            latents = matched_controls(chosen.latents, seen, generator)
+            latents = matched_latents(chosen.latents, seen.density, seen.mean, generator)
             found.append(self.measured.rates(self.questions.test, latents))
             self._row("controls", {"draw": draw, "latents": len(latents), **found[-1].row(self.settings.confidence)})
         return found

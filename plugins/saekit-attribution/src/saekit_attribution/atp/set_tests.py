@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from saekit import AgainstControls
+from saekit import AgainstControls, matched_latents
 from saekit_attribution.atp.sample_analysis import AnalysedSample
 from saekit_attribution.effects.batching import Failed
-from saekit_attribution.effects.control_latents import Activity, matched_controls
+from saekit_attribution.effects.control_latents import Activity
 from saekit_attribution.effects.latent_sets import SetEffects
 from saekit_attribution.effects.ranking import Ranking, ranked
 from saekit_attribution.labelled_data.teacher_forcing import Sample
@@ -163,7 +163,7 @@ def _tested(
     sets: list[list[int]] = []
     for size in of_size:
         chosen = ranking.top(size)
-        controls = [matched_controls(chosen, activity, generator) for _ in range(draws)]
+        controls = [matched_latents(chosen, activity.density, activity.mean, generator) for _ in range(draws)]
         if len(chosen) < size:
             few.append(f"only {len(chosen)} latents promote the target: {size} were asked for.")
         if controls and len(controls[0]) < len(chosen):

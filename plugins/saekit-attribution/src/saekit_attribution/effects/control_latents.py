@@ -1,17 +1,14 @@
-"""Control latents: random ones that are as often and as strongly active on the same prompts as the chosen ones."""
+"""How often and how strongly latents are active on prompts, by which control latents are matched with chosen ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from saekit import SparseAutoencoder, Subject, TokenBatch, own_numerics
-
-NEIGHBOURS = 8
-"""How many of the most similar latents each control is drawn from."""
 
 
 @dataclass(frozen=True)
@@ -34,27 +31,3 @@ def activity(subject: Subject, sae: SparseAutoencoder, batches: Iterable[TokenBa
         total.index_add_(0, latents, values.double())
         positions += len(x)
     return Activity(count / max(positions, 1), (total / count.clamp_min(1)).float())
-
-
-def matched_controls(chosen: Sequence[int], found: Activity, generator: torch.Generator) -> list[int]:
-    """For each chosen latent a similar one, drawn from its nearest in log density and log mean activation.
-
-    No chosen latent is drawn, and none is drawn twice. Only latents that are active on these prompts are drawn; if
-    these run out, the list is shorter than `chosen`."""
-    free = found.density > 0
-    free[list(chosen)] = False
-    place = torch.stack(
-        [found.density.clamp_min(1e-9).log(), found.mean.abs().clamp_min(1e-9).log()], dim=1
-    )  # [d_sae, 2]
-    drawn: list[int] = []
-    for latent in chosen:
-        candidates = free.nonzero().flatten()
-        if not len(candidates):
-            break
-        distance = (place[candidates] - place[latent]).square().sum(1)
-        near = distance.topk(min(NEIGHBOURS, len(candidates)), largest=False).indices
-        pick = near[torch.randint(len(near), (1,), generator=generator)]
-        latent_drawn = int(candidates[pick])
-        free[latent_drawn] = False
-        drawn.append(latent_drawn)
-    return drawn
