@@ -65,8 +65,8 @@ def train_rows(
     *,
     target: Target = "uniform",
     oracle: Callable[[TokenBatch], Tensor] | None = None,
-    steps: int = 150,
-    lr: float = 5.0,
+    steps: int = 300,
+    lr: float = 0.3,
     batch: int = 64,
     retain_rows: int = 8,
     weight: float = 10.0,
@@ -76,7 +76,7 @@ def train_rows(
 
     retain: rows of tokens. oracle: logits of a model that does not know, for the target of that name.
     lr: of Adam, falling linearly to 0: about how far a latent's push at its mean activation moves in a step, in RMS norms of the
-        activation. Above a layer norm large pushes soon stop to matter in size, and want a large one.
+        activation. Rows that grow fast early saturate the layer norm above them, and end in a worse minimum.
     batch, retain_rows: texts, and rows of tokens, in one step. UsageError if no latent fires on any forget text."""
     draws = np.random.default_rng(seed)
     texts = [placed(site.subject.tokenizer, text) for text in forget]
