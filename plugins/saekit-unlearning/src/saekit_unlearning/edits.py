@@ -116,7 +116,8 @@ Parts = Callable[[Passages], tuple[Tensor, Tensor]]
 
 
 def parts_of(sae: SparseAutoencoder, latents: Tensor, path: Path) -> Parts:
-    """The parts of latents [n] of an SAE, on `path`: the activation as it is or its reconstruction by the SAE as it is, and theirs."""
+    """The parts of latents [n] of an SAE: the activation or, on the path "spliced", its reconstruction by the SAE as it is; and
+    what the latents are active with."""
     latents = latents.to(sae.W_dec.device)
 
     def parts(passages: Passages) -> tuple[Tensor, Tensor]:

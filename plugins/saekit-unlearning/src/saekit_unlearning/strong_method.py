@@ -57,12 +57,13 @@ class Strong:
     _rows: dict[str, Tensor] = field(default_factory=dict, init=False)  # by the setting's label
 
     def prepare(self, seen: Seen) -> Prepared:
-        """Fit detectors, add them to the SAE and train rows. No trials, with the reason, if the SAE cannot hold them, or if the texts
+        """Fit detectors, add them to the SAE and train rows. No trials, with the reason, if the SAE cannot hold them or the texts
         do not allow it."""
         self._added, self._rows = None, {}
         try:
             added = self._added = _added(seen)
-            trials = [trial for target in self.targets for steps in self.steps for trial in self._trials(seen, added, target, steps)]
+            settings = [(target, steps) for target in self.targets for steps in self.steps]
+            trials = [trial for setting in settings for trial in self._trials(seen, added, *setting)]
         except UsageError as error:
             return Prepared(0, [], self.paths, f"It cannot be done with this SAE and these texts: {error}")
         return Prepared(len(added.latents), trials)
@@ -84,8 +85,11 @@ class Strong:
                 except UsageError:  # none of them fires where rows could learn
                     return logits(drawn, rows.new_zeros(len(drawn), rows.shape[1]))
 
+            def of_random_rows(generator: torch.Generator) -> Logits:
+                return logits(latents, random_rows(rows, generator))
+
             controls = (
-                Control("draws of random rows on the same latents", lambda generator: logits(latents, random_rows(rows, generator))),
+                Control("draws of random rows on the same latents", of_random_rows),
                 Control("draws of rows trained on matched random latents", matched),
             )
             return Trial(label, path, logits(latents, rows), latents, controls)
@@ -104,9 +108,8 @@ class Strong:
         whole = with_rows(copy.deepcopy(added.sae), added.latents, self._rows[label])
         metadata = {"model_name": context.source.subject.name, "hook_name": context.source.hook_point}
         name = context.config.architecture.use
-        save_grown(
-            whole, context.directory / DIRECTORY, name=name, latents=added.latents, detectors=added.detectors, metadata=metadata
-        )
+        place = context.directory / DIRECTORY
+        save_grown(whole, place, name=name, latents=added.latents, detectors=added.detectors, metadata=metadata)
         before, own, pushing, fired = _rebuilt(context, added, whole)
         scalars = {
             "explained_variance_before": before,
@@ -116,14 +119,14 @@ class Strong:
             "detected": added.choice.detected,
             "detected_by_mistake": added.choice.false,
         }
-        files = sorted(f"{DIRECTORY}/{file.name}" for file in (context.directory / DIRECTORY).iterdir())
+        files = sorted(f"{DIRECTORY}/{file.name}" for file in place.iterdir())
         within = "" if best.chosen is not None else ", beyond the bound"
         notes = [
-            f"{len(added.latents)} latents were added to the SAE's {context.sae.d_sae}. Left out of the fit, {added.choice.detected:.2f} "
-            f"of texts are detected, and {added.choice.false:.3f} of those about others by mistake.",
-            f"Of the variance of held-out activations the SAE explains {_number(before)}, with the added latents but not their rows "
-            f"{_number(own)}, and with their rows, which do not rebuild, {_number(pushing)}. An added latent fires in {fired:.4f} of "
-            "these activations.",
+            f"{len(added.latents)} latents were added to the SAE's {context.sae.d_sae}. When left out of the fit, "
+            f"{added.choice.detected:.2f} of texts are detected, and {added.choice.false:.3f} of those about others by mistake.",
+            f"Of the variance of held-out activations the SAE explains {_number(before)}, with the added latents but not their "
+            f"rows {_number(own)}, and with their rows, which do not rebuild, {_number(pushing)}. An added latent fires in "
+            f"{fired:.4f} of these activations.",
             f"{DIRECTORY}/ holds that SAE with the rows of one setting ({label}{within}); saekit.load_sae reads it.",
         ]
         return Result(scalars={f"{self.name}_{key}": value for key, value in scalars.items()}, files=files, notes=notes)
@@ -150,9 +153,11 @@ def _added(seen: Seen) -> Added:
 
 
 @torch.no_grad()
-def _rebuilt(context: RunContext, added: Added, whole: SparseAutoencoder) -> tuple[float | None, float | None, float | None, float]:
-    """The explained variance of held-out activations by the run's SAE, by the grown one without and with its rows, and the share of
-    activations in which an added latent fires."""
+def _rebuilt(
+    context: RunContext, added: Added, whole: SparseAutoencoder
+) -> tuple[float | None, float | None, float | None, float]:
+    """The explained variance of held-out activations by the run's SAE, by the grown one without and with its rows, and the share
+    of activations in which an added latent fires."""
     component = Registry().find("metric", "explained_variance")
     saes = context.sae, added.sae, whole
     metrics, fired, n = [component.build({}) for _ in saes], 0, 0

@@ -64,7 +64,7 @@ def method_row(found: Found, ends: Ends) -> dict[str, Any]:
 
 
 def control_rows(found: Found) -> list[dict[str, Any]]:
-    """Each kind of control of the setting that is reported, beside its effect: the score of that setting, within the bound or not."""
+    """Each kind of control of the setting that is reported, beside that setting's score, within the bound or not."""
     return [
         {
             "method": found.method,

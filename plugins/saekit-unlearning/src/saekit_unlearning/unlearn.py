@@ -54,9 +54,10 @@ class Unlearn:
     shown_groups: Annotated[
         list[str] | None, Field(description="The groups to stay of which that share is shown; by default all.")
     ] = None
-    methods: Annotated[list[MethodName], Field(min_length=1, description="How latents are selected; strong adds latents of its own.")] = field(
-        default_factory=lambda: ["sparsity", "attribution", "greedy"]
-    )
+    methods: Annotated[
+        list[MethodName],
+        Field(min_length=1, description="How latents are selected; strong adds latents of its own."),
+    ] = field(default_factory=lambda: ["sparsity", "attribution", "greedy"])
     paths: Annotated[
         list[Path],
         Field(
@@ -79,10 +80,11 @@ class Unlearn:
     ] = field(default_factory=lambda: [2.0, 10.0])
     push_targets: Annotated[
         list[Literal["uniform", "others"]],
-        Field(min_length=1, description="For strong: what the model is to say instead; others: what it says of other names."),
+        Field(min_length=1, description="For strong: what the model is to predict; others: what it says of other names."),
     ] = field(default_factory=lambda: ["uniform", "others"])
     push_steps: Annotated[
-        list[Annotated[int, Field(gt=0)]], Field(min_length=1, description="For strong: how many steps its rows are trained.")
+        list[Annotated[int, Field(gt=0)]],
+        Field(min_length=1, description="For strong: how many steps its rows are trained."),
     ] = field(default_factory=lambda: [150])
     wordings: Annotated[
         int,
@@ -116,10 +118,10 @@ class Unlearn:
             raise OptionError(
                 "ablate", "is false and there are no clamps, so nothing would be edited. Allow one of them."
             )
-
         if "strong" in self.methods and not self.general_tokens:
             raise OptionError(
-                "general_tokens", "= 0 leaves strong no other text to tell names from. Give it some, or leave strong out of `methods`."
+                "general_tokens",
+                "= 0 leaves strong no other text to tell names from. Give it some, or leave strong out of `methods`.",
             )
 
     def prepare(self, context: RunContext) -> None:
