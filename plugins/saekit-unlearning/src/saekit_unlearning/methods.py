@@ -13,6 +13,7 @@ from saekit import Result, RunContext, SparseAutoencoder, matched_latents
 from saekit_unlearning.activity import Activity
 from saekit_unlearning.answers import Examination, Logits
 from saekit_unlearning.data import FORGET, Question, Text
+from saekit_unlearning.edited import Edited
 from saekit_unlearning.edits import Ablate, Codes, LatentEdit, Operation, Path
 from saekit_unlearning.passages import Passages, Site
 
@@ -82,7 +83,10 @@ class Seen:
         def matched(generator: torch.Generator) -> Logits:
             return logits(matched_latents(latents, self.on_forget.rate, self.on_forget.rms, generator))
 
-        return Trial(label, path, logits(latents), tuple(latents), (Control("draws of matched random latents", matched),))
+        # Once layers below the site are trained, every code is another.
+        edit = LatentEdit(self.sae, torch.tensor(list(latents), dtype=torch.long), operation, path)
+        controls = (Control("draws of matched random latents", matched),)
+        return Trial(label, path, logits(latents), tuple(latents), controls, Edited(label, self.site, edit=edit))
 
     def splice(self) -> Trial:
         """The reconstruction alone, without any edit: what the path "spliced" is compared with."""
@@ -109,6 +113,7 @@ class Trial:
     logits: what the edited model computes for passages.
     latents: those that were edited; empty for a method without latents.
     controls: drawn only for the setting that is reported.
+    edited: the same model, to be trained further by whoever wants the facts back; None if that cannot be tried.
     """
 
     label: str
@@ -116,6 +121,7 @@ class Trial:
     logits: Logits
     latents: tuple[int, ...] = ()
     controls: tuple[Control, ...] = ()
+    edited: Edited | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from saekit_unlearning.activity import Activity
 from saekit_unlearning.answers import Logits
 from saekit_unlearning.data import UnlearningData
 from saekit_unlearning.detectors import Choice, Detectors, chosen, detectors_for
+from saekit_unlearning.edited import Edited
 from saekit_unlearning.edits import Path, Pushing, parts_of
 from saekit_unlearning.experiment import Found
 from saekit_unlearning.grown import grown, save_grown, with_rows
 from saekit_unlearning.methods import Control, Prepared, Seen, Trial
+from saekit_unlearning.passages import Site
 from saekit_unlearning.push import Target, random_rows, train_rows
 
 DIRECTORY = "strong_sae"
@@ -35,6 +37,7 @@ DIRECTORY = "strong_sae"
 class Added:
     """Detectors as latents [n] of `sae`, which were added after its own and whose rows are zeros there.
 
+    rate: [d_sae + n], the share of positions of forget text at which each latent of `sae` is active.
     trained: from latents of `sae`, a target and a number of steps to rows that push for these latents; each trained once.
     """
 
@@ -42,6 +45,7 @@ class Added:
     latents: Tensor
     detectors: Detectors
     choice: Choice
+    rate: Tensor
     trained: Callable[[tuple[int, ...], Target, int], Tensor]
 
 
@@ -62,39 +66,11 @@ class Strong:
         self._added, self._rows = None, {}
         try:
             added = self._added = _added(seen)
-            settings = [(target, steps) for target in self.targets for steps in self.steps]
-            trials = [trial for setting in settings for trial in self._trials(seen, added, *setting)]
+            settings = [_Setting(seen.site, added, target, steps) for target in self.targets for steps in self.steps]
+            self._rows = {setting.label: setting.rows() for setting in settings}
         except UsageError as error:
             return Prepared(0, [], self.paths, f"It cannot be done with this SAE and these texts: {error}")
-        return Prepared(len(added.latents), trials)
-
-    def _trials(self, seen: Seen, added: Added, target: Target, steps: int) -> list[Trial]:
-        latents, label = tuple(added.latents.tolist()), f"pushed to {target}, {steps} steps"
-        rows = self._rows[label] = added.trained(latents, target, steps)
-        rate = Activity.of(added.sae, seen.passages(seen.forget)).rate
-
-        def on(path: Path) -> Trial:
-            def logits(of: Sequence[int], rows: Tensor) -> Logits:
-                edit = Pushing(parts_of(added.sae, torch.tensor(of, dtype=torch.long), path), rows)
-                return lambda passages: seen.site.logits(passages, edit)
-
-            def matched(generator: torch.Generator) -> Logits:
-                drawn = tuple(matched_latents(latents, rate, torch.ones_like(rate), generator))
-                try:
-                    return logits(drawn, added.trained(drawn, target, steps))
-                except UsageError:  # none of them fires where rows could learn
-                    return logits(drawn, rows.new_zeros(len(drawn), rows.shape[1]))
-
-            def of_random_rows(generator: torch.Generator) -> Logits:
-                return logits(latents, random_rows(rows, generator))
-
-            controls = (
-                Control("draws of random rows on the same latents", of_random_rows),
-                Control("draws of rows trained on matched random latents", matched),
-            )
-            return Trial(label, path, logits(latents, rows), latents, controls)
-
-        return [on(path) for path in self.paths]
+        return Prepared(len(added.latents), [setting.trial(path) for setting in settings for path in self.paths])
 
     def report(self, found: Sequence[Found], context: RunContext) -> Result:
         """What the SAE rebuilds with the added latents and without, and that SAE itself, with the rows of the setting that does
@@ -132,6 +108,53 @@ class Strong:
         return Result(scalars={f"{self.name}_{key}": value for key, value in scalars.items()}, files=files, notes=notes)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """A target and a number of steps, with the trial of them on each path and its controls."""
+
+    site: Site
+    added: Added
+    target: Target
+    steps: int
+
+    @property
+    def label(self) -> str:
+        return f"pushed to {self.target}, {self.steps} steps"
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        return tuple(self.added.latents.tolist())
+
+    def rows(self) -> Tensor:
+        """[n, d]. UsageError if no latent fires on any forget text."""
+        return self.added.trained(self.latents, self.target, self.steps)
+
+    def trial(self, path: Path) -> Trial:
+        controls = (
+            Control("draws of random rows on the same latents", partial(self._random_rows, path)),
+            Control("draws of rows trained on matched random latents", partial(self._matched, path)),
+        )
+        edited = self._edited(path, self.latents, self.rows())
+        return Trial(self.label, path, edited.logits, self.latents, controls, edited)
+
+    def _edited(self, path: Path, latents: Sequence[int], rows: Tensor) -> Edited:
+        parts = parts_of(self.added.sae, torch.tensor(latents, dtype=torch.long), path)
+        return Edited(self.label, self.site, edit=Pushing(parts, rows))
+
+    def _random_rows(self, path: Path, generator: torch.Generator) -> Logits:
+        return self._edited(path, self.latents, random_rows(self.rows(), generator)).logits
+
+    def _matched(self, path: Path, generator: torch.Generator) -> Logits:
+        """Those that never fire where rows could learn push nothing."""
+        rate, own = self.added.rate, self.rows()
+        drawn = tuple(matched_latents(self.latents, rate, torch.ones_like(rate), generator))
+        try:
+            rows = self.added.trained(drawn, self.target, self.steps)
+        except UsageError:
+            rows = own.new_zeros(len(drawn), own.shape[1])
+        return self._edited(path, drawn, rows).logits
+
+
 def _added(seen: Seen) -> Added:
     """UsageError if the SAE cannot hold the detectors."""
     site, tokenizer = seen.site, seen.site.subject.tokenizer
@@ -149,7 +172,8 @@ def _added(seen: Seen) -> Added:
         parts = parts_of(sae, torch.tensor(of, dtype=torch.long), "error_kept")
         return train_rows(site, parts, seen.forget, retain, target=target, steps=steps, seed=seen.seed).rows
 
-    return Added(sae, latents, detectors, chosen(tried), trained)
+    rate = Activity.of(sae, seen.passages(seen.forget)).rate
+    return Added(sae, latents, detectors, chosen(tried), rate, trained)
 
 
 @torch.no_grad()
