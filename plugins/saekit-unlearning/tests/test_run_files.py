@@ -56,7 +56,9 @@ def test_the_recipe_has_the_settings_of_the_experiment() -> None:
     assert [v["loss.kl_unlearn"]["weight"] for v in (adaptive, hierarchical)] == [0.2, 0.3]
     assert hierarchical["callback.groups"]["clusters"] == 32
     assert plan.config.training.lr == 3e-4
-    assert all(options(plan, name)["loss.l1"]["weight"].to == 0.04 for name in names)
+    (*_, last) = plan.members
+    assert last.variant == "strong" and options(plan, "strong")["analyzer.unlearn"]["methods"] == ["strong"]
+    assert all(options(plan, name)["loss.l1"]["weight"].to == 0.04 for name in (*names, "strong"))
 
 
 def test_the_run_file_for_gemma_is_planned_with_a_small_one(tmp_path: Path) -> None:

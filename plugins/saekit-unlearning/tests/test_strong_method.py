@@ -7,11 +7,11 @@ import torch
 from saekit_unlearning.answers import Examination
 from saekit_unlearning.data import FORGET
 from saekit_unlearning.detectors import Detectors, choices, detectors_for, examples, fit, recombined
-from saekit_unlearning.edits import PATHS, AddedRows
+from saekit_unlearning.edits import PATHS, Pushing, parts_of
 from saekit_unlearning.grown import LIFT, grown, save_grown, with_rows
 from saekit_unlearning.places import batches, placed
 from saekit_unlearning.push import train_rows
-from saekit_unlearning.strong import Pushing, beside
+from saekit_unlearning.strong import beside
 
 from saekit import Registry, SparseAutoencoder, UsageError, load_sae
 
@@ -148,17 +148,17 @@ def test_inside_a_dictionary_the_latents_fire_as_the_detectors_and_the_rest_rebu
     assert torch.equal(new.encode(words).columns(latents) > 0, detectors(words) > 0)
     others = [word not in detectors.entities for word in planted.words]
     torch.testing.assert_close(new(words[others]), sae(words[others]))
-    parts = AddedRows(new, latents, torch.zeros(len(latents), 48), "spliced").parts
-    pushed = train_rows(planted.site, parts, planted.data.forget, [], steps=60, lr=0.15, batch=8)
+    pushed = train_rows(planted.site, parts_of(new, latents, "spliced"), planted.data.forget, [], steps=60, lr=0.15, batch=8)
     with_rows(new, latents, pushed.rows)
     metadata = {"model_name": "planted"}
     save_grown(new, tmp_path, name=name, latents=latents, detectors=detectors, metadata=metadata)
     loaded = load_sae(tmp_path)
     torch.testing.assert_close(loaded(words), new(words))
+    without, _ = grown(sae, name, detectors, words)
     for path in PATHS:
-        assert known(planted, AddedRows(loaded, latents, loaded.W_dec[latents], path)) < 0.3
+        assert known(planted, Pushing(parts_of(without, latents, path), pushed.rows)) < 0.3
     # Splicing in the saved SAE as it is does the same as the path "spliced".
-    spliced = AddedRows(loaded, latents, loaded.W_dec[latents], "spliced")
+    spliced = Pushing(parts_of(without, latents, "spliced"), pushed.rows)
     (passages,) = planted.site.passages(rows_of(planted, planted.data.forget))
     torch.testing.assert_close(spliced(passages)[passages.keep], loaded(passages.x), rtol=1e-4, atol=1e-3)
     assert (tmp_path / "cfg.json").read_text().count('"push"') == 1

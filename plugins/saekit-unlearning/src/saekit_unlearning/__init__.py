@@ -63,7 +63,7 @@ def saekit_recipes() -> Iterator[Component]:
     yield Component(
         "unlearning",
         "saekit_unlearning:recipes/unlearning.toml",
-        "Five ways of training an SAE in order to forget, on the model organism, with their scores and figures.",
+        "Five ways of training an SAE in order to forget, and added latents that push, on the organism, with scores and figures.",
     )
 
 

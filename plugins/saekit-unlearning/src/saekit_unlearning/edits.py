@@ -111,25 +111,31 @@ class LatentEdit:
         return passages.with_x(base + change.to(base))
 
 
-class AddedRows:
-    """Latents whose decoder rows push the activation wherever they are active, on top of `path`'s own.
+Parts = Callable[[Passages], tuple[Tensor, Tensor]]
+"""From passages to (what rows are added to [m, d], the activations of the latents that push, which multiply them [m, n])."""
 
-    latents: [n], those that push; no row among them serves the reconstruction.
-    rows: [n, d], their decoder rows, which may be trained.
-    """
 
-    def __init__(self, sae: SparseAutoencoder, latents: Tensor, rows: Tensor, path: Path) -> None:
-        self.sae, self.latents, self.rows, self.path = sae, latents.to(sae.W_dec.device), rows, path
+def parts_of(sae: SparseAutoencoder, latents: Tensor, path: Path) -> Parts:
+    """The parts of latents [n] of an SAE: the activation or, on the path "spliced", its reconstruction by the SAE as it is; and
+    what the latents are active with."""
+    latents = latents.to(sae.W_dec.device)
 
-    def parts(self, passages: Passages) -> tuple[Tensor, Tensor]:
-        """(what the rows are added to [m, d], the latents' activations [m, n])."""
+    def parts(passages: Passages) -> tuple[Tensor, Tensor]:
         x = passages.x
         with torch.set_grad_enabled(gradients(x)):
-            code = self.sae.encode(x.to(self.sae.W_dec))
-            active = code.columns(self.latents)
-            if self.path == "error_kept":
-                return x, active
-            return (self.sae.decode(code) - active @ self.sae.W_dec[self.latents]).to(x), active
+            code = sae.encode(x.to(sae.W_dec))
+            return (x if path == "error_kept" else sae.decode(code).to(x)), code.columns(latents)
+
+    return parts
+
+
+@dataclass(frozen=True)
+class Pushing:
+    """Rows [n, d] that push wherever their latents are active: a `SiteEdit`. On the path "error_kept" the activation keeps its
+    bits where none is."""
+
+    parts: Parts
+    rows: Tensor
 
     def __call__(self, passages: Passages) -> Tensor:
         base, active = self.parts(passages)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
-from saekit import AgainstControls, matched_latents
+from saekit import AgainstControls
 from saekit_unlearning.answers import Logits
 from saekit_unlearning.curve import area, front
 from saekit_unlearning.damage import Damage
 from saekit_unlearning.data import FORGET
 from saekit_unlearning.edits import Path
 from saekit_unlearning.measure import Exam, Outcome
-from saekit_unlearning.methods import Method, Seen, Trial
+from saekit_unlearning.methods import Control, Method, Prepared, Seen, Trial
 from saekit_unlearning.score import (
     Setting,
     Tried,
@@ -39,7 +39,7 @@ class Found:
     alone: the reconstruction without any edit on these, for the path "spliced": what is no merit of the edit.
     front: the trials of the curve, chosen on seen wordings, as they are on the others.
     area: that of the curve.
-    controls: `held_back_score` of `shown` against that of matched random latents with the same operation.
+    controls: `held_back_score` of `shown` against those of its controls, by what these are in words.
     damage: by kind of held-out text, of `shown`.
     reason: why a score is zero.
     """
@@ -56,7 +56,7 @@ class Found:
     alone: Outcome | None
     front: Sequence[tuple[str, Setting]]
     area: float
-    controls: AgainstControls | None
+    controls: Mapping[str, AgainstControls]
     damage: dict[str, Damage]
     reason: str | None
 
@@ -64,6 +64,12 @@ class Found:
     def score(self) -> float:
         """Ours."""
         return held_back_score(None if self.chosen is None or self.unseen is None else self.unseen.setting)
+
+    @property
+    def nearest_control(self) -> AgainstControls | None:
+        """Of several kinds of control the one that comes nearest to the effect, or goes furthest beyond it."""
+        drawn = [control for control in self.controls.values() if control.best is not None]
+        return max(drawn, key=lambda control: control.best or 0.0, default=None)
 
     @property
     def seen_score(self) -> float:
@@ -76,7 +82,7 @@ class Experiment:
     """Where methods are tried.
 
     seen, exam, unseen: what methods may look at, the same questions to choose settings on, and those that are only reported.
-    bound: on what is retained. draws: of matched random latents. chance: of guessing what is to be forgotten.
+    bound: on what is retained. draws: of each kind of control. chance: of guessing what is to be forgotten.
     """
 
     seen: Seen
@@ -100,13 +106,13 @@ class Experiment:
         lowest = None
         for path in paths:
             trials = [trial for trial in prepared.trials if trial.path == path]
-            found = self._on_path(method.name, path, prepared.candidates, trials, lowest)
+            found = self._on_path(method.name, path, prepared, trials, lowest)
             if path == "spliced":
                 lowest = min((setting.forget for setting in found.seen), default=None)
             yield found
 
     def _on_path(
-        self, name: str, path: Path | None, candidates: int | None, trials: Sequence[Trial], spliced: float | None
+        self, name: str, path: Path | None, prepared: Prepared, trials: Sequence[Trial], spliced: float | None
     ) -> Found:
         start, unedited = None, None
         if path == "spliced":
@@ -124,7 +130,7 @@ class Experiment:
         reported = {i: self.unseen.of(trials[i].logits) for i in {*on_front, *([] if shown is None else [shown])}}
         right, asked = self.exam.before[FORGET]
         tried = Tried(
-            candidates,
+            prepared.candidates,
             settings,
             max((outcome.changed for outcome in outcomes), default=0.0),
             right / asked,
@@ -134,13 +140,14 @@ class Experiment:
             unedited,
         )
         unseen = None if shown is None else reported[shown]
-        reason = zero_reason(tried, self.bound) or held_back_reason(
+        why_nothing = None if trials else prepared.reason
+        reason = why_nothing or zero_reason(tried, self.bound) or held_back_reason(
             settings, chosen, None if unseen is None else unseen.setting, self.bound
         )
         return Found(
             name,
             path,
-            candidates,
+            prepared.candidates,
             trials,
             settings,
             saebench_score(settings, self.bound),
@@ -150,18 +157,19 @@ class Experiment:
             self.splice_alone if path == "spliced" else None,
             [(trials[i].label, reported[i].setting) for i in on_front],
             area([reported[i].setting for i in on_front]),
-            None if shown is None or unseen is None else self._controls(trials[shown], held_back_score(unseen.setting)),
+            {} if shown is None or unseen is None else self._controls(trials[shown], held_back_score(unseen.setting)),
             {} if shown is None else self.damage_of(trials[shown].logits),
             reason,
         )
 
-    def _controls(self, trial: Trial, effect: float) -> AgainstControls | None:
-        """The same operation on random latents that are as often and as strongly active on the text to be forgotten."""
-        if trial.operation is None or trial.path is None or not self.draws:
-            return None
-        generator, scores = torch.Generator().manual_seed(self.seen.seed), []
-        for _ in range(self.draws):
-            latents = matched_latents(trial.latents, self.seen.on_forget.rate, self.seen.on_forget.rms, generator)
-            control = self.seen.trial("matched random latents", latents, trial.operation, trial.path)
-            scores.append(held_back_score(self.unseen.of(control.logits).setting))
-        return AgainstControls.of(effect, scores)
+    def _controls(self, trial: Trial, effect: float) -> dict[str, AgainstControls]:
+        """The effect of a trial beside those of each of its controls."""
+        return {
+            control.name: AgainstControls.of(effect, self._scores(control)) for control in trial.controls if self.draws
+        }
+
+    def _scores(self, control: Control) -> list[float]:
+        generator = torch.Generator().manual_seed(self.seen.seed)
+        return [
+            held_back_score(self.unseen.of(control.draw(generator)).setting) for _ in range(self.draws)
+        ]

@@ -42,12 +42,12 @@ def curve_figure(results: Sequence[Found]) -> dict[str, Any]:
 
 
 def score_figure(results: Sequence[Found], ends: Sequence[tuple[float, float] | None]) -> dict[str, Any]:
-    """Our score of each method and path with its interval, beside SAEBench's and that of matched random latents."""
+    """Our score of each method and path with its interval, beside SAEBench's and those of its controls."""
     names, scores = [title(found) for found in results], [found.score for found in results]
     above = [0.0 if end is None else max(end[1] - score, 0.0) for score, end in zip(scores, ends, strict=True)]
     below = [0.0 if end is None else max(score - end[0], 0.0) for score, end in zip(scores, ends, strict=True)]
     controls = [
-        (title(found), value) for found in results if found.controls is not None for value in found.controls.finite
+        (title(found), value) for found in results for against in found.controls.values() for value in against.finite
     ]
     return {
         "data": [
@@ -67,7 +67,7 @@ def score_figure(results: Sequence[Found], ends: Sequence[tuple[float, float] | 
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": "matched random latents",
+                "name": "controls",
                 "x": [name for name, _ in controls],
                 "y": [value for _, value in controls],
                 "marker": {"symbol": "line-ew-open", "size": 14},

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
-from saekit import SparseAutoencoder
+from saekit import Result, RunContext, SparseAutoencoder, matched_latents
 from saekit_unlearning.activity import Activity
 from saekit_unlearning.answers import Examination, Logits
 from saekit_unlearning.data import FORGET, Question, Text
+from saekit_unlearning.edited import Edited
 from saekit_unlearning.edits import Ablate, Codes, LatentEdit, Operation, Path
 from saekit_unlearning.passages import Passages, Site
+
+if TYPE_CHECKING:
+    from saekit_unlearning.experiment import Found
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Seen:
     general: rows of tokens of other text, from the training split.
     examination: questions about both, in seen wordings. Settings are chosen on these.
     codes: of passages, encoded once.
+    architecture: the name of the SAE's, as in a run file.
     """
 
     site: Site
@@ -35,6 +40,7 @@ class Seen:
     examination: Examination
     codes: Codes
     seed: int
+    architecture: str
 
     @property
     def questions(self) -> list[Question]:
@@ -67,13 +73,35 @@ class Seen:
         return Activity.of(self.sae, self.site.passages(self.general))
 
     def trial(self, label: str, latents: Sequence[int], operation: Operation, path: Path) -> Trial:
-        """An edit of some latents as a setting."""
-        edit = LatentEdit(self.sae, torch.tensor(list(latents), dtype=torch.long), operation, path, self.codes)
-        return Trial(label, path, lambda passages: self.site.logits(passages, edit), tuple(latents), operation)
+        """An edit of some latents as a setting. Its control does the same to others that are as often and as strongly active on
+        forget text."""
+
+        def logits(some: Sequence[int]) -> Logits:
+            edit = LatentEdit(self.sae, torch.tensor(list(some), dtype=torch.long), operation, path, self.codes)
+            return lambda passages: self.site.logits(passages, edit)
+
+        def matched(generator: torch.Generator) -> Logits:
+            return logits(matched_latents(latents, self.on_forget.rate, self.on_forget.rms, generator))
+
+        # Once layers below the site are trained, every code is another.
+        edit = LatentEdit(self.sae, torch.tensor(list(latents), dtype=torch.long), operation, path)
+        controls = (Control("draws of matched random latents", matched),)
+        return Trial(label, path, logits(latents), tuple(latents), controls, Edited(label, self.site, edit=edit))
 
     def splice(self) -> Trial:
         """The reconstruction alone, without any edit: what the path "spliced" is compared with."""
         return self.trial("the reconstruction alone", [], Ablate(), "spliced")
+
+
+@dataclass(frozen=True)
+class Control:
+    """What ought to do little, done in the same way as a trial.
+
+    name: in the plural, as in "draws of matched random latents". draw: from a generator on the CPU to the logits of one of them.
+    """
+
+    name: str
+    draw: Callable[[torch.Generator], Logits]
 
 
 @dataclass(frozen=True)
@@ -83,15 +111,17 @@ class Trial:
     label: the setting, in words; the same on both paths.
     path: how the SAE is edited; None if the model itself was changed.
     logits: what the edited model computes for passages.
-    latents, operation: what was edited and how, so that controls can do the same with other latents; empty for a method
-        without latents.
+    latents: those that were edited; empty for a method without latents.
+    controls: drawn only for the setting that is reported.
+    edited: the same model, to be trained further by whoever wants the facts back; None if that cannot be tried.
     """
 
     label: str
     path: Path | None
     logits: Logits
     latents: tuple[int, ...] = ()
-    operation: Operation | None = None
+    controls: tuple[Control, ...] = ()
+    edited: Edited | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +131,13 @@ class Prepared:
     candidates: how many latents it could have edited; None for a method without latents.
     trials: every setting on every path.
     paths: where a method without trials, for want of candidates, is reported nevertheless.
+    reason: why there are no trials, if the want of candidates does not say it.
     """
 
     candidates: int | None
     trials: Sequence[Trial]
     paths: Sequence[Path | None] = (None,)
+    reason: str | None = None
 
 
 class Method(Protocol):
@@ -118,4 +150,13 @@ class Method(Protocol):
 
     def prepare(self, seen: Seen) -> Prepared:
         """Select or train whatever is needed, from what is seen alone."""
+        ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A method with more to say than its scores."""
+
+    def report(self, found: Sequence[Found], context: RunContext) -> Result:
+        """Scalars, tables, files and notes that join the analyzer's. found: what was found of it, by path."""
         ...

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from saekit import TokenBatch, UsageError
 from saekit_unlearning.data import Text
+from saekit_unlearning.edits import Parts
 from saekit_unlearning.kl import forget_kl, retain_kl
 from saekit_unlearning.passages import Passages, Site
 from saekit_unlearning.places import Batch, batches, placed
 
-Parts = Callable[[Passages], tuple[Tensor, Tensor]]
-"""From passages to (what the rows are added to [m, d], the activations that they are multiplied by [m, n])."""
 Target = Literal["uniform", "others", "oracle"]
 
 
@@ -122,6 +121,12 @@ def train_rows(
         loss.backward()
         optimizer.step()
     return Pushed(((own + common) * unit).detach(), forgotten.cpu().numpy(), retained.cpu().numpy())
+
+
+def random_rows(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Random directions [n, d], each as long as its row: what any push of this size does. generator: on the CPU."""
+    draws = torch.randn(rows.shape, generator=generator).to(rows)
+    return draws / draws.norm(dim=1, keepdim=True) * rows.norm(dim=1, keepdim=True)
 
 
 def _predicting(batch: Batch, target: Target) -> Tensor:

@@ -21,21 +21,10 @@ from saekit import TrainedPositions, load_subject
 from saekit_unlearning.answers import Examination
 from saekit_unlearning.data import FORGET, Question, UnlearningData, checked, organism_data
 from saekit_unlearning.detectors import Choice, Detectors, chosen, detectors_for
+from saekit_unlearning.edits import Parts, Pushing
 from saekit_unlearning.kl import retain_kl
 from saekit_unlearning.passages import Passages, Site
-from saekit_unlearning.push import Parts, Pushed, train_rows
-
-
-@dataclass(frozen=True)
-class Pushing:
-    """Rows that push, beside the model: a `SiteEdit`. Where nothing fires the activation keeps its bits."""
-
-    parts: Parts
-    rows: Tensor
-
-    def __call__(self, passages: Passages) -> Tensor:
-        base, active = self.parts(passages)
-        return passages.with_x(base + (active @ self.rows).to(base))
+from saekit_unlearning.push import Pushed, random_rows, train_rows
 
 
 def beside(detectors: Detectors) -> Parts:
@@ -48,12 +37,6 @@ def halves(data: UnlearningData, seed: int) -> list[UnlearningData]:
     first = data.divided(0.5, seed)
     every = {text.entity for text in data.texts if text.group != FORGET}
     return [first, replace(first, shown=frozenset(every - first.shown))]
-
-
-def random_rows(rows: Tensor, seed: int) -> Tensor:
-    """Random directions, each as long as its row: the control of matched latents."""
-    draws = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed)).to(rows)
-    return draws / draws.norm(dim=1, keepdim=True) * rows.norm(dim=1, keepdim=True)
 
 
 @torch.no_grad()
@@ -165,7 +148,7 @@ def main() -> None:
             found = fitted(site, half, general, seed=seed, steps=options.steps)
             edits = {
                 "strong": found.edit,
-                "random rows": replace(found.edit, rows=random_rows(found.pushed.rows, seed)),
+                "random rows": replace(found.edit, rows=random_rows(found.pushed.rows, torch.Generator().manual_seed(seed))),
             }
             for name, edit in edits.items():
                 right = right_after(site, questions, edit, before)

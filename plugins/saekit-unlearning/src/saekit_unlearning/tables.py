@@ -55,16 +55,29 @@ def method_row(found: Found, ends: Ends) -> dict[str, Any]:
             "forget_unedited_splice": found.alone.setting.forget,
             "score_unedited_splice": held_back_score(found.alone.setting),
         }
-    if found.controls is not None:
-        row |= {
-            "controls": len(found.controls.finite),
-            "controls_mean": found.controls.mean,
-            "controls_best": found.controls.best,
-        }
-        row["exceeds_controls"] = found.controls.exceeds
+    if (nearest := found.nearest_control) is not None:
+        row |= {"controls": len(nearest.finite), "controls_mean": nearest.mean, "controls_best": nearest.best}
+        row["exceeds_controls"] = all(control.exceeds for control in found.controls.values())
     for kind, damage in found.damage.items():
         row |= {f"kl_{kind}": damage.kl, f"ce_rise_{kind}": damage.ce_rise, f"tokens_{kind}": damage.tokens}
     return row | {"reason_of_zero": found.reason}
+
+
+def control_rows(found: Found) -> list[dict[str, Any]]:
+    """Each kind of control of the setting that is reported, beside that setting's score, within the bound or not."""
+    return [
+        {
+            "method": found.method,
+            "path": found.path or "model",
+            "control": name,
+            "effect": against.effect,
+            "controls": len(against.finite),
+            "mean": against.mean,
+            "best": against.best,
+            "exceeds": against.exceeds,
+        }
+        for name, against in found.controls.items()
+    ]
 
 
 def group_columns(outcome: Outcome, ends: dict[str, Interval]) -> dict[str, Any]:

@@ -21,12 +21,14 @@ from saekit_unlearning.figures import curve_figure, score_figure, title
 from saekit_unlearning.files import ORGANISM, load
 from saekit_unlearning.latent_methods import Grid, attribution, greedy, sparsity
 from saekit_unlearning.measure import Exam, chance
-from saekit_unlearning.methods import Method, Seen
+from saekit_unlearning.methods import Method, Reporting, Seen
 from saekit_unlearning.passages import Site
+from saekit_unlearning.push import Target
 from saekit_unlearning.score import RETAIN_BOUND, held_back_score
-from saekit_unlearning.tables import Ends, group_columns, method_row, scalars, setting_rows
+from saekit_unlearning.strong_method import Strong
+from saekit_unlearning.tables import Ends, control_rows, group_columns, method_row, scalars, setting_rows
 
-MethodName = Literal["sparsity", "attribution", "greedy"]
+MethodName = Literal["sparsity", "attribution", "greedy", "strong"]
 WHERE: dict[Path | None, str] = {
     "spliced": "With the reconstruction spliced in",
     "error_kept": "With the SAE's error kept",
@@ -52,9 +54,10 @@ class Unlearn:
     shown_groups: Annotated[
         list[str] | None, Field(description="The groups to stay of which that share is shown; by default all.")
     ] = None
-    methods: Annotated[list[MethodName], Field(min_length=1, description="How latents are selected.")] = field(
-        default_factory=lambda: ["sparsity", "attribution", "greedy"]
-    )
+    methods: Annotated[
+        list[MethodName],
+        Field(min_length=1, description="How latents are selected; strong adds latents of its own."),
+    ] = field(default_factory=lambda: ["sparsity", "attribution", "greedy"])
     paths: Annotated[
         list[Path],
         Field(
@@ -75,6 +78,14 @@ class Unlearn:
     rms_clamps: Annotated[
         list[Positive], Field(description="Try setting active latents to minus this many times their own RMS.")
     ] = field(default_factory=lambda: [2.0, 10.0])
+    push_targets: Annotated[
+        list[Literal["uniform", "others"]],
+        Field(min_length=1, description="For strong: what the model is to predict; others: what it says of other names."),
+    ] = field(default_factory=lambda: ["uniform", "others"])
+    push_steps: Annotated[
+        list[Annotated[int, Field(gt=0)]],
+        Field(min_length=1, description="For strong: how many steps its rows are trained."),
+    ] = field(default_factory=lambda: [150])
     wordings: Annotated[
         int,
         Field(
@@ -90,7 +101,7 @@ class Unlearn:
     bound: Annotated[float, Field(ge=0, le=1, description="The share that a setting must retain to be chosen.")] = (
         RETAIN_BOUND
     )
-    draws: Annotated[int, Field(ge=0, description="Draws of matched random latents for each method.")] = 5
+    draws: Annotated[int, Field(ge=0, description="Draws of each kind of control for each method.")] = 5
     general_tokens: Annotated[
         int,
         Field(ge=0, description="Tokens of each kind of other training text that methods may see beside the facts."),
@@ -107,23 +118,31 @@ class Unlearn:
             raise OptionError(
                 "ablate", "is false and there are no clamps, so nothing would be edited. Allow one of them."
             )
+        if "strong" in self.methods and not self.general_tokens:
+            raise OptionError(
+                "general_tokens",
+                "= 0 leaves strong no other text to tell names from. Give it some, or leave strong out of `methods`.",
+            )
 
     def prepare(self, context: RunContext) -> None:
         """Refuse data that cannot be used, before an SAE is trained."""
         self._divided(context.seed)
 
     def __call__(self, context: RunContext) -> Result:
-        """scalars: `tables.scalars`. tables: methods, settings, unedited. figures: curve, scores."""
+        """scalars: `tables.scalars`. tables: methods, settings, controls, unedited. figures: curve, scores."""
         if context.sae.transcoder:
             raise ComponentError("the SAE is a transcoder, which cannot pass on what it reads. Use an SAE.")
         data = self._divided(context.seed)
         site = Site(context.source.subject, context.sae.trained_positions)
         experiment, result = self._experiment(context, site, data), Result()
-        results = [found for method in self._methods() for found in experiment.results(method)]
+        methods = self._methods()
+        of_methods = [list(experiment.results(method)) for method in methods]
+        results = [found for of_method in of_methods for found in of_method]
         ends = [None if found.unseen is None else intervals(found.unseen, context.seed) for found in results]
         result.scalars |= scalars(results, ends)
         result.tables["methods"] = [method_row(found, end) for found, end in zip(results, ends, strict=True)]
         result.tables["settings"] = [row for found in results for row in setting_rows(found)]
+        result.tables["controls"] = [row for found in results for row in control_rows(found)]
         result.tables["unedited"] = self._unedited(experiment, context.seed)
         result.figures["curve"] = curve_figure(results)
         result.figures["scores"] = score_figure(
@@ -134,11 +153,14 @@ class Unlearn:
             end = ends[results.index(best)]
             result.notes.append(_sentence(best, end, self.bound))
             result.headline.append(f"score_{best.method}_{path or 'model'}")
-            if best.controls is not None and best.shown is not None:
+            for name, against in best.controls.items():
                 beyond = "" if best.chosen is not None else ", beyond the bound"
-                what = f"score of {title(best)} ({best.trials[best.shown].label}{beyond})"
-                result.notes.append(best.controls.sentence(what, "draws of matched random latents"))
+                what = f"score of {title(best)} ({best.trials[best.shown or 0].label}{beyond})"
+                result.notes.append(against.sentence(what, name))
         result.notes += [f"{title(found)} has a score of zero. {found.reason}" for found in results if found.reason]
+        for method, of_method in zip(methods, of_methods, strict=True):
+            if isinstance(method, Reporting):
+                _join(result, method.report(of_method, context))
         result.notes += self._remarks(experiment)
         return result
 
@@ -165,6 +187,7 @@ class Unlearn:
             "sparsity": lambda: sparsity(self.thresholds, grid),
             "attribution": lambda: attribution(grid),
             "greedy": lambda: greedy(grid),
+            "strong": lambda: Strong(list[Target](self.push_targets), self.push_steps, self.paths),
         }
         return [make[name]() for name in self.methods]
 
@@ -186,7 +209,10 @@ class Unlearn:
         general = other_text(context, site, self.general_tokens, "train", organism=organism)
         rows = [row for some in general.values() for row in some]
         codes = Codes(context.sae)
-        seen = Seen(site, context.sae, data.forget, data.retain, rows, exams[0].examination, codes, context.seed)
+        architecture = context.config.architecture.use
+        seen = Seen(
+            site, context.sae, data.forget, data.retain, rows, exams[0].examination, codes, context.seed, architecture
+        )
         held_out = other_text(context, site, self.damage_tokens, "held_out", organism=organism)
         texts = {kind: list(site.passages(some, self.batch_tokens)) for kind, some in held_out.items()}
         by_guessing = chance([q for q in asked if q.group == FORGET])
@@ -221,6 +247,15 @@ class Unlearn:
         if unknown:
             notes.append(f"The model answers no question right about: {'; '.join(unknown)}. These groups do not count.")
         return notes
+
+
+def _join(result: Result, more: Result) -> None:
+    """What a method has to say of its own, after the rest."""
+    result.scalars |= more.scalars
+    result.tables |= more.tables
+    result.figures |= more.figures
+    result.files += more.files
+    result.notes += more.notes
 
 
 def _groups(data: UnlearningData) -> Callable[[Question], str]:

@@ -111,14 +111,15 @@ def context(own: Subject | None = None) -> SimpleNamespace:
     source = SimpleNamespace(
         subject=own, token_batches=lambda split, rows: iter([other if split == "train" else batch])
     )
-    return SimpleNamespace(sae=sae(), source=source, seed=0, warn=lambda _: None)
+    config = SimpleNamespace(architecture=SimpleNamespace(use="standard"))
+    return SimpleNamespace(sae=sae(), source=source, config=config, seed=0, warn=lambda _: None)
 
 
 def seen(own: Subject | None = None) -> Seen:
     own, made, divided = own or subject(), sae(), data().divided(0.5, 0)
     site = Site(own, made.trained_positions)
     asked = [q for q in divided.questions if q.wording == "seen" and (q.group == FORGET or q.entity in divided.shown)]
-    return Seen(site, made, divided.forget, divided.retain, [[0, 16, 1]], Examination(site, asked), Codes(made), 0)
+    return Seen(site, made, divided.forget, divided.retain, [[0, 16, 1]], Examination(site, asked), Codes(made), 0, "standard")
 
 
 @pytest.fixture(scope="session")
