@@ -121,7 +121,7 @@ def fitted(site: Site, data: UnlearningData, general: General, *, seed: int, ste
     retain = [
         tokenize(text, verbose=False)["input_ids"][:128] for text in (*general.train, *(t.text for t in data.retain))
     ]
-    pushed = train_rows(site, parts, data.forget, retain, steps=steps, seed=seed)
+    pushed = train_rows(site, parts, data.forget, retain, target="others", steps=steps, seed=seed)
     return Fitted(detectors, pushed, best)
 
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--block", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
     from saekit import organism
 
