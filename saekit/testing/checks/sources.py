@@ -297,7 +297,7 @@ CHECKS: tuple[Check, ...] = (
     Check("identity_is_plain", "`identity` is plain JSON, and the same for the same options.", identity_is_plain),
     Check(
         "sequences_by_number",
-        "Labelled sequences, if it provides them, are decided by seed and number.",
+        "Labelled sequences, if it provides them, are decided by seed and number; labels of their positions agree with their own.",
         sequences_by_number,
     ),
 )
