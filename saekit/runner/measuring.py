@@ -122,7 +122,7 @@ class MeasuredSAE:
         """What metrics are given of the trained SAE; an analyzer gets the same with its own directory."""
         return self._context(self.directory.path)
 
-    # --- guards ------------------------------------------------------------------------------------------------------
+    # --- guards ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _at_work(self, part: Part) -> Iterator[None]:
@@ -173,7 +173,7 @@ class MeasuredSAE:
             self._unchanged = Unchanged(self.sae)
         return changes
 
-    # --- evaluate ----------------------------------------------------------------------------------------------------
+    # --- evaluate ----------------------------------------------------------------------------------------------
 
     def begin_evaluation(self) -> None:
         """Build the metrics."""
@@ -243,7 +243,7 @@ class MeasuredSAE:
         for reason, names in reasons.items():
             self.listeners.warn(f"Not defined on held-out data: {', '.join(names)} ({reason}).")
 
-    # --- analyse -----------------------------------------------------------------------------------------------------
+    # --- analyse -----------------------------------------------------------------------------------------------
 
     def analyse(self, part: Part) -> None:
         """Carry out one analyzer."""
