@@ -77,7 +77,6 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         self.peek()  # a missing file is found before anything else
         self.warnings.clear()
         self.concepts, labels = self._labels()  # [D, n_concepts]
-        self._with_spans = {self.concepts[column] for spanned in self._spanned for column in spanned.spans if spanned.spans[column]}
         counts = self._count(labels)  # wrong labels are found before a model is loaded
         subject = self.load(device, dtype)
         documents = (Document(f"{path}:{number}", text) for path, number, _, text in self._records())
@@ -146,6 +145,7 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
             )
             if self.classes is not None:
                 names.append(_class(record.get(self.classes), self.classes, path, number))
+        self._with_spans = {self.labels[column] for one in self._spanned for column, spans in one.spans.items() if spans}
         for key in self._keys:
             if key not in seen:
                 raise OptionError(
