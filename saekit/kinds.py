@@ -2,8 +2,8 @@
 
 To add a kind, declare it here, add its hook to `hookspecs.py` and its section to `RunConfig` and `Variant` in
 `config.py`. The plan, variants, overrides, the options of `saekit run`, completion and the JSON Schema follow from these.
-Then say what its target must do in `protocols.py`, call it in `runner/sae_run.py` (or `runner/run.py`, if it is of the
-whole run), check it in `testing/checks/`, and give `saekit new` a template in `cli/templates/`.
+Then say what its target must do in `protocols.py`, call it in `runner/sae_run.py` (training), `runner/measuring.py` (its results)
+or `runner/run.py` (the whole run), check it in `testing/checks/`, and give `saekit new` a template in `cli/templates/`.
 """
 
 from __future__ import annotations

@@ -238,7 +238,8 @@ class Source(Protocol):
     def sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:
         """Batch `number` of `n` whole labelled sequences, the second stream beside `blocks`. Only with `concepts`.
 
-        A function of the arguments alone, so that a resumed run is given the same. The split "train" never ends;
+        Labels that hold for some positions only stand in `position_labels`; a sequence's own label is then 1 if one of its
+        positions has it. A function of the arguments alone, so that a resumed run is given the same. The split "train" never ends;
         "held_out" gives each sequence once, in order: its last batch may be short, and those after it are empty."""
         ...
 

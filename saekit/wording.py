@@ -98,7 +98,7 @@ def count(value: float) -> str:
 def held_out_amounts(counts: dict[str, Any]) -> list[tuple[list[str], str]]:
     """How much held-out data metrics saw, "20.0k tokens of 412 documents", with the names of those that saw as much.
 
-    counts: of each metric by its name, as `summary.json` has them; what is no number there is left out."""
+    counts: of each metric by its name, as `summary.json` has them. Entries that are not numbers are left out."""
     groups: dict[str, list[str]] = {}
     for name, given in counts.items() if isinstance(counts, dict) else ():
         of = {unit: n for unit, n in given.items() if is_number(n)} if isinstance(given, dict) else {}

@@ -75,6 +75,8 @@ class SequenceBatch:
     target: [n, T, d_out], what a transcoder should rebuild at each position; None if the SAE rebuilds x itself.
     code: the SAE's code of x[mask], one row for each position of `mask.nonzero()`; only in a training step, where x is
         scaled as the SAE sees it.
+    position_labels: [n, T, n_concepts], if some labels belong to a part of the positions. A sequence's own label is then the
+        largest of its positions. None if every position has its sequence's labels.
     """
 
     x: Tensor
@@ -83,14 +85,22 @@ class SequenceBatch:
     tokens: Tensor | None = None
     target: Tensor | None = None
     code: Code | None = None
+    position_labels: Tensor | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    def labels_of_positions(self) -> Tensor:
+        """The labels of each position of `mask.nonzero()`: [m, n_concepts]."""
+        if self.position_labels is not None:
+            return self.position_labels[self.mask]
+        return self.labels[self.mask.nonzero()[:, 0]]
+
     def to(self, device: str | torch.device) -> SequenceBatch:
         """The same sequences on another device, without a code."""
-        tensors = (self.x, self.mask, self.labels, self.tokens, self.target)
-        return SequenceBatch(*(None if t is None else t.to(device, non_blocking=True) for t in tensors))  # type: ignore[arg-type]
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "code"}
+        moved: dict[str, Any] = {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
+        return SequenceBatch(**moved)
 
 
 @dataclass

@@ -240,9 +240,18 @@ class HarvestSource:
             if target is not None:
                 target[into] = targets[at].to(x.dtype)
         tokens, sequence = whole.tokens.to(self._device), whole.sequence.to(self._device)
-        known = available.labels(numbers, seed)
-        labels = None if known is None else torch.from_numpy(known).to(self._device)[row]  # [n, n_concepts]
+        labels = self._labels_of(available, numbers, seed, row, position)
         return Activations(x, target, tokens[row, position], sequence[row], position, labels)
+
+    def _labels_of(
+        self, available: Rows, numbers: np.ndarray, seed: int | None, row: Tensor, position: Tensor
+    ) -> Tensor | None:
+        """The labels of positions of some rows: [n, n_concepts], None if there are none."""
+        each = available.position_labels(numbers, seed)  # [rows, T, n_concepts]
+        if each is not None:
+            return torch.from_numpy(each).to(self._device)[row, position]
+        known = available.labels(numbers, seed)  # [rows, n_concepts]
+        return None if known is None else torch.from_numpy(known).to(self._device)[row]
 
     def _forwards(self, whole: TokenBatch) -> Iterator[tuple[Tensor, TokenBatch]]:
         """The rows in portions for one forward: their places in `whole`, [r], and their tokens, cut to the longest.
@@ -290,9 +299,16 @@ class LabelledHarvestSource(HarvestSource):
             x[into, position] = activations[row, position].to(x.dtype)
             if target is not None:
                 target[into, position] = targets[row, position].to(x.dtype)
-        labels = torch.from_numpy(available.labels(numbers, order))
         mask, tokens = (t[:, :longest].to(self._device) for t in (whole.keep, whole.tokens))
-        return SequenceBatch(x, mask, labels.to(self._device), tokens, target)
+        each = available.position_labels(numbers, order)
+        if each is None:
+            labels = torch.from_numpy(available.labels(numbers, order)).to(self._device)
+            return SequenceBatch(x, mask, labels, tokens, target)
+        by_position = torch.from_numpy(each)  # [n, context, n_concepts]
+        # Only positions of the data count: a mark on one that is left out does not make its sequence one with the label.
+        labels = by_position.masked_fill(~whole.keep[..., None] & (by_position == 1), 0).amax(1)
+        labels, by_position = labels.to(self._device), by_position[:, :longest].to(self._device)
+        return SequenceBatch(x, mask, labels, tokens, target, position_labels=by_position)
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:

@@ -11,7 +11,7 @@ the first of them come from all over the split, and a metric with a smaller budg
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -118,6 +118,10 @@ class Rows(Protocol):
         """The labels of the same rows, [n, n_concepts] float32, NaN if unknown; None if no row has any."""
         ...
 
+    def position_labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
+        """The labels of each position of the same rows, [n, context, n_concepts]; None if all have those of their row."""
+        ...
+
 
 class PackedRows:
     """The rows of some documents of a store.
@@ -170,6 +174,9 @@ class PackedRows:
     def labels(self, numbers: np.ndarray, seed: int | None) -> None:
         """None: a row may hold several documents; see `Rows.labels`."""
 
+    def position_labels(self, numbers: np.ndarray, seed: int | None) -> None:
+        """None; see `Rows.position_labels`."""
+
     def documents(self, numbers: np.ndarray) -> np.ndarray:
         """The documents of held-out rows; see `Rows.documents`."""
         _, ends = self._passes.order(None, 0)
@@ -191,6 +198,7 @@ class SequenceRows:
 
     documents: [m] indices into the store.
     given: [D, n_concepts] labels of all the store's documents, or None.
+    marks: [N, n_concepts] booleans, the store's tokens whose label is 1 whatever their document's is; None if there are none.
     bos: the token that begins each row, or None.
     pad: fills the rest of a row. UsageError if there are no tokens.
     """
@@ -204,6 +212,7 @@ class SequenceRows:
         bos: int | None,
         pad: int = 0,
         given: np.ndarray | None = None,
+        marks: np.ndarray | None = None,
     ):
         self.store, self.context, self.bos, self.pad = store, context, bos, pad
         width = _room(context, bos)
@@ -219,7 +228,7 @@ class SequenceRows:
         self._starts, self._ends = which * total // parts, (which + 1) * total // parts  # [count] each, in the document
         self.count = len(self._documents)
         self.length = float((self._ends - self._starts).mean()) + (bos is not None)
-        self._given = given
+        self._given, self._marks = given, marks
         self._passes = Passes(self.count, "sequences")
 
     @cached_property
@@ -228,26 +237,42 @@ class SequenceRows:
 
     def take(self, numbers: np.ndarray, seed: int | None) -> tuple[np.ndarray, np.ndarray]:
         """Rows by number; see `Rows.take`."""
-        rows = self._rows(numbers, seed)  # [n]
-        first = int(self.bos is not None)
-        lengths = self._ends[rows] - self._starts[rows]  # [n]
-        places = np.arange(self.context) - first  # [context], of a row's text
-        inside = (places >= 0) & (places < lengths[:, None])  # [n, context]
+        inside, places = self._places(self._rows(numbers, seed))
         ids = np.full((len(numbers), self.context), self.pad, dtype=np.int64)  # [n, context]
-        begins = self.store.offsets[self._documents[rows]] + self._starts[rows]  # [n]
-        ids[inside] = self.store.ids[(begins[:, None] + places)[inside]]
+        ids[inside] = self.store.ids[places]
         if self.bos is not None:
             ids[:, 0] = self.bos
             inside[:, 0] = True
         return ids, inside
 
     def labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
-        """The labels of the rows' documents; see `Rows.labels`."""
+        """The labels of the rows' documents; with marks, 1 only where the row itself has one. See `Rows.labels`."""
+        each = self.position_labels(numbers, seed)
+        if each is not None:
+            return each.max(1)  # NaN, at every position, stays NaN
         return None if self._given is None else self._given[self._documents[self._rows(numbers, seed)]]
+
+    def position_labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
+        """The labels of the rows' documents, and 1 where a token is marked; see `Rows.position_labels`."""
+        if self._given is None or self._marks is None:
+            return None
+        rows = self._rows(numbers, seed)  # [n]
+        inside, places = self._places(rows)
+        labels = np.repeat(self._given[self._documents[rows]][:, None], self.context, 1)  # [n, context, n_concepts]
+        labels[inside] = np.where(self._marks[places], np.float32(1), labels[inside])
+        return labels
 
     def documents(self, numbers: np.ndarray) -> np.ndarray:
         """The document of each held-out row, twice; see `Rows.documents`."""
         return self._documents[self._rows(numbers, None)][:, None].repeat(2, 1)
+
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the text of the rows is, [n, context] booleans, and the place of each of its tokens in the store, [p]."""
+        lengths = self._ends[rows] - self._starts[rows]  # [n]
+        places = np.arange(self.context) - int(self.bos is not None)  # [context], of a row's text
+        inside = (places >= 0) & (places < lengths[:, None])  # [n, context]
+        begins = self.store.offsets[self._documents[rows]] + self._starts[rows]  # [n]
+        return inside, (begins[:, None] + places)[inside]
 
     def _rows(self, numbers: np.ndarray, seed: int | None) -> np.ndarray:
         """Which rows the numbers mean: [n] -> [n]."""
@@ -260,7 +285,7 @@ class MixedRows:
     With a seed every part passes over its documents as often as its share needs. Without a seed every row comes once;
     when a part is used up, the others continue in their proportions.
 
-    given: [parts, n_concepts], the labels of each part's rows, or None.
+    given: [parts, n_concepts], the labels of each part's rows; None to ask the parts.
     """
 
     def __init__(
@@ -291,8 +316,30 @@ class MixedRows:
         return ids, mask
 
     def labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
-        """The labels of the rows' parts; see `Rows.labels`."""
-        return None if self.given is None else self.given[self.places(numbers, seed)[0]]
+        """The labels of the rows' parts, or what the parts say; see `Rows.labels`."""
+        if self.given is not None:
+            return self.given[self.places(numbers, seed)[0]]
+        return self._gathered(numbers, seed, lambda part, rows: part.labels(rows, seed))
+
+    def position_labels(self, numbers: np.ndarray, seed: int | None) -> np.ndarray | None:
+        """What the parts say, unless the labels are given; see `Rows.position_labels`."""
+        if self.given is not None:
+            return None
+        return self._gathered(numbers, seed, lambda part, rows: part.position_labels(rows, seed))
+
+    def _gathered(
+        self, numbers: np.ndarray, seed: int | None, ask: Callable[[Rows, np.ndarray], np.ndarray | None]
+    ) -> np.ndarray | None:
+        """What each row's part says of it: [n, ...]; None if a part says nothing."""
+        kinds, within = self.places(numbers, seed)
+        answers = {k: ask(self.parts[k], within[kinds == k]) for k in np.unique(kinds)}
+        first = next(iter(answers.values()), None)
+        if first is None or any(answer is None for answer in answers.values()):
+            return None
+        found = np.empty((len(numbers), *first.shape[1:]), dtype=first.dtype)
+        for k, answer in answers.items():
+            found[kinds == k] = answer
+        return found
 
     def documents(self, numbers: np.ndarray) -> np.ndarray:
         """The documents of held-out rows, numbered through all parts; see `Rows.documents`."""

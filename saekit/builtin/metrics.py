@@ -9,11 +9,11 @@ from torch import Tensor
 
 from saekit.training.loss_input import Step
 
-ROUNDING = 1e-12  # of a sum of squares in float64: what activations that are all equal may leave of their deviation
+ROUNDING = 1e-12  # relative to a sum of squares in float64: the deviation that equal activations may seem to have
 
 
 def deviation(square: Tensor, total: Tensor, rows: Tensor) -> float:
-    """The squared deviation from the mean, summed over rows and coordinates; 0 if it is no more than rounding.
+    """The squared deviation from the mean, summed over rows and coordinates; 0 if it could be rounding alone.
 
     square: the sum of squares. total: [d], the sum of the rows. rows: how many."""
     spread = float(square - total.square().sum() / rows)

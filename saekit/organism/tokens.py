@@ -34,7 +34,7 @@ _COLUMNS = ("ids", "offsets", "hashes")
 def corpus_tokens(kind: str, tokenizer: Any) -> dict[str, TokenStore]:
     """The documents of a kind as tokens, for each split. They are read from the cache if they are there."""
     made: dict[str, TokenStore] | None = None
-    with contextlib.suppress(OSError, SaekitError):  # a cache that cannot be written is no reason to fail
+    with contextlib.suppress(OSError, SaekitError):  # it works without a cache, only more slowly
         path = cache_directory() / f"{kind}-{_made_of(kind, tokenizer)}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f"{kind}.lock"), wait=True):  # of several processes that begin together, one makes it

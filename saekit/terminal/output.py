@@ -27,7 +27,7 @@ def echo(text: Any = "", *, err: bool = False, nl: bool = True, file: TextIO | N
 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:
-    """The text in lines that fit the terminal, broken only where it has a space; a no-break space in it is no such place.
+    """The text in lines that fit the terminal, broken only at spaces, and never at a no-break space.
 
     first, rest: what the first line and the others begin with. A word wider than the terminal has a line of its own."""
     width = max(shutil.get_terminal_size().columns, len(first) + 20)

@@ -225,7 +225,12 @@ def _language_files() -> Path:
     place = _own_place() / "language"
     save_tiny_model(place / "model")
     lines = [
-        {"text": f"The {a} of the {b}." if n % 2 else f"A {b}, and {a} number {n}.", "even": n % 2, "short": n // 2 % 2}
+        {
+            "text": f"The {a} of the {b}." if n % 2 else f"A {b}, and {a} number {n}.",
+            "even": n % 2,
+            "short": n // 2 % 2,
+            "first": [[4, 4 + len(a)] if n % 2 else [2, 2 + len(b)]],  # its first noun
+        }
         for n, (a, b) in enumerate((a, b) for a in _WORDS for b in _WORDS)
     ]
     assert all(len({line[key] for line in lines}) == CONCEPTS for key in ("even", "short"))

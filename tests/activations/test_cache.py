@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import saekit
-from saekit.activations import cache
+from saekit.activations import cache, cache_files
 from saekit.activations.batch import Activations
 from saekit.activations.cache import CachedSource
 from saekit.activations.shuffle import ShuffledBatches
@@ -28,7 +28,7 @@ COLUMNS = ("x", "tokens", "sequence", "position")
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(cache, "_SHARD_ROWS", (150, 150))
-    monkeypatch.setattr(cache, "CHUNK", 32)
+    monkeypatch.setattr(cache_files, "CHUNK", 32)
 
 
 def text(model, data, **options):

@@ -246,7 +246,7 @@ def changed(**changes):
         (changed(y="yes"), {}, r"texts.jsonl, line 4: the label 'y' is 'yes'. Write 0, 1, true or false, or null"),
         (changed(y=2), {}, "line 4: the label 'y' is 2"),
         (changed(y=0.5), {}, "line 4: the label 'y' is 0.5"),
-        (changed(y=[1]), {}, r"line 4: the label 'y' is \[1\]"),
+        (changed(y=[1]), {}, "line 4: the label 'y' is a list that holds 1. A list holds spans, each"),
         (changed(c=[]), {"labels": [], "classes": "c"}, r"line 4: the class 'c' is \[\]"),
         (
             [{**t, "y": 1} for t in TEXTS],

@@ -101,6 +101,7 @@ def workplace(
     (tmp_path / "my-model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "texts").mkdir()
     shutil.copy(text_file, tmp_path / "texts" / "some.txt")
+    (tmp_path / "names.jsonl").write_text('{"text": "Ada met Zoë.", "name": [[0, 3], [8, 11]]}', encoding="utf-8")
     lines = [json.dumps({"text": text}) for text in text_file.read_text(encoding="utf-8").split("\n\n")]
     (tmp_path / "texts" / "some.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for name in ("run.toml", "variants.toml"):

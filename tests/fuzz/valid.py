@@ -138,7 +138,8 @@ def run_tables() -> list[dict[str, Any]]:
 
 def texts() -> dict[str, bytes]:
     """Documents, as text and as lines of JSON with labels, and a labelled document, by the names above."""
-    lines = [f'{{"text": "Sentence {i} speaks of salt.", "good": {i % 2}, "kind": "{"ab"[i % 2]}"}}' for i in range(8)]
+    good = [*(0, 1) * 3, "[[0, 8]]", "[[9, 10], [21, 25]]"]
+    lines = [f'{{"text": "Sentence {i} speaks of salt.", "good": {g}, "kind": "{"ab"[i % 2]}"}}' for i, g in enumerate(good)]
     paragraphs = "\n\n".join(f"Paragraph {i} speaks of lamps.\nAnd again." for i in range(8))
     return {TEXT: paragraphs.encode(), LINES: "\n".join(lines).encode()}
 

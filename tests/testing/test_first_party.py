@@ -70,7 +70,7 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
         (place / "facts" / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return {
         "attribution.atp": {"data": str(place / "answers.json")},
-        "builtin.labelled": labelled,
+        "builtin.labelled": {**labelled, "labels": [*labelled["labels"], "first"]},
         "builtin.text": {**text, "target_hook_point": "blocks.1.hook_out"},
         "builtin.module": {
             "module": f"{place / 'module.py'}:narrow",

@@ -27,6 +27,7 @@ from saekit import (
     Pattern,
     Result,
     SaeLensFormat,
+    SequenceBatch,
     SparseAutoencoder,
     SparseCode,
     hookimpl,
@@ -990,6 +991,37 @@ def test_a_callback_whose_state_no_checkpoint_can_hold() -> None:
 def test_sources(name: str) -> None:
     target, expected = SOURCES[name]
     assert failing(checked("source", name, target)) == expected
+
+
+class LabelsOfPositions(Numbered):
+    """Sequences with labels of positions, which `spoil` may spoil."""
+
+    concepts = ("one", "two")
+
+    def spoil(self, labels, each):
+        return labels, each
+
+    def sequences(self, split, n, seed, number):
+        draws = self.generator_of(split, seed, number)
+        each = torch.randint(0, 2, (n, 5, 2), generator=draws).float()
+        labels, each = self.spoil(each.amax(1), each)
+        x, mask = torch.randn(n, 5, 8, generator=draws), torch.ones(n, 5, dtype=torch.bool)
+        return SequenceBatch(x, mask, labels, position_labels=each)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda self, labels, each: (labels, each), ""),
+        (lambda self, labels, each: (torch.zeros_like(labels), each), "a sequence's label is not the largest of its positions'"),
+        (lambda self, labels, each: (labels, each[:, :4]), r"position_labels are \[4, 4, 2\], not \[4, 5, 2\]"),
+    ],
+)
+def test_labels_of_positions_agree_with_those_of_their_sequences(spoil: Any, message: str) -> None:
+    spoilt = type("Spoilt", (LabelsOfPositions,), {"spoil": spoil})
+    report = checked("source", "spoilt", spoilt, provides=("sequences",))
+    assert failing(report) == ({"sequences_by_number"} if message else set())
+    assert not message or re.search(message, report.failures[0].message)
 
 
 @pytest.mark.parametrize("name", GRAPH_BUILDERS)

@@ -211,7 +211,7 @@ def coded(codes: list[list[float]]) -> LabelledCodes:
     labels = torch.tensor([[1.0], [1.0], [0.0], [0.0]])
     sums = torch.stack([dense.sum(0), dense.square().sum(0), (dense > 0).sum(0)])
     x, four = torch.zeros(4, 2), torch.arange(4)
-    return LabelledCodes(x, four, labels, {}, x, dense, sums, four, rows, latents, dense[rows, latents])
+    return LabelledCodes(x, four, labels, labels[four], {}, x, dense, sums, four, rows, latents, dense[rows, latents])
 
 
 def test_the_best_other_latent_is_chosen_on_training_data() -> None:

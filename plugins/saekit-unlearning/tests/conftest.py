@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from saekit import Subject, TrainedPositions
+from saekit import Registry, SparseAutoencoder, Subject, TrainedPositions
 from saekit.activations.sites import resolve
 
 WORDS = [
@@ -72,6 +72,19 @@ class Planted:
     data: UnlearningData
     words: list[str]
     directions: dict[str, Tensor] = field(default_factory=dict)
+
+    def sae(self) -> SparseAutoencoder:
+        """A new `standard` SAE that rebuilds the site: its latents are the words."""
+        component = Registry().find("architecture", "standard")
+        sae = component.build(component.validate({}, "standard"), WIDTH, len(self.words))
+        rows = torch.stack([self.directions[word] for word in self.words]) / 3.0  # of norm 1
+        with torch.no_grad():
+            sae.W_enc.copy_(rows.T)
+            sae.W_dec.copy_(rows)
+            sae.b_enc.zero_()
+            sae.b_dec.zero_()
+        sae.trained_positions = self.site.trained
+        return sae
 
 
 @pytest.fixture

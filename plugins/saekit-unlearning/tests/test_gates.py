@@ -9,19 +9,10 @@ from saekit_unlearning.edits import PATHS
 from saekit_unlearning.gates import fit_gates
 from saekit_unlearning.places import placed
 
-from saekit import Registry
-
 
 @pytest.mark.parametrize("path", PATHS)
 def test_gates_close_on_the_latents_of_what_is_to_be_forgotten_and_on_no_other(planted, path):
-    component = Registry().find("architecture", "standard")
-    sae = component.build(component.validate({}, "standard"), 48, len(planted.words))
-    directions = torch.stack([planted.directions[word] for word in planted.words]) / 3.0
-    with torch.no_grad():
-        sae.W_enc.copy_(directions.T)
-        sae.W_dec.copy_(directions)
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
+    sae = planted.sae()
     before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     retain = [placed(planted.subject.tokenizer, text, whole=True).tokens for text in planted.data.retain]
     latents = torch.arange(len(planted.words))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from saekit_unlearning.kl_unlearn import KLUnlearn
 
-from saekit import Activations, Registry, Step
+from saekit import Activations, Step
 
 
 class OfPlanted(KLUnlearn):
@@ -16,15 +16,7 @@ class OfPlanted(KLUnlearn):
 
 def prepared(planted, scale: float = 1.0, **options):
     """(the loss, an SAE that rebuilds the site, a step maker)."""
-    component = Registry().find("architecture", "standard")
-    sae = component.build(component.validate({}, "standard"), 48, len(planted.words))
-    directions = torch.stack([planted.directions[word] for word in planted.words]) / 3.0
-    with torch.no_grad():
-        sae.W_enc.copy_(directions.T)
-        sae.W_dec.copy_(directions)
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
-    sae.trained_positions = planted.site.trained
+    sae = planted.sae()
     OfPlanted.read = staticmethod(lambda data: planted.data)
     loss = OfPlanted(**options)
     source = SimpleNamespace(subject=planted.subject)

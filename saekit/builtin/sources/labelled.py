@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from saekit.activations.harvest import LabelledHarvestSource
 from saekit.activations.packing import MixedRows, Rows, SequenceRows, TokenStore
 from saekit.activations.subject import Subject
 from saekit.builtin.sources.common import TextsSource, row_options
+from saekit.builtin.sources.spans import SpannedText, SpanTokens, marked_tokens, read_spans
 from saekit.errors import OptionError, UsageError, near_names
 
 if TYPE_CHECKING:
@@ -26,21 +28,26 @@ if TYPE_CHECKING:
 class LabelledSource(TextsSource, LabelledHarvestSource):
     """Activations of a language model on labelled texts: JSON Lines with a text and one or several labels.
 
-    A label is 0, 1, true or false; null, or a missing key, leaves it unknown. Each text is one sequence without EOS; a
-    text longer than the context is divided into sequences of similar length, each with the text's labels.
+    A label is 0, 1, true or false; null, or a missing key, leaves it unknown. It may also be a list of spans, [start, end] in
+    characters: then it is 1 at the positions whose tokens share a character with one of them, and 0 at the text's others.
+    Each text is one sequence without EOS; a text longer than the context is divided into sequences of similar length, each
+    with the text's labels. A sequence with spans has the label 1 as a whole if one of its positions has.
 
-    It gives two streams: shuffled positions, each with the labels of its text, and whole sequences for losses that pool.
+    It gives two streams: shuffled positions, each with its labels, and whole sequences for losses that pool.
     The second leaves out texts without any known label. With `balance`, training takes every combination of labels
     (unknown counts as a value) equally often in both streams, so texts with rare ones are repeated more often.
     """
 
     data: Annotated[str, Field(description="A .jsonl file, a directory or glob of them.")]
-    labels: Annotated[list[str], Field(description="Keys that hold 0, 1, true, false, or null.")] = field(
+    labels: Annotated[list[str], Field(description="Keys that hold 0, 1, true, false, null, or spans of characters.")] = field(
         default_factory=list
     )
     classes: Annotated[
         str | None, Field(description="A key that holds the name of a class: one label for each class.")
     ] = None
+    span_tokens: Annotated[
+        SpanTokens, Field(description="Which tokens of a span have its label: all, or the last, where names are complete.")
+    ] = "all"
     balance: Annotated[bool, Field(description="Train on every combination of labels equally often.")] = False
     column: Annotated[str, Field(description="The key that holds the text.")] = "text"
     context: Annotated[int, Field(gt=1, description="The most tokens in a sequence.")] = 128
@@ -74,19 +81,25 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         subject = self.load(device, dtype)
         documents = (Document(f"{path}:{number}", text) for path, number, _, text in self._records())
         store, held_out = self.divided(documents, subject, eos=False)
+        elsewhere, marks = self._marked(store, subject, labels) if self._spanned else (labels, None)
         self._look_at_splits(labels, held_out)
+        options = {"given": elsewhere, "marks": marks, **row_options(subject, self.context, self.bos)}
         known = ~np.isnan(labels).all(1)  # [D]
         splits: dict[str, Rows] = {}
         self.labelled = {}
         for split, chosen in (("train", ~held_out), ("held_out", held_out)):
-            splits[split] = self._rows(subject, store, chosen, labels, split)
+            splits[split] = self._rows(store, chosen, labels, split, options)
             if (chosen & known).any():
-                self.labelled[split] = self._rows(subject, store, chosen & known, labels, split)
-        return subject, splits, {**self.data_identity(store), "labels": counts, "balance": self.balance}
+                self.labelled[split] = self._rows(store, chosen & known, labels, split, options)
+        identity = {**self.data_identity(store), "labels": counts, "balance": self.balance}
+        if marks is not None:
+            positions = dict(zip(self.concepts, marks.sum(0).tolist(), strict=True))
+            identity["spans"] = {"positions": positions, "digest": hashlib.sha256(marks.tobytes()).hexdigest()}
+        return subject, splits, identity
 
     def fingerprint(self) -> dict[str, Any] | None:
         """What determines the activations, without loading; see `protocols.Source.fingerprint`."""
-        options = ("labels", "classes", "balance", "column", "limit", "held_out", "bos")
+        options = ("labels", "classes", "span_tokens", "balance", "column", "limit", "held_out", "bos")
         return self._fingerprint(self._files(), *options)
 
     # --- reading -----------------------------------------------------------------------------------------------
@@ -113,11 +126,26 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         table: list[list[float]] = []
         names: list[str | None] = []
         seen: set[str] = set()
-        for path, number, record, _ in self._records():
+        self._spanned: list[SpannedText] = []
+        for path, number, record, text in self._records():
             seen |= set(record)
-            table.append([_label(record.get(key), key, path, number) for key in self.labels])
+            place = f"{path}, line {number}"
+            spans = {
+                column: read_spans(record[key], key, text, place)
+                for column, key in enumerate(self.labels)
+                if isinstance(record.get(key), list)
+            }
+            if any(spans.values()):
+                self._spanned.append(SpannedText(place, len(table), text, spans))
+            table.append(
+                [
+                    float(bool(spans[column])) if column in spans else _label(record.get(key), key, place)
+                    for column, key in enumerate(self.labels)
+                ]
+            )
             if self.classes is not None:
                 names.append(_class(record.get(self.classes), self.classes, path, number))
+        self._with_spans = {self.labels[column] for one in self._spanned for column, spans in one.spans.items() if spans}
         for key in self._keys:
             if key not in seen:
                 raise OptionError(
@@ -147,7 +175,7 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         for name, column in zip(self.concepts, labels.T, strict=True):
             zeros, ones, unknown = (int(n.sum()) for n in (column == 0, column == 1, np.isnan(column)))
             counts[name] = {"0": zeros, "1": ones, "unknown": unknown}
-            if zeros == 0 or ones == 0:
+            if (zeros == 0 and name not in self._with_spans) or ones == 0:
                 there = f"{int(ones > 0)} in all {zeros + ones} texts of {self.data} that have it"
                 raise OptionError(
                     "labels",
@@ -164,6 +192,8 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         """OptionError if all training texts have the same label; a warning if all held-out texts have."""
         for name, column in zip(self.concepts, labels.T, strict=True):
             for value in (0, 1):
+                if value == 0 and name in self._with_spans:  # beside a span there are positions without the label
+                    continue
                 if not (column[~held_out] == value).any():
                     raise OptionError(
                         "held_out",
@@ -178,30 +208,37 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
 
     # --- rows --------------------------------------------------------------------------------------------------
 
-    def _rows(self, subject: Subject, store: TokenStore, chosen: np.ndarray, labels: np.ndarray, split: str) -> Rows:
-        """The rows of some texts ([D] booleans); in training balanced, if the option says so."""
-        options = row_options(subject, self.context, self.bos)
+    def _marked(self, store: TokenStore, subject: Subject, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The labels of the positions without a span, [D, n_concepts], and which tokens have one, [N, n_concepts] booleans."""
+        marks, warnings = marked_tokens(self._spanned, store, self.concepts, subject.tokenizer, self.span_tokens)
+        self.warnings += warnings
+        elsewhere = labels.copy()
+        for spanned in self._spanned:
+            elsewhere[spanned.document, [column for column, spans in spanned.spans.items() if spans]] = 0
+        self._spanned.clear()  # it holds texts
+        return elsewhere, marks
+
+    def _rows(
+        self, store: TokenStore, chosen: np.ndarray, labels: np.ndarray, split: str, options: dict[str, Any]
+    ) -> Rows:
+        """The rows of some texts ([D] booleans); in training balanced by the texts' labels, if the option says so."""
         if not self.balance or split == "held_out":
-            return SequenceRows(store, np.flatnonzero(chosen), given=labels, **options)
+            return SequenceRows(store, np.flatnonzero(chosen), **options)
         kinds, of_text = np.unique(np.nan_to_num(labels, nan=2.0), axis=0, return_inverse=True)
-        parts, given = [], []
-        for kind in range(len(kinds)):
-            texts = np.flatnonzero(chosen & (of_text.ravel() == kind))
-            if len(texts):
-                parts.append(SequenceRows(store, texts, **options))
-                given.append(labels[texts[0]])
-        return MixedRows(parts, [1] * len(parts), given=np.stack(given))
+        texts = [np.flatnonzero(chosen & (of_text.ravel() == kind)) for kind in range(len(kinds))]
+        parts = [SequenceRows(store, some, **options) for some in texts if len(some)]
+        return MixedRows(parts, [1] * len(parts))
 
 
-def _label(value: Any, key: str, path: Path, number: int) -> float:
+def _label(value: Any, key: str, place: str) -> float:
     """A label as a number, NaN if it is unknown."""
     if value is None or (isinstance(value, float) and value != value):
         return float("nan")
     if isinstance(value, bool | int | float) and value in (0, 1):
         return float(value)
     raise UsageError(
-        f"{path}, line {number}: the label {key!r} is {value!r}. Write 0, 1, true or false, or null if it is not known; "
-        f'for the name of a class set classes = "{key}".'
+        f"{place}: the label {key!r} is {value!r}. Write 0, 1, true or false, or null if it is not known; a list of spans, "
+        f'[[0, 5]], for some of the positions; for the name of a class set classes = "{key}".'
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saekit.activations.batch import Activations
+from saekit.activations.batch import Activations, SequenceBatch
 from saekit.activations.trained_positions import TrainedPositions
 from saekit.protocols import Source
 from saekit.testing.checks import any_kind
@@ -247,10 +247,23 @@ def sequences_by_number(subject: Subject) -> None:
         raise Failed(f"a batch of sequences has {got}. Give x [n, T, d_in] and a mask [n, T] of booleans.")
     if bool(batch.labels.isnan().all(1).any()):
         raise Failed("a sequence has no label at all. Give only labelled sequences.")
+    _labels_by_position(batch)
     source.sequences("train", 4, 0, 0)
     again = source.sequences("train", 4, 0, 1)
     if changed(copied(batch), copied(again)):
         raise Failed("batch number 1 of sequences is different when it is asked for again. Draw from (seed, number) alone.")
+
+
+def _labels_by_position(batch: SequenceBatch) -> None:
+    """Labels of positions, if a batch has any, agree with those of its sequences."""
+    each = batch.position_labels
+    if each is None:
+        return
+    if list(each.shape) != [*batch.mask.shape, batch.labels.shape[1]]:
+        raise Failed(f"position_labels are {list(each.shape)}, not {[*batch.mask.shape, batch.labels.shape[1]]}.")
+    largest = each.masked_fill(~batch.mask[..., None] & (each == 1), 0).amax(1)
+    if not torch.equal(largest.nan_to_num(-1), batch.labels.nan_to_num(-1)):
+        raise Failed("a sequence's label is not the largest of its positions'. Give 1 if one of them has the label, 0 if none has.")
 
 
 CHECKS: tuple[Check, ...] = (
@@ -284,7 +297,7 @@ CHECKS: tuple[Check, ...] = (
     Check("identity_is_plain", "`identity` is plain JSON, and the same for the same options.", identity_is_plain),
     Check(
         "sequences_by_number",
-        "Labelled sequences, if it provides them, are decided by seed and number.",
+        "Labelled sequences, if it provides them, are decided by seed and number; labels of their positions agree with their own.",
         sequences_by_number,
     ),
 )

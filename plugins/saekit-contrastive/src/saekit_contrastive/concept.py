@@ -5,7 +5,7 @@ is what `form = "activation"` is there to show.
 What a latent must exceed to fire differs between gates, rows and latents (the k-th largest pre-activation, a threshold of
 its own, zero), so a latent's score is its margin: its pre-activation minus that (`Code.margin`).
 
-`ConceptLatents` and `labelled_scores` are public: other losses on labelled sequences can be built from them.
+`ConceptLatents`, `labels_by` and `scores_by` are public: other losses on labelled sequences can be built from them.
 """
 
 from __future__ import annotations
@@ -115,23 +115,33 @@ class ConceptLatents:
                 )
 
 
-def first_sequence_labels(context: RunContext) -> Iterator[Tensor]:
-    """The labels [n, n_concepts] of the first labelled training sequences, batch by batch."""
+def first_sequence_labels(context: RunContext, on: On) -> Iterator[Tensor]:
+    """`labels_by` of the first labelled training sequences, batch by batch."""
     for number in range(_LOOKS):
-        yield context.source.sequences("train", _LOOK, context.seed, number).labels
+        yield labels_by(context.source.sequences("train", _LOOK, context.seed, number), on)
 
 
-def labelled_scores(scores: Tensor, labels: Tensor, batch: SequenceBatch, on: On) -> tuple[Tensor, Tensor]:
-    """Scores with their labels, by position (`on` = "tokens") or averaged over each sequence: [r, c] each.
+def labels_by(batch: SequenceBatch, on: On, shuffled: bool = False) -> Tensor:
+    """The labels by position of `batch.mask.nonzero()` (`on` = "tokens"), or of each sequence: [r, n_concepts].
 
-    scores: [m, c], one row for each position of `batch.mask.nonzero()`.
-    labels: [n, c], of the sequences."""
-    sequence = batch.mask.nonzero()[:, 0]  # [m], of each row of scores
+    A sequence without positions has none. shuffled: in a random order, in which the positions of a sequence stay together if
+    they have their sequence's labels."""
+    if on == "tokens" and batch.position_labels is not None:
+        labels = batch.labels_of_positions()
+        return permuted(labels) if shuffled else labels
+    labels = permuted(batch.labels) if shuffled else batch.labels
     if on == "tokens":
-        return scores, labels[sequence]
+        return labels[batch.mask.nonzero()[:, 0]]
+    return labels.masked_fill(~batch.mask.any(1, keepdim=True), torch.nan)
+
+
+def scores_by(scores: Tensor, batch: SequenceBatch, on: On) -> Tensor:
+    """Scores [m, c] of the positions of `batch.mask.nonzero()` (`on` = "tokens"), or their mean over each sequence: [r, c]."""
+    if on == "tokens":
+        return scores
+    sequence = batch.mask.nonzero()[:, 0]  # [m], of each row of scores
     sums = scores.new_zeros(len(batch), scores.shape[1]).index_add(0, sequence, scores)
-    counts = batch.mask.sum(1, keepdim=True)  # [n, 1]
-    return sums / counts.clamp_min(1), labels.masked_fill(counts == 0, torch.nan)  # a sequence without positions is out
+    return sums / batch.mask.sum(1, keepdim=True).clamp_min(1)
 
 
 def permuted(labels: Tensor) -> Tensor:
@@ -160,7 +170,7 @@ def measures_of_latents(activations: Tensor, labels: Tensor, names: list[str]) -
 
 
 class Concept:
-    """On labelled sequences: each position takes its sequence's label, or positions are averaged first.
+    """On labelled sequences: each position has its label (its sequence's, unless spans say more), or positions are averaged first.
 
     The value is the mean over the concepts of `class_contrast.contrast`."""
 
@@ -178,28 +188,26 @@ class Concept:
 
     def prepare(self, context: RunContext) -> None:
         """Find the concepts in the source, and check that both classes of each occur. UsageError if they do not."""
-        self._concepts.prepare(context, first_sequence_labels(context))
+        self._concepts.prepare(context, first_sequence_labels(context, self._on))
 
     def active(self, step: Step) -> bool:
-        """Only if some concept has sequences of both classes."""
-        return step.sequences is not None and has_both_classes(self._concepts.labels(step.sequences.labels))
+        """Only if some concept has positions, or sequences, of both classes."""
+        return step.sequences is not None and has_both_classes(self._concepts.labels(labels_by(step.sequences, self._on)))
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one step's sequences."""
         batch = step.sequences
         assert batch is not None and batch.code is not None  # promised by the need `sequences`
         scores = scores_of(batch.code, torch.tensor(self._concepts.latents, device=batch.x.device), self._form)  # [m, c]
-        labels = self._concepts.labels(batch.labels)  # [n, c]
-        if self._shuffled:
-            labels = permuted(labels)
-        return mean_contrast(*labelled_scores(scores, labels, batch, self._on), self._form, self._margin)
+        labels = self._concepts.labels(labels_by(batch, self._on, self._shuffled))  # [r, c]
+        return mean_contrast(scores_by(scores, batch, self._on), labels, self._form, self._margin)
 
     def measures(self, step: Step) -> dict[str, Tensor]:
         """`measures_of_latents` over the positions of the step's sequences, by their true labels."""
         batch = step.sequences
         assert batch is not None and batch.code is not None  # promised by the need `sequences`
         activations = batch.code.columns(torch.tensor(self._concepts.latents, device=batch.x.device))  # [m, c]
-        _, labels = labelled_scores(activations, self._concepts.labels(batch.labels), batch, "tokens")
+        labels = self._concepts.labels(batch.labels_of_positions())  # [m, c]
         return measures_of_latents(activations, labels, self._concepts.endings)
 
 

@@ -154,20 +154,22 @@ def _others(train: LabelledCodes, held_out: LabelledCodes, column: int, latent: 
     """How well the other latents predict the concept, each with the sign that it has on training data."""
     found: Values = {}
     for unit in ("tokens", "sequences"):
-        fitted = _every(train, column, unit)
+        fitted, measured = (_every(data, column, unit) for data in (train, held_out))
+        if fitted.isnan().all() or measured.isnan().all():  # every sequence has the label, at some of its positions
+            continue
         against = fitted < 0.5  # [d_sae]
         strength = (fitted - 0.5).abs()
         strength[latent] = -1.0
         best = int(strength.argmax())
-        measured = _every(held_out, column, unit)
         measured = torch.where(against, 1.0 - measured, measured)
         sign = -1.0 if against[best] else 1.0
         found[f"other_auroc_{unit}"] = _of_other(held_out, column, best, sign, unit)
         found[f"other_latent_{unit}"] = float(best)
         found[f"other_sign_{unit}"] = sign
-    living = held_out.sums[2] > 0
-    living[latent] = False
-    found["leakage"] = float((measured[living] > LEAKS).double().mean()) if living.any() else 0.0
+        if unit == "sequences":
+            living = held_out.sums[2] > 0
+            living[latent] = False
+            found["leakage"] = float((measured[living] > LEAKS).double().mean()) if living.any() else 0.0
     return found
 
 
@@ -223,9 +225,15 @@ def _by_chance(found: Estimate) -> str:
 def _warn_if_few(context: RunContext, data: LabelledCodes, column: int) -> None:
     """Say how many sequences the AUROCs of a concept were measured on, if they are few."""
     n = [int(chosen.sum()) for _, chosen in _classes(data.labels[:, column])]
-    if min(n) < FEW:
+    name = context.source.concepts[column]
+    if min(n) == 0:
         context.warn(
-            f"Concept {context.source.concepts[column]!r} was measured on {n[0]} held-out sequences with it and {n[1]} without "
+            f"Every held-out sequence with a label {'has' if n[0] else 'lacks'} concept {name!r}, so only "
+            "values over positions are defined. Add texts of the other kind for those over sequences."
+        )
+    elif min(n) < FEW:
+        context.warn(
+            f"Concept {name!r} was measured on {n[0]} held-out sequences with it and {n[1]} without "
             "it: too few for more than a rough AUROC (see the intervals). Raise concept_auroc's sequences and tokens, or label "
             "more texts."
         )

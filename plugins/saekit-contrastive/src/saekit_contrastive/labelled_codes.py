@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BATCH = 16  # sequences asked for at a time
 _ROWS = 2048  # positions encoded at a time
 _ENTRIES = 4_000_000  # active entries of codes kept
-_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Tensor, Tensor, Tensor]]] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple, tuple[Tensor, Tensor, Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 # by source: all variants of a run are measured on the same positions, which are harvested once
 
 
@@ -29,6 +29,7 @@ class LabelledCodes:
     x: [n, d_in], the SAE's input.
     sequence: [n].
     labels: [n_sequences, n_concepts].
+    position_labels: [n, n_concepts].
     columns: [n] activations of some latents.
     rebuilt: [n, d_out], the reconstruction.
     pooled_code: [n_sequences, d_sae], mean activations.
@@ -40,6 +41,7 @@ class LabelledCodes:
     x: Tensor
     sequence: Tensor
     labels: Tensor
+    position_labels: Tensor
     columns: dict[int, Tensor]
     rebuilt: Tensor
     pooled_code: Tensor
@@ -51,7 +53,7 @@ class LabelledCodes:
 
     def of_tokens(self, column: int) -> Tensor:
         """The label of each position: [n]."""
-        return self.labels[self.sequence, column]
+        return self.position_labels[:, column]
 
     def pooled(self, scores: Tensor) -> Tensor:
         """The mean of scores [n] over the positions of each sequence: [n_sequences]."""
@@ -78,14 +80,14 @@ def encode_labelled(context: RunContext, split: str, chosen: Iterable[int], *, s
     key = (split, sequences, tokens, context.seed)
     if key not in known:
         known[key] = _positions(context.source, *key)
-    x, sequence, labels = known[key]
+    x, sequence, labels, of_positions = known[key]
     finite = x.isfinite().all(1)  # [n]
     if not finite.all():
         context.warn(
             f"{int((~finite).sum()):,} of {len(x):,} activations of labelled sequences of the split {split!r} are not finite; "
             "they are left out."
         )
-        x, sequence = x[finite], sequence[finite]
+        x, sequence, of_positions = x[finite], sequence[finite], of_positions[finite]
         empty = torch.bincount(sequence, minlength=len(labels)) == 0
         labels = labels.masked_fill(empty[:, None], torch.nan)
     x = x * context.scale  # [n, d_in]
@@ -110,15 +112,16 @@ def encode_labelled(context: RunContext, split: str, chosen: Iterable[int], *, s
     found = torch.cat(picked).unbind(1)
     entries = (torch.cat(part) for part in zip(*kept, strict=True))
     by_latent = dict(zip(columns.tolist(), found, strict=True))
-    return LabelledCodes(x, sequence, labels, by_latent, torch.cat(rebuilt), mean, sums, torch.cat(some), *entries)
+    return LabelledCodes(x, sequence, labels, of_positions, by_latent, torch.cat(rebuilt), mean, sums, torch.cat(some), *entries)
 
 
 def _lengths(sequence: Tensor, labels: Tensor) -> Tensor:
     return torch.bincount(sequence, minlength=len(labels)).clamp_min(1)
 
 
-def _positions(source: Source, split: str, sequences: int, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions [n, d_in], the sequence of each [n], and the labels of the sequences [n_sequences, n_concepts]."""
+def _positions(source: Source, split: str, sequences: int, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions [n, d_in], the sequence of each [n], and the labels of the sequences [n_sequences, n_concepts] and of the
+    positions [n, n_concepts]."""
     first = source.sequences(split, _BATCH, seed, 0)
     length = max(1, int(first.mask.sum()) // max(1, len(first)))
     wanted = max(1, min(sequences, tokens // length) // _BATCH)  # batches
@@ -130,7 +133,8 @@ def _positions(source: Source, split: str, sequences: int, tokens: int, seed: in
     starts = [sum(len(batch) for batch in batches[:i]) for i in range(len(batches))]
     x = torch.cat([batch.x[batch.mask] for batch in batches])
     of = torch.cat([batch.mask.nonzero()[:, 0] + start for batch, start in zip(batches, starts, strict=True)])
-    return x, of, torch.cat([batch.labels for batch in batches])
+    of_positions = torch.cat([batch.labels_of_positions() for batch in batches])
+    return x, of, torch.cat([batch.labels for batch in batches]), of_positions
 
 
 def _batches(source: Source, seed: int) -> int:

@@ -46,18 +46,18 @@ class Leakage:
         self._chosen = resolve_latents(self._latents, list(context.source.concepts), context.sae.d_sae)
 
     def active(self, step: Step) -> bool:
-        """Only if some concept has sequences of both classes."""
-        return step.sequences is not None and has_both_classes(step.sequences.labels[:, list(self._chosen)])
+        """Only if some concept has positions of both classes."""
+        return step.sequences is not None and has_both_classes(step.sequences.labels_of_positions()[:, list(self._chosen)])
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one step's sequences."""
         batch = step.sequences
         assert batch is not None and batch.code is not None  # promised by the need `sequences`
-        sequence = batch.mask.nonzero()[:, 0]  # [m], of each row of the code
-        own = torch.zeros(batch.code.d_sae, dtype=torch.bool, device=sequence.device)
+        labels = batch.labels_of_positions()  # [m, n_concepts], of each row of the code
+        own = torch.zeros(batch.code.d_sae, dtype=torch.bool, device=labels.device)
         own[list(self._chosen.values())] = True
         code = batch.code
-        values = [self._of(code, batch.labels[sequence, column], own) for column in self._chosen]
+        values = [self._of(code, labels[:, column], own) for column in self._chosen]
         return torch.stack(values).mean()
 
     def _of(self, code: Code, labels: Tensor, own: Tensor) -> Tensor:

@@ -143,8 +143,7 @@ def _labelled(source: Source, columns: list[int], sequences: int, seed: int, out
         batch: SequenceBatch = source.sequences("train", min(BATCH, sequences), seed, number)
         x = batch.target if output else batch.x  # [n, T, width]
         assert x is not None  # a transcoder's source has a target
-        labels = batch.labels[:, None, columns].expand(*batch.mask.shape, len(columns))
-        parts.append((x[batch.mask].float().cpu(), labels[batch.mask].cpu()))
+        parts.append((x[batch.mask].float().cpu(), batch.labels_of_positions()[:, columns].cpu()))
         if sum(len(part) for part, _ in parts) >= POSITIONS:
             break
     x, labels = (torch.cat(column) for column in zip(*parts, strict=True))

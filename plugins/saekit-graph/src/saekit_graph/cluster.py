@@ -17,8 +17,9 @@ from saekit_contrastive.concept import (
     Latents,
     On,
     first_sequence_labels,
-    labelled_scores,
+    labels_by,
     mean_contrast,
+    scores_by,
 )
 from torch import Tensor
 
@@ -57,13 +58,13 @@ class Cluster:
 
     def prepare(self, context: RunContext) -> None:
         """Find the concepts in the source, and check that both classes of each occur. UsageError if they do not."""
-        self._concepts.prepare(context, first_sequence_labels(context))
+        self._concepts.prepare(context, first_sequence_labels(context, self._on))
 
     def active(self, step: Step) -> bool:
-        """Only once there is a graph, and if some concept has sequences of both classes."""
+        """Only once there is a graph, and if some concept has positions, or sequences, of both classes."""
         if step.graph is None or step.sequences is None:
             return False
-        return has_both_classes(self._concepts.labels(step.sequences.labels))
+        return has_both_classes(self._concepts.labels(labels_by(step.sequences, self._on)))
 
     def __call__(self, step: Step) -> Tensor:
         """The loss of one step's sequences. ValueError if the graph has another number of latents than the SAE."""
@@ -74,8 +75,8 @@ class Cluster:
         if graph is not self._graph:  # all edges are searched only once per graph
             self._graph = graph
             self._members = [cluster_of(graph, latent) for latent in self._concepts.latents]
-        scores = self._scores(batch.code, batch.x)  # [m, c]
-        scores, labels = labelled_scores(scores, self._concepts.labels(batch.labels), batch, self._on)
+        scores = scores_by(self._scores(batch.code, batch.x), batch, self._on)  # [r, c]
+        labels = self._concepts.labels(labels_by(batch, self._on))  # [r, c]
         if self._zero == "middle":
             scores = _about_the_middle(scores, labels)
         return mean_contrast(scores, labels, self._form, self._margin)

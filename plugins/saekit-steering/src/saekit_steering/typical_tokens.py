@@ -93,8 +93,10 @@ class TokenCounts:
 
 
 def of_class(batch: SequenceBatch, column: int, label: int) -> Tensor:
-    """The positions of the sequences with this label: [n, T]."""
-    return batch.mask & (batch.labels[:, column] == label)[:, None]
+    """The positions with this label: [n, T]."""
+    chosen = batch.mask.clone()
+    chosen[batch.mask] = batch.labels_of_positions()[:, column] == label
+    return chosen
 
 
 def held_out_sequences(context: RunContext, column: int, n: int, size: int = 32) -> Iterator[SequenceBatch]:

@@ -36,7 +36,7 @@ class Found:
     chosen: the number of the trial that our rule chose; None if none that made the model forget kept enough.
     shown: the chosen one, or else the one with the highest (1 - forget) * least_retained on seen wordings, which is only shown.
     unseen: `shown` on the wordings never used before. None if there were no trials.
-    alone: the reconstruction without any edit on these, for the path "spliced": what is no merit of the edit.
+    alone: the reconstruction without any edit on these, for the path "spliced": what is lost before anything is edited.
     front: the trials of the curve, chosen on seen wordings, as they are on the others.
     area: that of the curve.
     controls: `held_back_score` of `shown` against those of its controls, by what these are in words.

@@ -29,7 +29,7 @@ TEXTS, QUESTIONS = "texts.jsonl", "questions.jsonl"
 
 WMDP_NAME, MMLU_NAME = "cais/wmdp", "cais/mmlu"
 LEFT_OUT = ("college_biology",)
-"""Subjects of MMLU about what WMDP-bio is about, so that to forget them is no damage."""
+"""Subjects of MMLU that WMDP-bio covers too: forgetting them is not damage."""
 EACH = 20
 """Questions of each subject of MMLU that are asked: 1,100 in all."""
 
