@@ -85,7 +85,7 @@ class Unlearn:
     push_steps: Annotated[
         list[Annotated[int, Field(gt=0)]],
         Field(min_length=1, description="For strong: how many steps its rows are trained."),
-    ] = field(default_factory=lambda: [150])
+    ] = field(default_factory=lambda: [300])
     wordings: Annotated[
         int,
         Field(
