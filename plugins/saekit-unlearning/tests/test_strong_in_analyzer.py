@@ -11,13 +11,24 @@ import torch
 from pydantic import TypeAdapter
 from saekit_unlearning import strong_method
 from saekit_unlearning.data import UnlearningData
+from saekit_unlearning.edited import Edited, copied
 from saekit_unlearning.edits import PATHS, Pushing, parts_of
 from saekit_unlearning.methods import Prepared, Seen
 from saekit_unlearning.push import train_rows
 from saekit_unlearning.strong_method import DIRECTORY, Strong
 from saekit_unlearning.unlearn import Unlearn
 
-from saekit import Activations, OptionError, Registry, Result, SparseAutoencoder, TokenBatch, load_sae
+from saekit import (
+    Activations,
+    OptionError,
+    Registry,
+    Result,
+    SparseAutoencoder,
+    TokenBatch,
+    TrainedPositions,
+    UsageError,
+    load_sae,
+)
 
 GENERAL = ["the house is old and young", "where is the house of here", "now there is a house in the old house"]
 RANDOM_ROWS, MATCHED = "draws of random rows on the same latents", "draws of rows trained on matched random latents"
@@ -162,11 +173,41 @@ def test_a_gate_that_silences_detectors_is_a_zero_with_its_reason(planted, analy
     assert not context.directory.exists() and result.files == []
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_reach_the_layers_below_through_a_push_that_stays(planted, path) -> None:
+    """As relearning needs it; the second time the push is written out, with autograd through it."""
+    sae, push = dictionary(planted).double(), torch.tensor([planted.words.index("Fo0"), planted.words.index("house")])
+    rows = torch.randn(2, 48, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    site = copied(planted.site)
+    model = site.subject.model.double()
+    weight = model.embedding.weight.requires_grad_(True)
+    tokens = torch.tensor([planted.subject.tokenizer("now Fo0 is in a house")["input_ids"]])
+
+    def gradient(logits: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(logits.log_softmax(-1)[..., 0].sum(), weight)[0]
+
+    edited = Edited("", site, True, Pushing(parts_of(sae, push, path), rows))
+    found = gradient(edited.whole(tokens, torch.ones_like(tokens, dtype=torch.bool)))
+    x = weight[tokens[0]]
+    code = (x @ sae.W_enc).relu()  # every bias is zero
+    moved = (x if path == "error_kept" else code @ sae.W_dec) + code[:, push] @ rows
+    keep = TrainedPositions(True).in_rows(tokens)[0]
+    expected = gradient(torch.where(keep[:, None], moved, x).cumsum(0) @ model.unembedding)
+    assert found.abs().max() > 0
+    torch.testing.assert_close(found, expected)
+
+
 def test_latents_that_are_never_active_before_an_answer_push_nothing(analyse, monkeypatch) -> None:
     monkeypatch.setattr(strong_method, "matched_latents", lambda chosen, *_: [0])  # <s> is in no text
     result, _ = analyse(paths=["error_kept"])
     (found,) = (r for r in result.tables["controls"] if r["control"] == MATCHED)
     assert found["controls"] == 4 and found["best"] == 0
+
+
+@pytest.mark.parametrize("option", [{"push_targets": ["oracle"]}, {"push_targets": []}, {"push_steps": [0]}, {"push_steps": []}])
+def test_bad_options_are_refused(option) -> None:
+    with pytest.raises(UsageError, match=rf"unlearn\.{next(iter(option))}"):
+        Registry().find("analyzer", "unlearn").validate(option, "analyzer.unlearn")
 
 
 def test_other_text_is_needed(planted) -> None:

@@ -100,9 +100,9 @@ class Strong:
         notes = [
             f"{len(added.latents)} latents were added to the SAE's {context.sae.d_sae}. When left out of the fit, "
             f"{added.choice.detected:.2f} of texts are detected, and {added.choice.false:.3f} of those about others by mistake.",
-            f"Of the variance of held-out activations the SAE explains {_number(before)}, with the added latents but not their "
-            f"rows {_number(own)}, and with their rows, which do not rebuild, {_number(pushing)}. An added latent fires in "
-            f"{fired:.4f} of these activations.",
+            f"Explained variance of held-out activations: {_number(before)} by the SAE, {_number(own)} with the added latents but "
+            f"not their rows, {_number(pushing)} with these, which push and do not rebuild. An added latent fires in {fired:.4f} "
+            "of these activations.",
             f"{DIRECTORY}/ holds that SAE with the rows of one setting ({label}{within}); saekit.load_sae reads it.",
         ]
         return Result(scalars={f"{self.name}_{key}": value for key, value in scalars.items()}, files=files, notes=notes)
@@ -195,4 +195,4 @@ def _rebuilt(
 
 
 def _number(value: float | None) -> str:
-    return "an unknown share" if value is None else f"{value:.3f}"
+    return "unknown" if value is None else f"{value:.3f}"

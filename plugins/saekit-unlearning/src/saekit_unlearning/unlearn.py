@@ -114,6 +114,7 @@ class Unlearn:
     def __post_init__(self) -> None:
         self.methods = list(dict.fromkeys(self.methods))
         self.paths = list(dict.fromkeys(self.paths))
+        self.push_targets, self.push_steps = list(dict.fromkeys(self.push_targets)), list(dict.fromkeys(self.push_steps))
         if not (self.ablate or self.clamps or self.rms_clamps):
             raise OptionError(
                 "ablate", "is false and there are no clamps, so nothing would be edited. Allow one of them."
