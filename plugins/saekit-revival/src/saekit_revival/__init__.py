@@ -17,3 +17,8 @@ def saekit_callbacks() -> Iterator[Component]:
         "resample", "saekit_revival.resample:Resample", "Gives dead latents new weights from badly rebuilt inputs."
     )
     yield Component("revivals", "saekit_revival.revivals:Revivals", "Which dead latents come back, and whether they stay.")
+
+
+@hookimpl
+def saekit_recipes() -> Iterator[Component]:
+    yield Component("revival", "saekit_revival:comparison.toml", "Methods of revival beside none, on known directions.")

@@ -59,7 +59,7 @@ class UsageKL:
             float, Field(ge=0, lt=1, description="How much of the running rate is kept from step to step.")
         ] = 0.99,
         latents: Annotated[
-            int | None, Field(gt=0, description="Latents that get a gradient in a step; a sixteenth of them by default.")
+            int | None, Field(gt=0, description="Latents that get a gradient in a step; a thirty-second of them by default.")
         ] = None,
         floor: Annotated[
             float, Field(gt=0, lt=0.5, description="Bounds the loss: rates are taken to be at least so far from 0 and from 1.")
@@ -102,7 +102,7 @@ class UsageKL:
     def _chosen(self, slope: Tensor) -> Tensor:
         """The latents [n] that get a gradient."""
         d_sae = len(slope)
-        n = min(self.latents or max(1, d_sae // 16), d_sae)
+        n = min(self.latents or max(1, d_sae // 32), d_sae)
         if n == d_sae:
             return torch.arange(d_sae, device=slope.device)
         chances = slope.abs() / torch.empty_like(slope).exponential_()  # the n largest: draws without replacement
