@@ -38,7 +38,7 @@ def small_file(place: Path, methods: int = 2) -> str:
 
 def test_every_method_of_the_recipe_trains(tmp_path: Path) -> None:
     small = {f"{section}.{key}": value for section, keys in SMALL.items() for key, value in keys.items()}
-    run = saekit.run("revival", overrides={**small, "training.tokens": 64 * 12}, directory=tmp_path / "run")
+    run = saekit.run("dead_latents", overrides={**small, "training.tokens": 64 * 12}, directory=tmp_path / "run")
     assert list(run.variants) == ["none", "resample", "auxk", "ghost", "usage_kl", "together"]
     assert all("revivals" in variant.summary["analysis"] for variant in run.variants.values())
     used = {name: {loss["use"] for loss in resolved(run, name)["loss"] if loss["weight"]} for name in run.variants}

@@ -21,4 +21,4 @@ def saekit_callbacks() -> Iterator[Component]:
 
 @hookimpl
 def saekit_recipes() -> Iterator[Component]:
-    yield Component("revival", "saekit_revival:comparison.toml", "Methods of revival beside none, on known directions.")
+    yield Component("dead_latents", "saekit_revival:comparison.toml", "Methods of revival beside none, on known directions.")

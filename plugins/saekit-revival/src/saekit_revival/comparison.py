@@ -1,6 +1,6 @@
 """Which method of revival helps: ``python -m saekit_revival.comparison [RUN_FILE]``.
 
-Every `[[variant]]` of the run file is a method; without a run file it is the recipe `revival`. Each needs the callback `revivals`.
+Every `[[variant]]` of the run file is a method; without a run file it is the recipe `dead_latents`. Each needs the callback `revivals`.
 
 1. With a seed that is not reported, the penalty (`--knob`) of every variant is changed until its L0 is `--l0`.
 2. With these penalties, all variants are trained with each of the seeds that are reported.
@@ -35,7 +35,7 @@ Summary = dict[str, Any]
 def main() -> None:
     """Train what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_file", nargs="?", default="revival", help="a run file or a recipe with variants")
+    parser.add_argument("run_file", nargs="?", default="dead_latents", help="a run file or a recipe with variants")
     parser.add_argument("--directory", type=Path, default=Path("runs/revival"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--l0", type=float, default=8.0, help="the L0 that all variants are tuned to")
