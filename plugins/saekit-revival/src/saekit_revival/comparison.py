@@ -1,6 +1,7 @@
 """Which method of revival helps: ``python -m saekit_revival.comparison [RUN_FILE]``.
 
-Every `[[variant]]` of the run file is a method; without a run file it is the recipe `dead_latents`. Each needs the callback `revivals`.
+Every `[[variant]]` of the run file is a method, and each needs the callback `revivals`; without a run file it is the recipe
+`dead_latents`.
 
 1. With a seed that is not reported, the penalty (`--knob`) of every variant is changed until its L0 is `--l0`.
 2. With these penalties, all variants are trained with each of the seeds that are reported.
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("run_file", nargs="?", default="dead_latents", help="a run file or a recipe with variants")
     parser.add_argument("--directory", type=Path, default=Path("runs/revival"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--l0", type=float, default=8.0, help="the L0 that all variants are tuned to")
+    parser.add_argument("--l0", type=float, default=10.0, help="the L0 that all variants are tuned to")
     parser.add_argument("--knob", default="loss.l1.weight", help="the key that sets the L0; empty if the gate does")
     parser.add_argument("--tries", type=int, default=6, help="trainings for tuning at most")
     parser.add_argument("--control", type=int, default=32, help="living latents redrawn at most beside the revived; 0: skip")

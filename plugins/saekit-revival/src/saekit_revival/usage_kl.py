@@ -21,18 +21,14 @@ def kl(target: float, rate: Tensor, floor: float) -> Tensor:
 
     With p' = floor + (1 - 2 floor) p it is t' log(t' / r') + (1 - t') log((1 - t') / (1 - r')): zero at rate = target, and finite
     at 0 and at 1."""
-    t, r = _mixed(torch.as_tensor(target, dtype=rate.dtype, device=rate.device), floor), _mixed(rate, floor)
+    t, r = floor + (1 - 2 * floor) * target, floor + (1 - 2 * floor) * rate
     return t * (t / r).log() + (1 - t) * ((1 - t) / (1 - r)).log()
 
 
 def kl_slope(target: float, rate: Tensor, floor: float) -> Tensor:
     """The derivative of `kl` by the rate, (1 - 2 floor) (r' - t') / (r' (1 - r')): [n] -> [n]."""
-    t, r = _mixed(torch.as_tensor(target, dtype=rate.dtype, device=rate.device), floor), _mixed(rate, floor)
+    t, r = floor + (1 - 2 * floor) * target, floor + (1 - 2 * floor) * rate
     return (1 - 2 * floor) * (r - t) / (r * (1 - r))
-
-
-def _mixed(p: Tensor, floor: float) -> Tensor:
-    return floor + (1 - 2 * floor) * p
 
 
 class UsageKL:
