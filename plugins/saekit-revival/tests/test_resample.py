@@ -7,45 +7,18 @@ import torch
 from saekit_revival.resample import Resample
 from torch import Tensor
 
-from saekit import Code, SparseAutoencoder
-from saekit.activations.batch import Activations
+from saekit import Code, OptionError, SparseAutoencoder
 from saekit.builtin.architectures.gated import Gated
 from saekit.builtin.architectures.jumprelu import JumpReLU
 from saekit.builtin.architectures.standard import Standard
 from saekit.builtin.architectures.topk import TopK
-from saekit.builtin.losses import mse
-from saekit.config import TrainingConfig
-from saekit.listeners import Listener, Listeners
-from saekit.training.loss_terms import Term
 from saekit.training.state import restore, state_of
-from saekit.training.trainer import Trainer
 
 D, F, BATCH = 8, 32, 64
 DEAD = [3, 17, 30]
 
 
-def trainer_with(callback: Resample, sae: SparseAutoencoder | None = None) -> Trainer:
-    """A trainer whose latents 3, 17 and 30 cannot fire."""
-    sae = sae or TopK(D, F, k=4)
-    generator = torch.Generator().manual_seed(0)
-    sae.initialise(generator, torch.randn(100, D, generator=generator))
-    never = torch.zeros(F)
-    never[DEAD] = -1e6
-    sae.shift_pre_activations(never)
-    listeners = Listeners()
-    listeners.add(Listener("resample", callback, "callback 'resample'", vital=True))
-    config = TrainingConfig(tokens=BATCH * 100, batch_size=BATCH, lr=1e-3)
-    term = Term("mse", mse, 1.0, SimpleNamespace(origin="loss 'mse'"))
-    return Trainer(sae, [term], config, total_steps=100, scale=1.0, device=torch.device("cpu"), listeners=listeners)
-
-
-def batches(n: int, seed: int = 1):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(n):
-        yield Activations(torch.randn(BATCH, D, generator=generator))
-
-
-def test_dead_latents_get_unit_inputs_small_encoders_and_fresh_moments() -> None:
+def test_dead_latents_get_unit_inputs_small_encoders_and_fresh_moments(trainer_with, batches) -> None:
     callback = Resample(every=1000, below=1e-4)
     trainer = trainer_with(callback)
     for batch in batches(10):
@@ -75,7 +48,7 @@ def test_dead_latents_get_unit_inputs_small_encoders_and_fresh_moments() -> None
             assert (state[:, DEAD] if state.ndim == 2 else state[DEAD]).eq(0).all()
 
 
-def test_the_gates_of_a_gated_sae_begin_anew_too() -> None:
+def test_the_gates_of_a_gated_sae_begin_anew_too(trainer_with, batches) -> None:
     callback, sae = Resample(every=1000, below=1e-4), Gated(D, F)
     trainer = trainer_with(callback, sae)
     for bias in (sae.b_mag, sae.r_mag):
@@ -111,7 +84,7 @@ class Sharpened(SparseAutoencoder):
         return self.dense_code(x, self.sharpness * self.pre_activations(x).relu())
 
 
-def test_an_architecture_with_parameters_of_its_own_is_revived_with_their_first_values() -> None:
+def test_an_architecture_with_parameters_of_its_own_is_revived_with_their_first_values(trainer_with, batches) -> None:
     callback, sae = Resample(every=1000, below=1e-4), Sharpened(D, F)
     trainer = trainer_with(callback, sae)
     sae.sharpness.data[DEAD] = 0.01
@@ -124,7 +97,7 @@ def test_an_architecture_with_parameters_of_its_own_is_revived_with_their_first_
     assert sae.encode(next(iter(batches(1, seed=4))).x).fired()[DEAD].gt(0).all()
 
 
-def test_a_jumprelu_latent_gets_its_first_threshold_back() -> None:
+def test_a_jumprelu_latent_gets_its_first_threshold_back(trainer_with, batches) -> None:
     """Otherwise a threshold that rose out of reach would keep the latent dead."""
     callback, sae = Resample(every=1000, below=1e-4), JumpReLU(D, F, threshold=0.05)
     trainer = trainer_with(callback, sae)
@@ -135,7 +108,7 @@ def test_a_jumprelu_latent_gets_its_first_threshold_back() -> None:
     assert torch.equal(sae.threshold[DEAD], torch.full((3,), 0.05))
 
 
-def test_decoder_rows_that_are_left_alone_get_the_norm_of_the_living() -> None:
+def test_decoder_rows_that_are_left_alone_get_the_norm_of_the_living(trainer_with, batches) -> None:
     callback = Resample(every=1000, below=1e-4)
     trainer = trainer_with(callback, Standard(D, F))
     for batch in batches(10):
@@ -147,7 +120,7 @@ def test_decoder_rows_that_are_left_alone_get_the_norm_of_the_living() -> None:
     torch.testing.assert_close(trainer.sae.W_dec[DEAD].norm(dim=1), wanted.expand(3))
 
 
-def test_resampled_latents_fire_again() -> None:
+def test_resampled_latents_fire_again(trainer_with, batches) -> None:
     revived, left = Resample(every=10, below=1e-4), Resample(every=10_000, below=1e-4)
     fired = {}
     for name, callback in (("revived", revived), ("left", left)):
@@ -162,7 +135,7 @@ def test_resampled_latents_fire_again() -> None:
     assert revived.resampled >= 3
 
 
-def test_inputs_are_drawn_by_their_squared_error() -> None:
+def test_inputs_are_drawn_by_their_squared_error(trainer_with, batches) -> None:
     """Rows that are rebuilt exactly are never drawn; of the others, each in proportion."""
     callback = Resample(every=1000)
     trainer = trainer_with(callback)
@@ -174,9 +147,9 @@ def test_inputs_are_drawn_by_their_squared_error() -> None:
     x = torch.randn(BATCH, D)
     for _ in range(400):
         trainer.step = SimpleNamespace(x=x, target=x, error=error, code=trainer.step.code)
-        callback.usage = torch.ones(F)
-        callback.usage[0] = 0.0
-        callback.steps = torch.full((F,), 1e6)
+        callback.usage.average = torch.ones(F)
+        callback.usage.average[0] = 0.0
+        callback.usage.steps = torch.full((F,), 1e6)
         (dead,) = callback.resample(trainer).tolist()
         unit = torch.nn.functional.normalize(x - trainer.sae.b_dec, dim=1)
         counts[int((unit @ trainer.sae.W_dec[dead]).argmax())] += 1
@@ -184,7 +157,7 @@ def test_inputs_are_drawn_by_their_squared_error() -> None:
     assert 330 < counts[5] < 390  # 360 expected, standard deviation 6
 
 
-def test_the_same_seed_draws_the_same_and_state_survives() -> None:
+def test_the_same_seed_draws_the_same_and_state_survives(trainer_with, batches) -> None:
     first, second = Resample(every=7, below=1e-4), Resample(every=7, below=1e-4)
     a, b = trainer_with(first), trainer_with(second)
     for batch in batches(10):
@@ -201,7 +174,7 @@ def test_the_same_seed_draws_the_same_and_state_survives() -> None:
 
 
 @pytest.mark.parametrize("until", [0.05, 0.5])
-def test_it_stops_after_its_share_of_the_run(until: float) -> None:
+def test_it_stops_after_its_share_of_the_run(trainer_with, batches, until: float) -> None:
     callback = Resample(every=10, until=until, below=1e-4)
     trainer = trainer_with(callback)
     for batch in batches(20):
@@ -209,7 +182,7 @@ def test_it_stops_after_its_share_of_the_run(until: float) -> None:
     assert (callback.resampled > 0) == (until >= 0.1)
 
 
-def test_a_latent_whose_row_is_fixed_is_left_alone() -> None:
+def test_a_latent_whose_row_is_fixed_is_left_alone(trainer_with, batches) -> None:
     class Held(TopK):
         fixed_latents = torch.tensor([DEAD[1]])
 
@@ -221,3 +194,30 @@ def test_a_latent_whose_row_is_fixed_is_left_alone() -> None:
     before = sae.W_dec.detach().clone()
     assert sorted(callback.resample(trainer).tolist()) == [DEAD[0], DEAD[2]]
     assert torch.equal(sae.W_dec[DEAD[1]], before[DEAD[1]])
+
+
+def test_it_resamples_after_the_steps_that_are_named_and_no_others(trainer_with, batches) -> None:
+    callback = Resample(at=[7, 14, 28], below=1e-4)
+    trainer = trainer_with(callback)
+    for batch in batches(30):
+        trainer.train_on(batch)
+        trainer.sae.shift_pre_activations(torch.zeros(F).index_fill_(0, torch.tensor(DEAD), -1e6))  # dead again
+    assert [event["step"] for event in callback.followed.events] == [7, 14, 28]
+    assert all(event["revived"] == len(DEAD) for event in callback.followed.events)
+
+
+def test_a_step_that_never_comes_is_told(trainer_with) -> None:
+    callback, said = Resample(at=[50, 7000]), []
+    trainer = trainer_with(callback)
+    trainer.warn = said.append
+    callback.training_started(trainer)
+    assert len(said) == 1 and "7,000 will not come" in said[0] and "100 steps" in said[0] and "50," not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"at": [5], "every": 3}, "Leave one of the two out"), ({"at": [5, 5]}, "must rise")]
+)
+def test_steps_that_contradict_are_refused(options: dict, words: str) -> None:
+    with pytest.raises(OptionError, match=words) as error:
+        Resample(**options)
+    assert error.value.option == "at"
