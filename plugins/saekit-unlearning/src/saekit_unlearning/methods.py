@@ -13,6 +13,7 @@ from saekit import SparseAutoencoder
 from saekit_unlearning.activity import Activity
 from saekit_unlearning.answers import Examination, Logits
 from saekit_unlearning.data import FORGET, Question, Text
+from saekit_unlearning.edited import Edited
 from saekit_unlearning.edits import Ablate, Codes, LatentEdit, Operation, Path
 from saekit_unlearning.passages import Passages, Site
 
@@ -68,8 +69,11 @@ class Seen:
 
     def trial(self, label: str, latents: Sequence[int], operation: Operation, path: Path) -> Trial:
         """An edit of some latents as a setting."""
-        edit = LatentEdit(self.sae, torch.tensor(list(latents), dtype=torch.long), operation, path, self.codes)
-        return Trial(label, path, lambda passages: self.site.logits(passages, edit), tuple(latents), operation)
+        chosen = torch.tensor(list(latents), dtype=torch.long)
+        edit = LatentEdit(self.sae, chosen, operation, path, self.codes)
+        # Once layers below the site are trained, every code is another.
+        edited = Edited(label, self.site, edit=LatentEdit(self.sae, chosen, operation, path))
+        return Trial(label, path, lambda passages: self.site.logits(passages, edit), tuple(latents), operation, edited)
 
     def splice(self) -> Trial:
         """The reconstruction alone, without any edit: what the path "spliced" is compared with."""
@@ -85,6 +89,7 @@ class Trial:
     logits: what the edited model computes for passages.
     latents, operation: what was edited and how, so that controls can do the same with other latents; empty for a method
         without latents.
+    edited: the same model, to be trained further by whoever wants the facts back; None if that cannot be tried.
     """
 
     label: str
@@ -92,6 +97,7 @@ class Trial:
     logits: Logits
     latents: tuple[int, ...] = ()
     operation: Operation | None = None
+    edited: Edited | None = None
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field
 
 from saekit import ComponentError, OptionError, Result, RunContext, wilson_interval
 from saekit_unlearning.answers import Examination
+from saekit_unlearning.baselines.baseline import AsMethod, Baseline
+from saekit_unlearning.baselines.by_name import NAMES, ORACLE, BaselineName, baseline, oracle
+from saekit_unlearning.baselines.oracle import Oracle
 from saekit_unlearning.damage import damage, other_text
 from saekit_unlearning.data import FORGET, Question, UnlearningData
 from saekit_unlearning.edits import Codes, Path
@@ -23,14 +26,16 @@ from saekit_unlearning.latent_methods import Grid, attribution, greedy, sparsity
 from saekit_unlearning.measure import Exam, chance
 from saekit_unlearning.methods import Method, Seen
 from saekit_unlearning.passages import Site
+from saekit_unlearning.relearning_report import Relearning, add_relearning
 from saekit_unlearning.score import RETAIN_BOUND, held_back_score
 from saekit_unlearning.tables import Ends, group_columns, method_row, scalars, setting_rows
 
-MethodName = Literal["sparsity", "attribution", "greedy"]
+LatentMethodName = Literal["sparsity", "attribution", "greedy"]
+MethodName = LatentMethodName | BaselineName
 WHERE: dict[Path | None, str] = {
     "spliced": "With the reconstruction spliced in",
     "error_kept": "With the SAE's error kept",
-    None: "With the model itself changed",
+    None: "Without the SAE",
 }
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -52,9 +57,17 @@ class Unlearn:
     shown_groups: Annotated[
         list[str] | None, Field(description="The groups to stay of which that share is shown; by default all.")
     ] = None
-    methods: Annotated[list[MethodName], Field(min_length=1, description="How latents are selected.")] = field(
-        default_factory=lambda: ["sparsity", "attribution", "greedy"]
+    methods: Annotated[list[MethodName], Field(min_length=1, description="Ways to select latents; baselines without any.")] = field(
+        default_factory=lambda: list(get_args(LatentMethodName))
     )
+    baselines: Annotated[
+        dict[BaselineName, dict[str, Any]],
+        Field(description='Options of baselines by name, such as { rmu = { norms = [2.0] }, oracle = { model = "..." } }.'),
+    ] = field(default_factory=dict)
+    relearn: Annotated[
+        int | None,
+        Field(gt=0, description="Steps of relearning half of what was forgotten, for each method; none by default."),
+    ] = None
     paths: Annotated[
         list[Path],
         Field(
@@ -103,6 +116,7 @@ class Unlearn:
     def __post_init__(self) -> None:
         self.methods = list(dict.fromkeys(self.methods))
         self.paths = list(dict.fromkeys(self.paths))
+        self._baselines()
         if not (self.ablate or self.clamps or self.rms_clamps):
             raise OptionError(
                 "ablate", "is false and there are no clamps, so nothing would be edited. Allow one of them."
@@ -113,7 +127,8 @@ class Unlearn:
         self._divided(context.seed)
 
     def __call__(self, context: RunContext) -> Result:
-        """scalars: `tables.scalars`. tables: methods, settings, unedited. figures: curve, scores."""
+        """scalars: `tables.scalars`. tables: methods, settings, unedited. figures: curve, scores. With `relearn` also a table and a
+        figure of that name, `relearning_report.add_relearning`."""
         if context.sae.transcoder:
             raise ComponentError("the SAE is a transcoder, which cannot pass on what it reads. Use an SAE.")
         data = self._divided(context.seed)
@@ -129,8 +144,9 @@ class Unlearn:
         result.figures["scores"] = score_figure(
             results, [None if e is None or f.chosen is None else e[1] for f, e in zip(results, ends, strict=True)]
         )
-        for path in dict.fromkeys(found.path for found in results):
-            best = _best([found for found in results if found.path == path])
+        to_compare = [found for found in results if found.method != ORACLE] or results  # the oracle is the bound, no method
+        for path in dict.fromkeys(found.path for found in to_compare):
+            best = _best([found for found in to_compare if found.path == path])
             end = ends[results.index(best)]
             result.notes.append(_sentence(best, end, self.bound))
             result.headline.append(f"score_{best.method}_{path or 'model'}")
@@ -139,6 +155,10 @@ class Unlearn:
                 what = f"score of {title(best)} ({best.trials[best.shown].label}{beyond})"
                 result.notes.append(best.controls.sentence(what, "draws of matched random latents"))
         result.notes += [f"{title(found)} has a score of zero. {found.reason}" for found in results if found.reason]
+        if self.relearn is not None:
+            how = Relearning(data, experiment.unseen.examination, self.relearn, context.seed)
+            _, never = self._baselines()
+            add_relearning(result, results, how, None if never is None else never.at(site))
         result.notes += self._remarks(experiment)
         return result
 
@@ -166,7 +186,18 @@ class Unlearn:
             "attribution": lambda: attribution(grid),
             "greedy": lambda: greedy(grid),
         }
-        return [make[name]() for name in self.methods]
+        others, _ = self._baselines()
+        return [AsMethod(others[name]) if name in others else make[name]() for name in self.methods]
+
+    def _baselines(self) -> tuple[dict[str, Baseline], Oracle | None]:
+        """Those among `methods`, and the oracle if there is one. OptionError if one cannot be had here."""
+        named = [name for name in NAMES if name in self.methods]
+        unused = [name for name in self.baselines if name not in named and not (name == ORACLE and self.relearn)]
+        if unused:
+            raise OptionError("baselines", f"has options of {unused[0]}, which is not among methods. Add it there.")
+        return {name: baseline(name, self.baselines.get(name, {}), self.data) for name in named}, oracle(
+            self.baselines.get(ORACLE, {}), self.data
+        )
 
     def _experiment(self, context: RunContext, site: Site, data: UnlearningData) -> Experiment:
         group_of = _groups(data)

@@ -34,7 +34,7 @@ METHODS = [
     FineTuning(**FEW),
     NPO(**FEW),
     RMU(norms=(1.0,), checkpoints=(2,)),
-    pytest.param(LoRA(**FEW), marks=pytest.mark.slow, id="LoRA"),  # importing peft takes several seconds
+    pytest.param(LoRA(**FEW), marks=pytest.mark.slow, id="lora"),  # importing peft takes several seconds
 ]
 
 
@@ -72,7 +72,7 @@ def test_the_loss_to_uniform_is_the_written_formula(material: Material) -> None:
         q, b = probabilities(subject, rows), probabilities(material.site.subject, rows)
         kept = [(b[i, t] * torch.log(b[i, t] / q[i, t])).sum() for i, t in rows.mask.nonzero().tolist()]
         expected = expected + 3.0 * torch.stack(kept).mean()
-    found = to_uniform(material.site.subject, subject, forget, stay, 3.0)
+    found = to_uniform(material.site.subject, 3.0)(subject, forget, stay)
     parameters = [p for p in subject.model.parameters() if p.requires_grad]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(*(torch.autograd.grad(loss, parameters) for loss in (found, expected)), strict=True):
@@ -269,7 +269,7 @@ def test_a_baseline_is_a_method_of_the_analyzer(material: Material, facts: Any) 
     )
     method = AsMethod(FineTuning(rates=(1e-2,), checkpoints=(0, 1)))
     prepared = method.prepare(seen)
-    assert (method.name, prepared.candidates) == ("fine-tuning", None)
+    assert (method.name, prepared.candidates) == ("fine_tuning", None)
     assert [trial.path for trial in prepared.trials] == [None, None]
     passages = next(material.site.passages([material.forget[0].tokens]))
     same, changed = (trial.logits(passages) for trial in prepared.trials)

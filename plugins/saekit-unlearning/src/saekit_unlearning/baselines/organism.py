@@ -173,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     control: Relearned | None = None
     lines: list[dict[str, Any]] = []
     for method in methods(options.weight, options.steps):
-        if options.only and method.name not in (*options.only, "the oracle"):
+        if options.only and method.name not in (*options.only, "oracle"):
             continue
         start, tried, best = time.perf_counter(), list[tuple[str, Setting]](), None
         for edited in method.settings(material, options.seed):
