@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import saekit_unlearning
+from saekit_unlearning.unlearn import Unlearn
 
 from saekit.plugins import Registry
 from saekit.run_file import parse_config, read_toml
@@ -69,4 +70,7 @@ def test_the_run_file_for_gemma_is_planned_with_a_small_one(tmp_path: Path) -> N
     assert (table["source"]["model"], table["source"]["hook_point"]) == ("google/gemma-2-2b", "blocks.19.hook_out")
     assert table["architecture"]["d_sae"] == 2304
     (member, *_) = plan.members
-    assert {part.key: part.options for part in member.parts}["analyzer.unlearn"]["data"] == "wmdp-bio"
+    analyzer = {part.key: part.options for part in member.parts}["analyzer.unlearn"]
+    assert analyzer["data"] == "wmdp-bio"
+    rmu = {method.name: method for method in Unlearn(**analyzer)._methods()}["rmu"].baseline  # type: ignore[attr-defined]
+    assert (rmu.blocks, rmu.alpha, list(rmu.checkpoints)) == (3, 1200.0, [150])

@@ -130,8 +130,3 @@ def verdict(name: str, method: Relearned, control: Relearned | None, seed: int =
     if of_own.low > 0 and beyond.low > 0:
         return f"{name} hides the facts rather than removing them: {seen}; {gain}."
     return f"{name}: this relearning does not show that anything was only hidden: {seen}; {gain}."
-
-
-def attacks(edited: Edited) -> list[Edited]:
-    """What an attacker may begin from: the model as it is, and if there is an edit at the site, the model without it."""
-    return [edited] if edited.edit is None else [edited, edited.without_edit()]

@@ -15,10 +15,10 @@ from saekit_unlearning.answers import Examination
 from saekit_unlearning.baselines.baseline import AsMethod
 from saekit_unlearning.baselines.difference_of_means import DifferenceOfMeans, Shift, mean_at_names
 from saekit_unlearning.baselines.lora import LoRA
-from saekit_unlearning.baselines.material import Material, Rows
+from saekit_unlearning.baselines.material import Material, Rows, rows_of
 from saekit_unlearning.baselines.npo import NPO, answer_log_p, npo_loss
 from saekit_unlearning.baselines.oracle import Oracle
-from saekit_unlearning.baselines.rmu import RMU, activation, misdirection
+from saekit_unlearning.baselines.rmu import RMU, activation, misdirection, mlp_weights
 from saekit_unlearning.baselines.training import stays, trainable
 from saekit_unlearning.baselines.uniform import FineTuning, to_uniform
 from saekit_unlearning.data import FORGET
@@ -191,6 +191,19 @@ def test_rmu_moves_forget_text_to_its_vector_below_the_site_alone(material: Mate
     assert all(name.startswith(("transformer.h.0.", "transformer.h.1.")) for name in changed)
 
 
+def test_rmu_may_train_the_mlps_of_some_blocks_alone_and_shares_the_rest(material: Material) -> None:
+    base = dict(material.site.subject.model.named_parameters())
+    few: dict[str, Any] = {"norms": (1.0,), "rate": 1e-2, "checkpoints": (1, 2)}
+    for blocks, prefixes in ((1, ("transformer.h.1.mlp.",)), (9, ("transformer.h.0.mlp.", "transformer.h.1.mlp."))):
+        first, second = RMU(**few, blocks=blocks).settings(material, 0)
+        own, later = (dict(one.site.subject.model.named_parameters()) for one in (first, second))
+        assert {name for name, p in own.items() if not p.equal(base[name])} == {n for n in base if n.startswith(prefixes)}
+        for name, p in own.items():
+            assert (p.data_ptr() == later[name].data_ptr()) != name.startswith(prefixes)
+    with pytest.raises(UsageError, match=r"baselines\.rmu\.blocks = 1: no block up to 'wte' has a part called mlp"):
+        mlp_weights(SimpleNamespace(model=nn.ModuleList([nn.Linear(1, 1)]), site=SimpleNamespace(module=None, name="wte")), 1)  # type: ignore[arg-type]
+
+
 def test_training_leaves_embeddings_and_unembedding_alone(material: Material) -> None:
     (one,) = FineTuning(**FEW).settings(material, 0)
     base = dict(material.site.subject.model.named_parameters())
@@ -242,6 +255,26 @@ def test_the_oracle_is_another_model_at_the_same_hook_point(
     assert one.site.subject is not material.site.subject
     exam = Examination(material.site, [q for q in facts.questions if q.group == FORGET][:8])
     assert exam.right_by(one.logits).tolist() == exam.right().tolist()  # it is the same model here
+
+
+def test_an_oracle_with_other_tokens_is_refused(material: Material, tiny_directory: Any, monkeypatch: Any) -> None:
+    class Reversed:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": material.site.subject.tokenizer(text)["input_ids"][::-1]}
+
+    other = SimpleNamespace(tokenizer=Reversed())
+    monkeypatch.setattr("saekit_unlearning.baselines.oracle.load_subject", lambda *_, **__: other)
+    with pytest.raises(UsageError, match="divides text into other tokens than .* Give a model with the same tokenizer"):
+        Oracle(str(tiny_directory)).at(material.site)
+
+
+def test_texts_longer_than_the_context_are_left_out(material: Material, facts: Any) -> None:
+    subject: Any = material.site.subject
+    longest = max(len(row.tokens) for row in material.forget)
+    short = SimpleNamespace(tokenizer=subject.tokenizer, context=longest - 1)
+    kept: Any = rows_of(short, facts.forget)
+    assert kept == [row for row in material.forget if len(row.tokens) < longest]
+    assert len(kept) < len(facts.forget)
 
 
 def test_without_peft_the_error_names_what_to_install(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ class LoRA:
     rank: of the adapters, of which every linear map but the unembedding gets one; their scale is 1 (alpha = rank).
     """
 
-    rates: Positives = (3e-3, 1e-2, 2e-2)
+    rates: Positives = (1e-3, 2e-3, 5e-3)
     rank: Number = 4
     weight: Weight = WEIGHT
     checkpoints: Counts = CHECKPOINTS

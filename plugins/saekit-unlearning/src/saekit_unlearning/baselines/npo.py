@@ -26,7 +26,7 @@ from saekit_unlearning.edited import Edited, model_logits
 class NPO:
     """Every rate is a setting, after each number of steps in `checkpoints`."""
 
-    rates: Positives = (5e-4, 1e-3, 2e-3)
+    rates: Positives = (1e-4, 2e-4, 5e-4)
     beta: Positive = 0.1
     weight: Weight = WEIGHT
     checkpoints: Counts = CHECKPOINTS

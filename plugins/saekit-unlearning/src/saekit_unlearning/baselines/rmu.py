@@ -34,7 +34,7 @@ class RMU:
 
     norms: Positives = (1.0, 2.0, 4.0)
     alpha: Weight = 10.0
-    rate: Positive = 1e-3
+    rate: Positive = 3e-4
     blocks: Number | None = None
     checkpoints: Counts = CHECKPOINTS
     name: ClassVar[str] = "rmu"

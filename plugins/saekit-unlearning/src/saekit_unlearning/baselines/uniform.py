@@ -25,7 +25,7 @@ from saekit_unlearning.kl import forget_kl
 class FineTuning:
     """Every rate is a setting, after each number of steps in `checkpoints`."""
 
-    rates: Positives = (5e-4, 1e-3, 2e-3)
+    rates: Positives = (1e-4, 2e-4, 5e-4)
     weight: Weight = WEIGHT
     checkpoints: Counts = CHECKPOINTS
     name: ClassVar[str] = "fine_tuning"
