@@ -368,7 +368,7 @@ def in_context(context: RunContext) -> Any:
     """An analyzer that answers with what callbacks found."""
     from saekit import Result
 
-    return Result(scalars={"labels": len(context.found), "groups": context.found["groups"].scalars["groups"]})
+    return Result(scalars={"callbacks": len(context.found), "groups": context.found["groups"].scalars["groups"]})
 
 
 class Stop:
@@ -398,9 +398,9 @@ def test_analyzers_find_what_callbacks_found(tmp_path: Path) -> None:
 
     registry = registry_of(analyzer=Component("ask", in_context, needs=("groups",)))
     run = tiny_run(tmp_path / "run", registry=registry, analyzer=[{"use": "ask"}], **SECTIONS)
-    assert run.summary["analysis"]["ask"]["labels"] == 4
+    assert run.summary["analysis"]["ask"]["callbacks"] == 5
     assert run.summary["analysis"]["ask"]["groups"] == run.summary["analysis"]["groups"]["groups"]
-    assert set(run.context.found) == {"groups", "importance", "prune", "stability"}
+    assert set(run.context.found) == {"groups", "importance", "prune", "resample", "stability"}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"importance/threshold"' in lines and '"prune/living"' in lines and '"stability/decoder_cosine"' in lines
     assert "Importance of the latents" in (tmp_path / "run" / "report.html").read_text()

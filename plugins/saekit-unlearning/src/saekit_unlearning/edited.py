@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saekit import Recording, Subject
 from saekit_unlearning.passages import Passages, Site, SiteEdit
@@ -52,11 +53,15 @@ class Edited:
         return replace(self, label=f"{self.label}, edit taken away", edit=None)
 
 
-def copied(site: Site) -> Site:
-    """The site in a copy of its subject's model, with gradients to nothing yet."""
+def copied(site: Site, only: Sequence[nn.Parameter] | None = None) -> Site:
+    """The site in a copy of its subject's model, with gradients to nothing yet.
+
+    only: the parameters that get a copy; all others, which nobody may train, are shared. All get one by default."""
     subject = site.subject
+    own_copy = None if only is None else {id(p) for p in only}
+    shared = [] if own_copy is None else [p for p in subject.model.parameters() if id(p) not in own_copy]
     # In one call, so that the sites refer to modules of the copied model.
-    model, own, target = copy.deepcopy((subject.model, subject.site, subject.target_site))
+    model, own, target = copy.deepcopy((subject.model, subject.site, subject.target_site), {id(p): p for p in shared})
     model.requires_grad_(False)
     return Site(Subject(model, subject.tokenizer, own, name=subject.name, target_site=target), site.trained)
 

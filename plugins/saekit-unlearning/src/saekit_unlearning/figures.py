@@ -7,7 +7,7 @@ from typing import Any
 
 from saekit_unlearning.experiment import Found
 
-PATH_WORDS = {"spliced": "spliced in", "error_kept": "error kept", None: "model changed"}
+PATH_WORDS = {"spliced": "spliced in", "error_kept": "error kept", None: "no SAE"}
 
 
 def title(found: Found) -> str:

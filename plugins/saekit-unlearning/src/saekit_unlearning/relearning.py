@@ -83,8 +83,8 @@ def relearn(
     An edit at the site stays where it is, and gradients go through it. `examination`: on any questions, of which those about
     entities to be forgotten are asked after each number of steps in `at`, which begins with 0."""
     learned, others = halves(data, seed)
-    copy, tokenizer = edited.copied(), edited.site.subject.tokenizer
-    rows = rows_of(tokenizer, [text for text in data.forget if text.entity in learned])
+    copy = edited.copied()
+    rows = rows_of(edited.site.subject, [text for text in data.forget if text.entity in learned])
     batches = endless(rows, batch, np.random.default_rng(seed))
     subject = copy.site.subject
 
@@ -113,24 +113,20 @@ def extra_gain(method: Relearned, control: Relearned | None = None, seed: int = 
     return float(by.mean()), Interval(*np.quantile(by[drawn].mean(1), [0.025, 0.975]).tolist())
 
 
-def verdict(name: str, method: Relearned, control: Relearned, seed: int = 0) -> str:
-    """One sentence: whether a method hid the facts or removed them, against a model that never knew them."""
+def verdict(name: str, method: Relearned, control: Relearned | None, seed: int = 0) -> str:
+    """One sentence: whether a method hid the facts or removed them, against a model that never knew them if there is one."""
     start, end, last = method.curve[0], method.curve[-1], method.steps[-1]
     if start >= BACK:
         return f"{name}: the facts were never forgotten ({start:.2f} before any relearning)."
     own, of_own = extra_gain(method, None, seed)
-    more, beyond = extra_gain(method, control, seed)
     after = "never" if method.back_after is None else f"after {method.back_after} steps"
-    seen = (
-        f"relearning half of the facts for {last} steps takes the other half from {start:.2f} to {end:.2f} ({BACK:g} {after}), and "
-        f"a model that never knew them from {control.curve[0]:.2f} to {control.curve[-1]:.2f}"
-    )
-    gain = f"it gains {own:+.2f} [{of_own.low:.2f}, {of_own.high:.2f}], {more:+.2f} more [{beyond.low:.2f}, {beyond.high:.2f}]"
+    seen = f"relearning half of the facts for {last} steps takes the other half from {start:.2f} to {end:.2f} ({BACK:g} {after})"
+    gain = f"it gains {own:+.2f} [{of_own.low:.2f}, {of_own.high:.2f}]"
+    if control is None:
+        return f"{name}: {seen}; {gain}. Without a model that never knew the facts this tells nothing of what was hidden."
+    more, beyond = extra_gain(method, control, seed)
+    seen += f", and a model that never knew them from {control.curve[0]:.2f} to {control.curve[-1]:.2f}"
+    gain += f", {more:+.2f} more [{beyond.low:.2f}, {beyond.high:.2f}]"
     if of_own.low > 0 and beyond.low > 0:
         return f"{name} hides the facts rather than removing them: {seen}; {gain}."
     return f"{name}: this relearning does not show that anything was only hidden: {seen}; {gain}."
-
-
-def attacks(edited: Edited) -> list[Edited]:
-    """What an attacker may begin from: the model as it is, and if there is an edit at the site, the model without it."""
-    return [edited] if edited.edit is None else [edited, edited.without_edit()]

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field
 
 from saekit import ComponentError, OptionError, Result, RunContext, wilson_interval
 from saekit_unlearning.answers import Examination
+from saekit_unlearning.baselines.baseline import AsMethod, Baseline
+from saekit_unlearning.baselines.by_name import NAMES, ORACLE, BaselineName, baseline, oracle
+from saekit_unlearning.baselines.oracle import Oracle
 from saekit_unlearning.damage import damage, other_text
 from saekit_unlearning.data import FORGET, Question, UnlearningData
 from saekit_unlearning.edits import Codes, Path
@@ -24,15 +27,17 @@ from saekit_unlearning.measure import Exam, chance
 from saekit_unlearning.methods import Method, Reporting, Seen
 from saekit_unlearning.passages import Site
 from saekit_unlearning.push import Target
+from saekit_unlearning.relearning_report import Relearning, add_relearning
 from saekit_unlearning.score import RETAIN_BOUND, held_back_score
 from saekit_unlearning.strong_method import Strong
 from saekit_unlearning.tables import Ends, control_rows, group_columns, method_row, scalars, setting_rows
 
-MethodName = Literal["sparsity", "attribution", "greedy", "strong"]
+LatentMethodName = Literal["sparsity", "attribution", "greedy"]
+MethodName = LatentMethodName | Literal["strong"] | BaselineName
 WHERE: dict[Path | None, str] = {
     "spliced": "With the reconstruction spliced in",
     "error_kept": "With the SAE's error kept",
-    None: "With the model itself changed",
+    None: "Without the SAE",
 }
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -56,8 +61,18 @@ class Unlearn:
     ] = None
     methods: Annotated[
         list[MethodName],
-        Field(min_length=1, description="How latents are selected; strong adds latents of its own."),
-    ] = field(default_factory=lambda: ["sparsity", "attribution", "greedy"])
+        Field(min_length=1, description="Ways to select latents; strong adds its own; baselines without any."),
+    ] = field(
+        default_factory=lambda: list(get_args(LatentMethodName))
+    )
+    baselines: Annotated[
+        dict[BaselineName, dict[str, Any]],
+        Field(description='Options of baselines by name, such as { rmu = { norms = [2.0] }, oracle = { model = "..." } }.'),
+    ] = field(default_factory=dict)
+    relearn: Annotated[
+        int | None,
+        Field(gt=0, description="Steps of relearning half of what was forgotten, for each method; none by default."),
+    ] = None
     paths: Annotated[
         list[Path],
         Field(
@@ -115,6 +130,7 @@ class Unlearn:
         self.methods = list(dict.fromkeys(self.methods))
         self.paths = list(dict.fromkeys(self.paths))
         self.push_targets, self.push_steps = list(dict.fromkeys(self.push_targets)), list(dict.fromkeys(self.push_steps))
+        self._baselines()
         if not (self.ablate or self.clamps or self.rms_clamps):
             raise OptionError(
                 "ablate", "is false and there are no clamps, so nothing would be edited. Allow one of them."
@@ -130,7 +146,8 @@ class Unlearn:
         self._divided(context.seed)
 
     def __call__(self, context: RunContext) -> Result:
-        """scalars: `tables.scalars`. tables: methods, settings, controls, unedited. figures: curve, scores."""
+        """scalars: `tables.scalars`. tables: methods, settings, controls, unedited. figures: curve, scores. With `relearn` also a
+        table and a figure of that name, `relearning_report.add_relearning`."""
         if context.sae.transcoder:
             raise ComponentError("the SAE is a transcoder, which cannot pass on what it reads. Use an SAE.")
         data = self._divided(context.seed)
@@ -149,8 +166,9 @@ class Unlearn:
         result.figures["scores"] = score_figure(
             results, [None if e is None or f.chosen is None else e[1] for f, e in zip(results, ends, strict=True)]
         )
-        for path in dict.fromkeys(found.path for found in results):
-            best = _best([found for found in results if found.path == path])
+        to_compare = [found for found in results if found.method != ORACLE] or results  # the oracle is the bound, no method
+        for path in dict.fromkeys(found.path for found in to_compare):
+            best = _best([found for found in to_compare if found.path == path])
             end = ends[results.index(best)]
             result.notes.append(_sentence(best, end, self.bound))
             result.headline.append(f"score_{best.method}_{path or 'model'}")
@@ -162,6 +180,10 @@ class Unlearn:
         for method, of_method in zip(methods, of_methods, strict=True):
             if isinstance(method, Reporting):
                 _join(result, method.report(of_method, context))
+        if self.relearn is not None:
+            how = Relearning(data, experiment.unseen.examination, self.relearn, context.seed)
+            _, never = self._baselines()
+            add_relearning(result, results, how, None if never is None else never.at(site))
         result.notes += self._remarks(experiment)
         return result
 
@@ -190,7 +212,18 @@ class Unlearn:
             "greedy": lambda: greedy(grid),
             "strong": lambda: Strong(list[Target](self.push_targets), self.push_steps, self.paths),
         }
-        return [make[name]() for name in self.methods]
+        others, _ = self._baselines()
+        return [AsMethod(others[name]) if name in others else make[name]() for name in self.methods]
+
+    def _baselines(self) -> tuple[dict[str, Baseline], Oracle | None]:
+        """Those among `methods`, and the oracle if there is one. OptionError if one cannot be had here."""
+        named = [name for name in NAMES if name in self.methods]
+        unused = [name for name in self.baselines if name not in named and not (name == ORACLE and self.relearn)]
+        if unused:
+            raise OptionError("baselines", f"has options of {unused[0]}, which is not among methods. Add it there.")
+        return {name: baseline(name, self.baselines.get(name, {}), self.data) for name in named}, oracle(
+            self.baselines.get(ORACLE, {}), self.data
+        )
 
     def _experiment(self, context: RunContext, site: Site, data: UnlearningData) -> Experiment:
         group_of = _groups(data)

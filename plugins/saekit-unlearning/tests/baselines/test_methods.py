@@ -15,10 +15,10 @@ from saekit_unlearning.answers import Examination
 from saekit_unlearning.baselines.baseline import AsMethod
 from saekit_unlearning.baselines.difference_of_means import DifferenceOfMeans, Shift, mean_at_names
 from saekit_unlearning.baselines.lora import LoRA
-from saekit_unlearning.baselines.material import Material, Rows
+from saekit_unlearning.baselines.material import Material, Rows, rows_of
 from saekit_unlearning.baselines.npo import NPO, answer_log_p, npo_loss
 from saekit_unlearning.baselines.oracle import Oracle
-from saekit_unlearning.baselines.rmu import RMU, activation, misdirection
+from saekit_unlearning.baselines.rmu import RMU, activation, misdirection, mlp_weights
 from saekit_unlearning.baselines.training import stays, trainable
 from saekit_unlearning.baselines.uniform import FineTuning, to_uniform
 from saekit_unlearning.data import FORGET
@@ -34,7 +34,7 @@ METHODS = [
     FineTuning(**FEW),
     NPO(**FEW),
     RMU(norms=(1.0,), checkpoints=(2,)),
-    pytest.param(LoRA(**FEW), marks=pytest.mark.slow, id="LoRA"),  # importing peft takes several seconds
+    pytest.param(LoRA(**FEW), marks=pytest.mark.slow, id="lora"),  # importing peft takes several seconds
 ]
 
 
@@ -72,7 +72,7 @@ def test_the_loss_to_uniform_is_the_written_formula(material: Material) -> None:
         q, b = probabilities(subject, rows), probabilities(material.site.subject, rows)
         kept = [(b[i, t] * torch.log(b[i, t] / q[i, t])).sum() for i, t in rows.mask.nonzero().tolist()]
         expected = expected + 3.0 * torch.stack(kept).mean()
-    found = to_uniform(material.site.subject, subject, forget, stay, 3.0)
+    found = to_uniform(material.site.subject, 3.0)(subject, forget, stay)
     parameters = [p for p in subject.model.parameters() if p.requires_grad]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(*(torch.autograd.grad(loss, parameters) for loss in (found, expected)), strict=True):
@@ -191,6 +191,19 @@ def test_rmu_moves_forget_text_to_its_vector_below_the_site_alone(material: Mate
     assert all(name.startswith(("transformer.h.0.", "transformer.h.1.")) for name in changed)
 
 
+def test_rmu_may_train_the_mlps_of_some_blocks_alone_and_shares_the_rest(material: Material) -> None:
+    base = dict(material.site.subject.model.named_parameters())
+    few: dict[str, Any] = {"norms": (1.0,), "rate": 1e-2, "checkpoints": (1, 2)}
+    for blocks, prefixes in ((1, ("transformer.h.1.mlp.",)), (9, ("transformer.h.0.mlp.", "transformer.h.1.mlp."))):
+        first, second = RMU(**few, blocks=blocks).settings(material, 0)
+        own, later = (dict(one.site.subject.model.named_parameters()) for one in (first, second))
+        assert {name for name, p in own.items() if not p.equal(base[name])} == {n for n in base if n.startswith(prefixes)}
+        for name, p in own.items():
+            assert (p.data_ptr() == later[name].data_ptr()) != name.startswith(prefixes)
+    with pytest.raises(UsageError, match=r"baselines\.rmu\.blocks = 1: no block up to 'wte' has a part called mlp"):
+        mlp_weights(SimpleNamespace(model=nn.ModuleList([nn.Linear(1, 1)]), site=SimpleNamespace(module=None, name="wte")), 1)  # type: ignore[arg-type]
+
+
 def test_training_leaves_embeddings_and_unembedding_alone(material: Material) -> None:
     (one,) = FineTuning(**FEW).settings(material, 0)
     base = dict(material.site.subject.model.named_parameters())
@@ -244,6 +257,26 @@ def test_the_oracle_is_another_model_at_the_same_hook_point(
     assert exam.right_by(one.logits).tolist() == exam.right().tolist()  # it is the same model here
 
 
+def test_an_oracle_with_other_tokens_is_refused(material: Material, tiny_directory: Any, monkeypatch: Any) -> None:
+    class Reversed:
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": material.site.subject.tokenizer(text)["input_ids"][::-1]}
+
+    other = SimpleNamespace(tokenizer=Reversed())
+    monkeypatch.setattr("saekit_unlearning.baselines.oracle.load_subject", lambda *_, **__: other)
+    with pytest.raises(UsageError, match="divides text into other tokens than .* Give a model with the same tokenizer"):
+        Oracle(str(tiny_directory)).at(material.site)
+
+
+def test_texts_longer_than_the_context_are_left_out(material: Material, facts: Any) -> None:
+    subject: Any = material.site.subject
+    longest = max(len(row.tokens) for row in material.forget)
+    short = SimpleNamespace(tokenizer=subject.tokenizer, context=longest - 1)
+    kept: Any = rows_of(short, facts.forget)
+    assert kept == [row for row in material.forget if len(row.tokens) < longest]
+    assert len(kept) < len(facts.forget)
+
+
 def test_without_peft_the_error_names_what_to_install(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"pip install 'saekit-unlearning\[lora\]'"):
@@ -269,7 +302,7 @@ def test_a_baseline_is_a_method_of_the_analyzer(material: Material, facts: Any) 
     )
     method = AsMethod(FineTuning(rates=(1e-2,), checkpoints=(0, 1)))
     prepared = method.prepare(seen)
-    assert (method.name, prepared.candidates) == ("fine-tuning", None)
+    assert (method.name, prepared.candidates) == ("fine_tuning", None)
     assert [trial.path for trial in prepared.trials] == [None, None]
     passages = next(material.site.passages([material.forget[0].tokens]))
     same, changed = (trial.logits(passages) for trial in prepared.trials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -36,8 +37,12 @@ class Words:
 
     bos_token_id = None
 
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [WORDS.index(word) for word in text.split()]}
+    def __call__(self, text: str, **_: object) -> dict[str, list]:
+        words = text.split(" ")
+        ends = list(accumulate(len(word) + 1 for word in words))
+        spans = [(end - len(word) - 1, end - 1) for word, end in zip(words, ends, strict=True)]
+        known = [(WORDS.index(word), span) for word, span in zip(words, spans, strict=True) if word]
+        return {"input_ids": [i for i, _ in known], "offset_mapping": [span for _, span in known]}
 
 
 class Linear(nn.Module):

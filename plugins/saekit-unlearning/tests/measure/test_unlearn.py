@@ -151,8 +151,8 @@ def test_a_method_without_latents_is_measured_alike(analyse, monkeypatch) -> Non
     found = row(result, "overwritten", "model")
     assert found["setting"] == "6 entities" and found["score"] == 1 and found["candidates"] is None
     assert "controls" not in found and found["kl_held_out"] > 0
-    assert result.notes[0].startswith("With the model itself changed, overwritten (6 entities) leaves 0.00")
-    assert sum(note.startswith("With the model itself changed") for note in result.notes) == 1
+    assert result.notes[0].startswith("Without the SAE, overwritten (6 entities) leaves 0.00")
+    assert sum(note.startswith("Without the SAE") for note in result.notes) == 1
 
 
 def test_settings_are_chosen_without_the_unseen_wordings(analyse) -> None:

@@ -33,4 +33,4 @@ class AsMethod:
         """Train them on what is seen; there are no latents to edit."""
         material = Material.of(seen.site, seen.forget, seen.retain, seen.general)
         found = self.baseline.settings(material, seen.seed)
-        return Prepared(None, [Trial(edited.label, None, edited.logits) for edited in found])
+        return Prepared(None, [Trial(edited.label, None, edited.logits, edited=edited) for edited in found])

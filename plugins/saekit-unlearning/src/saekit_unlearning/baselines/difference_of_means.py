@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from saekit_unlearning.baselines.material import Material, Row, Rows
+from saekit_unlearning.baselines.options import Positives
 from saekit_unlearning.edited import Edited
 from saekit_unlearning.passages import Passages, Site
 
@@ -46,8 +48,8 @@ class Shift:
 class DifferenceOfMeans:
     """Every strength, subtracted and projected out, everywhere and where the direction is present, is a setting."""
 
-    strengths: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
-    name: str = "difference of means"
+    strengths: Positives = (1.0, 2.0, 4.0, 8.0)
+    name: ClassVar[str] = "difference_of_means"
 
     def settings(self, material: Material, seed: int) -> Iterator[Edited]:
         """The subject's own model with each edit at the site; the seed makes no difference."""

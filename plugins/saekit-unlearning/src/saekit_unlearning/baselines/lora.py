@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from saekit import Subject, UsageError, seeded
 from saekit_unlearning.baselines.material import Material
-from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, steps, unembedding_of
+from saekit_unlearning.baselines.options import Counts, Number, Positives, Weight
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, trained, unembedding_of
 from saekit_unlearning.baselines.uniform import to_uniform
-from saekit_unlearning.edited import Edited, copied
+from saekit_unlearning.edited import Edited
 from saekit_unlearning.passages import Site
 
 
@@ -24,26 +25,24 @@ class LoRA:
     rank: of the adapters, of which every linear map but the unembedding gets one; their scale is 1 (alpha = rank).
     """
 
-    rates: Sequence[float] = (3e-3, 1e-2, 2e-2)
-    rank: int = 4
-    weight: float = WEIGHT
-    checkpoints: Sequence[int] = CHECKPOINTS
-    name: str = "LoRA"
+    rates: Positives = (1e-3, 2e-3, 5e-3)
+    rank: Number = 4
+    weight: Weight = WEIGHT
+    checkpoints: Counts = CHECKPOINTS
+    name: ClassVar[str] = "lora"
 
     def settings(self, material: Material, seed: int) -> Iterator[Edited]:
         """The models that it leaves, each with weights of its own. UsageError without peft."""
-        for rate in self.rates:
-            site, batches = copied(material.site), material.batches(seed)
+        loss = to_uniform(material.site.subject, self.weight)
+
+        def begin(site: Site) -> tuple[Sequence[nn.Parameter], Callable[[], Site]]:
             with seeded(seed, site.subject.device):
                 adapted = with_adapters(site.subject.model, self.rank)
-            parameters = [p for p in adapted.parameters() if p.requires_grad]
+            return [p for p in adapted.parameters() if p.requires_grad], lambda: merged(adapted, site)
 
-            def loss(site=site, batches=batches) -> Tensor:
-                forget, stay = next(batches)
-                return to_uniform(material.site.subject, site.subject, forget, stay, self.weight)
-
-            for step in steps(parameters, loss, rate=rate, checkpoints=self.checkpoints):
-                yield Edited(f"rank {self.rank}, rate {rate:g}, {step} steps", merged(adapted, site), changed=True)
+        for rate in self.rates:
+            for step, site in trained(material, seed, loss, rate=rate, checkpoints=self.checkpoints, begin=begin):
+                yield Edited(f"rank {self.rank}, rate {rate:g}, {step} steps", site, changed=True)
 
 
 def with_adapters(model: nn.Module, rank: int) -> Any:

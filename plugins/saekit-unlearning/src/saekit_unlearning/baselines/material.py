@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saekit import Subject
 from saekit_unlearning.data import Text
 from saekit_unlearning.passages import Site
 from saekit_unlearning.places import placed
@@ -82,9 +83,8 @@ class Material:
         general_batch: int = 4,
     ) -> Material:
         """From texts, and general text as rows of token ids."""
-        tokenizer = site.subject.tokenizer
         others = [Row(list(ids[:-1]), list(ids[1:])) for ids in general if len(ids) > 1]
-        return cls(site, rows_of(tokenizer, forget), rows_of(tokenizer, retain), others, batch, general_batch)
+        return cls(site, rows_of(site.subject, forget), rows_of(site.subject, retain), others, batch, general_batch)
 
     def batches(self, seed: int) -> Iterator[tuple[Rows, list[Rows]]]:
         """Without end: (texts to forget, [texts to stay, general text]), each in a new random order every time around."""
@@ -98,11 +98,13 @@ class Material:
             yield Rows.of(forget, device), [Rows.of(next(rows), device) for rows in stay]
 
 
-def rows_of(tokenizer: Any, texts: Sequence[Text]) -> list[Row]:
-    """Texts up to the last token of their answer, which is only predicted."""
+def rows_of(subject: Subject, texts: Sequence[Text]) -> list[Row]:
+    """Texts up to the last token of their answer, which is only predicted; those longer than the model's context are left out."""
     rows = []
     for text in texts:
-        one, ids = placed(tokenizer, text), tokenizer(text.text, verbose=False)["input_ids"]
+        one, ids = placed(subject.tokenizer, text), subject.tokenizer(text.text, verbose=False)["input_ids"]
+        if subject.context is not None and len(one.tokens) > subject.context:
+            continue
         rows.append(Row(one.tokens, ids[1 : len(one.tokens) + 1], one.name, tuple(one.answer)))
     return rows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,36 +17,33 @@ from torch.nn.functional import logsigmoid
 
 from saekit import Subject
 from saekit_unlearning.baselines.material import Material, Rows
-from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, stays, steps, trainable
-from saekit_unlearning.edited import Edited, copied, model_logits
+from saekit_unlearning.baselines.options import Counts, Positive, Positives, Weight
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, stays, trained
+from saekit_unlearning.edited import Edited, model_logits
 
 
 @dataclass(frozen=True)
 class NPO:
     """Every rate is a setting, after each number of steps in `checkpoints`."""
 
-    rates: Sequence[float] = (5e-4, 1e-3, 2e-3)
-    beta: float = 0.1
-    weight: float = WEIGHT
-    checkpoints: Sequence[int] = CHECKPOINTS
-    name: str = "NPO"
+    rates: Positives = (1e-4, 2e-4, 5e-4)
+    beta: Positive = 0.1
+    weight: Weight = WEIGHT
+    checkpoints: Counts = CHECKPOINTS
+    name: ClassVar[str] = "npo"
 
     def settings(self, material: Material, seed: int) -> Iterator[Edited]:
         """The models that it leaves, each with weights of its own."""
         base = material.site.subject
+
+        def loss(subject: Subject, forget: Rows, stay: Sequence[Rows]) -> Tensor:
+            with torch.no_grad():
+                before = answer_log_p(base, forget)
+            return npo_loss(answer_log_p(subject, forget), before, self.beta) + self.weight * stays(base, subject, stay)
+
         for rate in self.rates:
-            site, batches = copied(material.site), material.batches(seed)
-            parameters = trainable(site.subject.model)
-
-            def loss(site=site, batches=batches) -> Tensor:
-                forget, stay = next(batches)
-                with torch.no_grad():
-                    before = answer_log_p(base, forget)
-                pushed = npo_loss(answer_log_p(site.subject, forget), before, self.beta)
-                return pushed + self.weight * stays(base, site.subject, stay)
-
-            for step in steps(parameters, loss, rate=rate, checkpoints=self.checkpoints):
-                yield Edited(f"rate {rate:g}, {step} steps", copied(site), changed=True)
+            for step, site in trained(material, seed, loss, rate=rate, checkpoints=self.checkpoints):
+                yield Edited(f"rate {rate:g}, {step} steps", site, changed=True)
 
 
 def npo_loss(log_p: Tensor, log_base: Tensor, beta: float) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-from saekit import load_subject
+from saekit import UsageError, load_subject
 from saekit_unlearning.baselines.material import Material
 from saekit_unlearning.edited import Edited
 from saekit_unlearning.passages import Site
@@ -16,11 +17,22 @@ class Oracle:
     """model: its directory or hub name. It must have the tokenizer and the hook point of the subject."""
 
     model: str
-    name: str = "the oracle"
+    name: ClassVar[str] = "oracle"
 
     def settings(self, material: Material, seed: int) -> Iterator[Edited]:
         """The one that there is; the seed makes no difference."""
-        subject = material.site.subject
+        yield self.at(material.site)
+
+    def at(self, site: Site) -> Edited:
+        """It, at the hook point of a site. UsageError if it has other tokens."""
+        subject = site.subject
         dtype = next(subject.model.parameters()).dtype
         never = load_subject(self.model, subject.site.name, device=str(subject.device), dtype=dtype)
-        yield Edited("never learned it", Site(never, material.site.trained), changed=True)
+        texts = ("In May Ann moved to Rome.", "for (i = 0; i < 10; ++i) {")
+        ids, own = ([of.tokenizer(text, verbose=False)["input_ids"] for text in texts] for of in (never, subject))
+        if ids != own:
+            raise UsageError(
+                f"the oracle {self.model!r} divides text into other tokens than {subject.name!r}, so their answers cannot be "
+                "compared. Give a model with the same tokenizer, or leave the oracle out."
+            )
+        return Edited("never learned it", Site(never, site.trained), changed=True)

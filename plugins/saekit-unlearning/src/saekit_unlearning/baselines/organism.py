@@ -173,12 +173,12 @@ def main(arguments: list[str] | None = None) -> None:
     control: Relearned | None = None
     lines: list[dict[str, Any]] = []
     for method in methods(options.weight, options.steps):
-        if options.only and method.name not in (*options.only, "the oracle"):
+        if options.only and method.name not in (*options.only, "oracle"):
             continue
-        start, tried, best = time.perf_counter(), list[tuple[str, Setting]](), None
+        start, tried, best = time.perf_counter(), list[tuple[str, Setting, float]](), None
         for edited in method.settings(material, options.seed):
-            tried.append((edited.label, choice.setting(edited)))
-            settings = [setting for _, setting in tried]
+            tried.append((edited.label, choice.setting(edited), divergence(site, held_out, edited)))
+            settings = [setting for _, setting, _ in tried]
             chosen = chosen_setting(settings)
             if chosen is None:  # nothing keeps what was shown: what loses least by our score
                 chosen = max(range(len(tried)), key=lambda i: held_back_score(settings[i]))
@@ -190,11 +190,11 @@ def main(arguments: list[str] | None = None) -> None:
         line = {
             "method": method.name,
             "chosen": best.label,
-            "settings": [{"label": label, "forget": s.forget, "shown": s.least_retained} for label, s in tried],
+            "settings": [{"label": label, "forget": s.forget, "shown": s.least_retained, "kl": kl} for label, s, kl in tried],
             "shares": {
                 name: [share, *interval] for name, (share, interval) in report.shares(best, options.seed).items()
             },
-            "kl": divergence(site, held_out, best),
+            "kl": {label: kl for label, _, kl in tried}[best.label],
             "relearned": dict(zip(again.steps, again.curve, strict=True)),
             "relearned_trained": dict(zip(again.steps, again.trained_curve, strict=True)),
             "verdict": None if again is control else verdict(method.name, again, control, options.seed),

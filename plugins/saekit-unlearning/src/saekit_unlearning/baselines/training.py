@@ -3,20 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from saekit import Subject
-from saekit_unlearning.baselines.material import Rows
-from saekit_unlearning.edited import model_logits
+from saekit_unlearning.baselines.material import Material, Rows
+from saekit_unlearning.edited import copied, model_logits
 from saekit_unlearning.kl import retain_kl
+from saekit_unlearning.passages import Site
 
-CHECKPOINTS = (25, 60)
+CHECKPOINTS = (60, 200)
 """After how many steps a method's model is tried, which makes a setting of each."""
 WEIGHT = 10.0
 """Of what is to stay. The divergence to uniform is up to log(vocabulary), and what is tolerable here is a few hundredths."""
+
+
+Loss = Callable[[Subject, Rows, list[Rows]], Tensor]
+"""Of a subject whose weights are trained, on texts to forget and on each kind of text that is to stay."""
+
+
+class Begin(Protocol):
+    """From a site in a copy of the model to the parameters that are trained, and to what gives the model as it then is."""
+
+    def __call__(self, site: Site) -> tuple[Sequence[nn.Parameter], Callable[[], Site]]: ...
+
+
+def all_weights(site: Site) -> tuple[Sequence[nn.Parameter], Callable[[], Site]]:
+    """All but embeddings; they alone are copied at each checkpoint."""
+    parameters = trainable(site.subject.model)
+    return parameters, lambda: copied(site, parameters)
+
+
+def trained(
+    material: Material,
+    seed: int,
+    loss: Loss,
+    *,
+    rate: float,
+    checkpoints: Sequence[int],
+    begin: Begin = all_weights,
+) -> Iterator[tuple[int, Site]]:
+    """A copy of the model goes down `loss`: (number of steps, the site in the model as it is then) at each checkpoint."""
+    site, batches = copied(material.site), material.batches(seed)
+    parameters, finish = begin(site)
+    for step in steps(parameters, lambda: loss(site.subject, *next(batches)), rate=rate, checkpoints=checkpoints):
+        yield step, finish()
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from saekit import Subject
 from saekit_unlearning.baselines.material import Material, Rows
-from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, stays, steps, trainable
-from saekit_unlearning.edited import Edited, copied, model_logits
+from saekit_unlearning.baselines.options import Counts, Positives, Weight
+from saekit_unlearning.baselines.training import CHECKPOINTS, WEIGHT, Loss, stays, trained
+from saekit_unlearning.edited import Edited, model_logits
 from saekit_unlearning.kl import forget_kl
 
 
@@ -23,26 +25,24 @@ from saekit_unlearning.kl import forget_kl
 class FineTuning:
     """Every rate is a setting, after each number of steps in `checkpoints`."""
 
-    rates: Sequence[float] = (5e-4, 1e-3, 2e-3)
-    weight: float = WEIGHT
-    checkpoints: Sequence[int] = CHECKPOINTS
-    name: str = "fine-tuning"
+    rates: Positives = (1e-4, 2e-4, 5e-4)
+    weight: Weight = WEIGHT
+    checkpoints: Counts = CHECKPOINTS
+    name: ClassVar[str] = "fine_tuning"
 
     def settings(self, material: Material, seed: int) -> Iterator[Edited]:
         """The models that it leaves, each with weights of its own."""
+        loss = to_uniform(material.site.subject, self.weight)
         for rate in self.rates:
-            site, batches = copied(material.site), material.batches(seed)
-            parameters = trainable(site.subject.model)
-
-            def loss(site=site, batches=batches) -> Tensor:
-                forget, stay = next(batches)
-                return to_uniform(material.site.subject, site.subject, forget, stay, self.weight)
-
-            for step in steps(parameters, loss, rate=rate, checkpoints=self.checkpoints):
-                yield Edited(f"rate {rate:g}, {step} steps", copied(site), changed=True)
+            for step, site in trained(material, seed, loss, rate=rate, checkpoints=self.checkpoints):
+                yield Edited(f"rate {rate:g}, {step} steps", site, changed=True)
 
 
-def to_uniform(base: Subject, subject: Subject, forget: Rows, stay: Sequence[Rows], weight: float) -> Tensor:
+def to_uniform(base: Subject, weight: float) -> Loss:
     """The loss above."""
-    answers = model_logits(subject, forget.tokens, forget.mask)[forget.answer]  # [m, vocab]
-    return forget_kl(answers).mean() + weight * stays(base, subject, stay)
+
+    def loss(subject: Subject, forget: Rows, stay: Sequence[Rows]) -> Tensor:
+        answers = model_logits(subject, forget.tokens, forget.mask)[forget.answer]  # [m, vocab]
+        return forget_kl(answers).mean() + weight * stays(base, subject, stay)
+
+    return loss
