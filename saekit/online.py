@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from saekit.runner.plan import RunPlan, plan_run
 
 if TYPE_CHECKING:
     from saekit.activations.pooling import Pool
+    from saekit.sae.base import SparseAutoencoder
 
 
 class Online:
@@ -122,6 +124,23 @@ class Online:
         first one."""
         trainer = getattr(self._begun.sae_runs[0], "trainer", None)
         return dict(trainer.losses) if trainer is not None else {}
+
+    def sae(self, variant: str = "") -> SparseAutoencoder:
+        """A copy of the SAE as it is now, in evaluation mode and for activations as they are pushed. variant: which one of several.
+        UsageError before the first step."""
+        run = self._begun
+        one = next((one for one in run.sae_runs if one.variant == variant), None)
+        if one is None:
+            known = ", ".join(repr(one.variant) for one in run.sae_runs)
+            raise UsageError(f"sae: there is no variant {variant!r}. The run trains {known}.")
+        trainer = getattr(one, "trainer", None)
+        if trainer is None and not self._ended:
+            raise UsageError("sae: there is none before the first step. Push until the buffer is filled, and call step.")
+        with _beside(draws=True):
+            sae = copy.deepcopy(one.sae if trainer is None else trainer.sae)
+            if trainer is not None:
+                sae.unscale(trainer.scale, trainer.target_scale)
+        return sae.requires_grad_(False).eval()
 
     def push(self, x: Tensor, *, held_out: bool | None = None) -> None:
         """Copy activations into the buffer, detached from their graph.
@@ -234,9 +253,9 @@ class _Arguments:
         self._model, self._mask = model, mask
         self._value: Tensor | None = None
         if isinstance(mask, str):
-            self._signature = inspect.signature(model.forward)
-            if mask not in self._signature.parameters:
-                known = ", ".join(self._signature.parameters)
+            signature = inspect.signature(model.forward)
+            if mask not in signature.parameters:
+                known = ", ".join(signature.parameters)
                 raise UsageError(f"watch: mask: {type(model).__name__}'s forward takes no {mask!r}, but {known}. Name one of them.")
 
     def mask(self) -> Tensor | None:
@@ -247,12 +266,15 @@ class _Arguments:
     def seen(self) -> Iterator[None]:
         """Look at the arguments of every forward in the block."""
 
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._value = self._signature.bind_partial(*args, **kwargs).arguments.get(self._mask)
-
-        if not isinstance(self._mask, str):
+        name = self._mask
+        if not isinstance(name, str):
             yield
             return
+        signature = inspect.signature(self._model.forward)
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._value = signature.bind_partial(*args, **kwargs).arguments.get(name)
+
         handle = self._model.register_forward_pre_hook(look, with_kwargs=True)
         try:
             yield
@@ -296,7 +318,8 @@ def _resumed(where: str) -> Iterator[RunDirectory]:
 def _beside(*, draws: bool = False) -> Iterator[None]:
     """saekit is at work in the block, whatever mode the program is in. draws: it may use torch's own generators, which are then
     put back as the program had them."""
-    kinds = {"cpu", torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kinds = {"cpu", accelerator.type if accelerator else "cpu"}
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         for kind in kinds:

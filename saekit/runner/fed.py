@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from saekit.errors import RunError, SaekitError
@@ -17,7 +18,7 @@ class FedRun(Run):
     The time between two parts is the program's; it counts as waiting for activations ("harvest"). Signals are the program's too.
     """
 
-    source: PushedSource  # type: ignore[assignment]
+    source: PushedSource
     _is_fed = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,7 +93,7 @@ class FedRun(Run):
         self._tell("run_failed", error=error)
 
     @contextlib.contextmanager
-    def _part(self) -> Any:
+    def _part(self) -> Iterator[None]:
         """A part of the run is carried out in the block."""
         self._add_seconds("harvest", time.perf_counter() - self._left)
         try:

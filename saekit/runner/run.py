@@ -299,16 +299,16 @@ class Run:
     def _start_training(self) -> ShuffledBatches:
         """Everything before the next step: the trainers, as in the newest checkpoint if there is one, and the batches from there
         on, which must be closed."""
-        training, pushed = self.config.training, hasattr(self.source, "push")
+        training = self.config.training
         self.number, position = self.begin_training()
         self._resumed_at = self._saved = self.number
         self._pooled = any(one.trainer.needs_sequences for one in self.sae_runs)
         self._batches = ShuffledBatches(
             self.source,
             batch_size=training.batch_size,
-            block_size=self.source.rows if pushed else training.buffer,
+            block_size=getattr(self.source, "rows", training.buffer) if self._is_fed else training.buffer,
             seed=training.order_seed,
-            prefetch=0 if pushed else training.prefetch,  # nothing can be read ahead of the program that pushes
+            prefetch=0 if self._is_fed else training.prefetch,  # nothing can be read ahead of the program that pushes
             position=position,
         )
         self._began = time.perf_counter()
