@@ -11,9 +11,9 @@ FOLLOW = ROOT / "docs" / "examples" / "online" / "follow.py"
 
 
 def test_the_online_sae_follows_and_the_frozen_one_falls_behind() -> None:
-    """In little: the classifier moves by a third of its activations' norm in 350 steps."""
-    first, *_, last = runpy.run_path(str(FOLLOW))["follow"](seed=3, steps=600, every=150, freeze_at=300)
-    assert first["step"] == 300 and first["online"] == first["frozen"] and first["moved"] == 0
+    """In little, and with another seed."""
+    first, *_, last = runpy.run_path(str(FOLLOW))["follow"](seed=3, steps=400, every=100, freeze_at=200)
+    assert first["step"] == 200 and first["online"] == first["frozen"] and first["moved"] == 0
     assert last["moved"] > 0.15
     assert last["online"] > first["online"] - 0.03
     assert last["frozen"] < last["online"] - 0.05
