@@ -67,7 +67,7 @@ def homes(package: types.ModuleType) -> dict[str, str]:
 
 
 API = {
-    "Running": ("saekit.api",),
+    "Running": ("saekit.api", "saekit.online"),
     "Plugins": (
         "saekit.component", "saekit.component_option", "saekit.hookspecs", "saekit.plugins", "saekit.plugin_commands",
         "saekit.protocols", "saekit.compatibility",

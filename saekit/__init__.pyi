@@ -45,6 +45,7 @@ from .interventions.replay import Replay as Replay
 from .interventions.replay import own_forward as own_forward
 from .numerics import own_numerics as own_numerics
 from .numerics import seeded as seeded
+from .online import Online as Online
 from .out_of_memory import in_parts_that_fit as in_parts_that_fit
 from .out_of_memory import is_out_of_memory as is_out_of_memory
 from .plugin_commands import Command as Command

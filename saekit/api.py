@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saekit.config import RunConfig
 from saekit.errors import UsageError
 from saekit.plugins import Registry
 from saekit.run_directory import RunDirectory
@@ -30,7 +31,7 @@ class FinishedRun:
 
 
 def run(
-    what: str | Path | None = None,
+    what: str | Path | Mapping[str, Any] | None = None,
     *,
     overrides: Mapping[str, Any] | None = None,
     plugins: Iterable[str | Path] = (),
@@ -39,18 +40,23 @@ def run(
 ) -> FinishedRun:
     """Run a recipe or a run file, without output unless a `view` (a listener) is given.
 
-    what: a recipe's name or the path of a run file; the default recipe if None.
+    what: a recipe's name, the path of a run file, or a run file's content; the default recipe if None.
     overrides: `{"training.seed": 1}`.
     plugins: Python files to load as plugins. Raises the errors of `saekit.errors`.
     """
-    request = Request(
-        None if what is None else str(what),
-        overrides=[Override(key, _toml_value(key, value), f"overrides: {key}") for key, value in (overrides or {}).items()],
-        plugins=[str(p) for p in plugins],
-    )
-    config, registry = compose(request)
+    config, registry = composed(what, overrides, plugins)
     plan = plan_run(config, registry)
     return start(plan, registry, None if directory is None else str(directory), view)
+
+
+def composed(
+    what: str | Path | Mapping[str, Any] | None, overrides: Mapping[str, Any] | None, plugins: Iterable[str | Path]
+) -> tuple[RunConfig, Registry]:
+    """The configuration and the plugins of a run that Python describes; see `run`."""
+    named = what if what is None else _toml_value("what", what) if isinstance(what, Mapping) else str(what)
+    changes = [(key, f"overrides: {key}", value) for key, value in (overrides or {}).items()]
+    changed = [Override(key, _toml_value(where, value), where) for key, where, value in changes]
+    return compose(Request(named, overrides=changed, plugins=[str(p) for p in plugins]))
 
 
 def start(plan: RunPlan, registry: Registry, directory: str | None, view: Any) -> FinishedRun:
@@ -81,13 +87,13 @@ def resume(where: str, *, no_plugins: Iterable[str] = (), view: Any = None) -> F
 def _toml_value(key: str, value: Any) -> Any:
     """`value` in the types that a run file can hold; UsageError if that is not possible."""
     if isinstance(value, Mapping):
-        return {str(name): _toml_value(key, inner) for name, inner in value.items()}
+        return {str(name): _toml_value(f"{key}.{name}", inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_toml_value(key, inner) for inner in value]
     if isinstance(value, Path):
         return str(value)
     if value is None:
-        raise UsageError(f"overrides: {key}: None cannot be written in a run file; leave the key out.")
+        raise UsageError(f"{key}: None cannot be written in a run file; leave the key out.")
     if not isinstance(value, str | int | float):
-        raise UsageError(f"overrides: {key}: {value!r} cannot be written in a run file.")
+        raise UsageError(f"{key}: {value!r} cannot be written in a run file.")
     return value

@@ -244,6 +244,36 @@ class Source(Protocol):
         ...
 
 
+class PushedSource(Source, Protocol):
+    """A source that a program feeds while it runs, through `saekit.Online`, and that draws from what it holds just then.
+
+    Nothing can be read ahead of the program: `blocks` of "train" never ends but may change between two calls, and a block that
+    was asked for with a size of `rows` or more may be a view of what is held, which later pushes change. As long as nothing is
+    pushed, the same arguments give the same blocks. `identity` cannot tell what was pushed."""
+
+    rows: int
+    """The most activations that are held for training; each of them is as likely to be drawn as any other."""
+
+    held: int
+    """How many are held for training now."""
+
+    def push(self, x: Tensor, held_out: bool | None = None) -> None:
+        """Take in finite float activations, [n, d_in] on any device. held_out: whether for measuring alone; None to decide."""
+        ...
+
+    def due(self) -> bool:
+        """Count a step of the program; True if enough is held and the SAE is to have a step now."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: tensors, and plain values such as how many pushes there were."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave, after `open`."""
+        ...
+
+
 class GraphBuilder(Protocol):
     """A function or an object that makes a feature graph of a finished SAE. It is called once, after training."""
 

@@ -75,8 +75,18 @@ class Site:
         def read(activation: Tensor) -> None:
             captured._value = activation
 
-        with self._hooked(read):
+        with self.heard_by(read):
             yield captured
+
+    @contextmanager
+    def heard_by(self, function: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call `function` with the activation in every forward inside. It is not copied and keeps its graph."""
+
+        def hear(activation: Tensor) -> None:
+            function(activation)
+
+        with self._hooked(hear):
+            yield
 
     @contextmanager
     def replaced(self, function: Callable[[Tensor], Tensor]) -> Iterator[None]:

@@ -69,6 +69,7 @@ def saekit_sources() -> Iterator[Component]:
     yield Component(
         "labelled", f"{sources}:LabelledSource", "Any language model on labelled texts.", provides=(*text, *labelled)
     )
+    yield Component("pushed", f"{sources}:PushedSource", "What a program pushes while it runs.")
     yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.", provides=("target",))
     yield Component(
         "tensors", f"{sources}:TensorsSource", "Activations stored in files.", provides=("tokens", "target", *labelled)

@@ -15,6 +15,7 @@ from saekit.plugins import Registry
 from saekit.registered import RegisteredComponent
 from saekit.run_file import Override, check_shape, override, parse_config, parse_override, read_toml, table_of
 
+_CONTENT = "the run file given as a dictionary"
 _FUNCTION_IN_FILE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 
 
@@ -22,11 +23,12 @@ _FUNCTION_IN_FILE = re.compile(r"(?P<file>.+\.py):(?P<function>\w+)")
 class Request:
     """What the user asked for.
 
+    what: a recipe's name, a run file's path, or its content in the types that TOML has.
     uses: for each section, components as `NAME[:key=value,...]`.
     overrides: `key=value` as on the command line, or with a Python value.
     """
 
-    what: str | None = None
+    what: str | Mapping[str, Any] | None = None
     uses: Mapping[str, Iterable[str]] = field(default_factory=dict)
     overrides: Iterable[str | Override] = ()
     plugins: Iterable[str] = ()
@@ -36,20 +38,23 @@ class Request:
 def compose(request: Request) -> tuple[RunConfig, Registry]:
     """The configuration and the plugins of a new run."""
     files = [str(Path(p).resolve()) for p in request.plugins]
-    path = _file_of(request.what)
-    table = read_toml(path) if path is not None else None
-    if path is not None and table is not None:
-        check_shape(table, str(path))
-        files += [str((path.parent / p).resolve()) for p in table.get("plugins", [])]
-        table = {key: one if key == "source" else _with_functions_beside(one, path.parent) for key, one in table.items()}
+    what = request.what
+    path = None if isinstance(what, Mapping) else _file_of(what)
+    table = dict(what) if isinstance(what, Mapping) else None if path is None else read_toml(path)
+    if table is not None:
+        check_shape(table, str(path or _CONTENT))
+        place = path.parent if path else Path()
+        files += [str((place / p).resolve()) for p in table.get("plugins", [])]
+        table = {key: one if key == "source" else _with_functions_beside(one, place) for key, one in table.items()}
     registry = Registry(files=dict.fromkeys(files), disabled=request.no_plugins)
     registry.refuse_broken_files()
     if table is None:
-        path = recipe_path(_recipe(request.what, registry))
+        assert not isinstance(what, Mapping)
+        path = recipe_path(_recipe(what, registry))
         table = read_toml(path)
         check_shape(table, str(path))
-    assert path is not None
-    table.setdefault("recipe", path.stem)
+    if path is not None:
+        table.setdefault("recipe", path.stem)
     if files:
         table["plugins"] = list(dict.fromkeys(files))
     for section, values in request.uses.items():
@@ -58,7 +63,8 @@ def compose(request: Request) -> tuple[RunConfig, Registry]:
     for change in changes:
         override(table, change)
     changed = any(list(values) for values in request.uses.values()) or changes
-    where = f"{path} with what the command line adds" if changed else str(path)
+    named = str(path or _CONTENT)
+    where = f"{named} with what {'the command line adds' if path else 'overrides change'}" if changed else named
     return parse_config(table, where), registry
 
 

@@ -204,7 +204,10 @@ def _source(part: Part) -> Any:
         return part.build()
     from saekit.activations.cache import CachedSource
 
-    return CachedSource(part.build(), entry.cache, dtype=entry.cache_dtype or "float32", tokens=entry.cache_tokens)
+    source = part.build()
+    if hasattr(source, "push"):
+        raise UsageError("source.cache: this source is fed by a program while that runs, so nothing can be cached. Leave it out.")
+    return CachedSource(source, entry.cache, dtype=entry.cache_dtype or "float32", tokens=entry.cache_tokens)
 
 
 def _part(key: str, kind: str, entry: Use, registry: Registry, config: RunConfig) -> Part:

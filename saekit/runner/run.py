@@ -52,10 +52,13 @@ class Run:
     plan, directory: what to do, and where.
     info: what the view is told of the run.
     sae_runs: one for each SAE that it trains, each given every batch.
+    number: how many steps are done.
     seconds: how long each phase has taken.
     compared: what each comparison of them found.
     failed: the errors of comparisons that failed, by their keys in the run file.
     """
+
+    _is_fed = False  # whether a program pushes what it trains on
 
     def __init__(self, plan: RunPlan, directory: RunDirectory, registry: Registry, *, view: Any = None) -> None:
         self.plan, self.directory, self.config, self.registry = plan, directory, plan.config, registry
@@ -63,7 +66,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.compared: dict[str, Result] = {}
         self.failed: dict[str, SaekitError] = {}
-        self.trained_tokens = self.tokens_this_time = 0
+        self.number = self.trained_tokens = self.tokens_this_time = 0
         self._harvest_told = time.perf_counter()
         self.listeners = Listeners()
         self._interruption = Interruption(directory.path)
@@ -86,29 +89,38 @@ class Run:
         return self._carried_out(lambda: self._phases_again(before))
 
     def _carried_out(self, phases: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        with self._interruption.heard(), self._at_work():
+            summary = phases()
+        self._raise_failures(summary)
+        return summary
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """The run is at work in the block. Listeners hear of an error before it is raised, in the words for the user."""
         try:
-            with (
-                self._interruption.heard(),
-                explained(self.plan.parts),
-                harvest_heard_by(self._harvest_advanced),
-                torch.enable_grad(),
-            ):
-                summary = phases()
+            with explained(self.plan.parts), harvest_heard_by(self._harvest_advanced), torch.enable_grad():
+                yield
         except BaseException as error:
             if isinstance(error, DiskFull):
-                fix = f"What was saved is whole. Free some space and continue with: saekit run --resume {self.directory.path}"
+                fix = f"What was saved is whole. Free some space and continue with: {self._how_to_go_on}"
                 error = DiskFull(error.path, fix)
             self._tell("run_failed", error=error)
             raise error
-        self._raise_failures(summary)
-        return summary
+
+    @property
+    def _how_to_go_on(self) -> str:
+        return f"saekit run --resume {self.directory.path}"
+
+    @property
+    def _how_to_measure_again(self) -> str:
+        return f"What failed is carried out again by: {self._how_to_go_on}"
 
     def _raise_failures(self, summary: dict[str, Any]) -> None:
         found = [(one.variant, error) for one in self.sae_runs for error in one.failed.values()]
         found += [("", error) for error in self.failed.values()]
         if found:
             told = [f"variant {variant!r}: {error}" if variant else str(error) for variant, error in found]
-            again = f"Everything else is written. What failed is carried out again by: saekit run --resume {self.directory.path}"
+            again = f"Everything else is written. {self._how_to_measure_again}"
             error = type(found[0][1])("\n".join([*told, again]))
             error.summary = summary
             raise error
@@ -120,6 +132,10 @@ class Run:
         if self.plan.total_steps:
             with self._phase("train", self.plan.total_steps * self.config.training.batch_size):
                 self._train()
+        return self._trained()
+
+    def _trained(self) -> dict[str, Any]:
+        """Everything after training; returns the summary."""
         self.each(SAERun.save_sae)
         if any(one.plan.graph for one in self.sae_runs):
             with self._phase("graph", None):
@@ -146,7 +162,7 @@ class Run:
         self.each(lambda one: one.listeners.warn(*one.listeners.outdated))
 
     def _measured(self, known: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Everything after training; returns the summary, with what is already `known` in it."""
+        """Everything after the graph; returns the summary, with what is already `known` in it."""
         if known is None or any(one.to_do("metric") for one in self.sae_runs):
             with self._phase("evaluate", self.config.evaluation.tokens):
                 self._evaluate()
@@ -208,6 +224,10 @@ class Run:
     def prepare(self) -> None:
         """Open the source, and bring every SAE to its first weights."""
         self._open()
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Bring every SAE to its first weights."""
         if self.plan.total_steps:
             sample = self._sample()
             self.each(SAERun.initialise, sample)
@@ -225,6 +245,11 @@ class Run:
             torch.set_num_threads(training.threads)
         torch.manual_seed(seed_for(training.order_seed, "torch"))
         self.source: Source = self.plan.members[0].build_source()
+        if hasattr(self.source, "push") and not self._is_fed:
+            raise UsageError(
+                f"source.use: {self.config.source.use!r} is fed by a program while that runs, so a run or a resume needs the "
+                "program: use saekit.Online in it, or choose another source."
+            )
         with under_key(self.plan.source.key), kept(self.plan.source.component.origin, self.warn):
             self.source.open(device=self.device, dtype=torch.float32)
         if isinstance(self.source, CachedSource) and (missing := self.source.missing):
@@ -266,22 +291,36 @@ class Run:
     # --- train -------------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
+        with contextlib.closing(self._start_training()), self._interruption.in_training():
+            while self.number < self.plan.total_steps:
+                self._step()
+        self._end_training()
+
+    def _start_training(self) -> ShuffledBatches:
+        """Everything before the next step: the trainers, as in the newest checkpoint if there is one, and the batches from there
+        on, which must be closed."""
         training = self.config.training
-        number, position = self.begin_training()
-        batches = ShuffledBatches(
+        self.number, position = self.begin_training()
+        self._resumed_at = self._saved = self.number
+        self._pooled = any(one.trainer.needs_sequences for one in self.sae_runs)
+        self._batches = ShuffledBatches(
             self.source,
             batch_size=training.batch_size,
-            block_size=training.buffer,
+            block_size=getattr(self.source, "rows", training.buffer) if self._is_fed else training.buffer,
             seed=training.order_seed,
-            prefetch=training.prefetch,
+            prefetch=0 if self._is_fed else training.prefetch,  # nothing can be read ahead of the program that pushes
             position=position,
         )
-        with contextlib.closing(batches), self._interruption.in_training():
-            self._loop(number, batches)
+        self._began = time.perf_counter()
+        return self._batches
+
+    def _end_training(self) -> None:
+        """After the last step: free what only training needs, and let each SAE settle what it followed only on average."""
         self.each(SAERun.end_training)
         self.each(SAERun.settle)
-        self.trained_tokens = self.plan.total_steps * training.batch_size
-        self.tokens_this_time = self.trained_tokens - number * training.batch_size
+        batch_size = self.config.training.batch_size
+        self.trained_tokens = self.number * batch_size
+        self.tokens_this_time = (self.number - self._resumed_at) * batch_size
 
     def begin_training(self) -> tuple[int, tuple[int, int]]:
         """Make the trainers, and restore the newest checkpoint if there is one; returns the number of the next step and the
@@ -292,51 +331,60 @@ class Run:
         return number, position
 
     def _restore(self) -> tuple[int, tuple[int, int]]:
-        found = RunState.newest(self.directory.checkpoints)
-        if found is None:
+        state = self._newest_checkpoint()
+        if state is None:
             return 0, (0, 0)
-        path, state, damaged = found
-        self.warn(*(f"{warning} An older checkpoint is used." for warning in damaged))
-        refuse_other(path, state.decisive, decisive(self.config, self.identity))
-        try:
+        with self._refusing_a_damaged_one():
             self.each(lambda one: one.listeners.warn(*state.warnings_of[one.variant]))
             self.warn(*state.warnings, *what_changed(state, plugins_used(self.plan)))
             self.each(SAERun.restore, state)
+        return state.step, state.position
+
+    def _newest_checkpoint(self) -> RunState | None:
+        """The newest whole checkpoint. UsageError if it is one of another run."""
+        found = RunState.newest(self.directory.checkpoints)
+        if found is None:
+            return None
+        self._checkpoint_read, state, damaged = found
+        self.warn(*(f"{warning} An older checkpoint is used." for warning in damaged))
+        refuse_other(self._checkpoint_read, state.decisive, decisive(self.config, self.identity))
+        return state
+
+    @contextlib.contextmanager
+    def _refusing_a_damaged_one(self) -> Iterator[None]:
+        """UsageError if what the checkpoint that was read last holds cannot be taken back in the block."""
+        try:
+            yield
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise UsageError(
-                f"{path}: is not a whole checkpoint of this run: {type(error).__name__}: {error}. Remove it, so that an older one "
-                "is used, or start a new run."
+                f"{self._checkpoint_read}: is not a whole checkpoint of this run: {type(error).__name__}: {error}. Remove it, so "
+                "that an older one is used, or start a new run."
             ) from error
-        return state.step, state.position
 
-    def _loop(self, number: int, batches: ShuffledBatches) -> None:
-        """Train from step `number` on: each batch is harvested once and given to every SAE in turn."""
-        training, last = self.config.training, self.plan.total_steps
-        began, first, saved = time.perf_counter(), number, number
-        pooled = any(one.trainer.needs_sequences for one in self.sae_runs)
+    def _step(self) -> None:
+        """One step: a batch is harvested once and given to every SAE in turn. A checkpoint is saved when one is due."""
+        training, last, position = self.config.training, self.plan.total_steps, self._batches.position
+        try:
+            with self._interruption.waiting():
+                batch, sequences = self._harvest(self.number, self._batches, self._pooled)
+        except KeyboardInterrupt:  # a block may take minutes, and whoever asks a process to end seldom waits so long
+            if self.number != self._saved:
+                self._checkpoint(self.number, position)
+            self._interruption.stop_if_asked(self.number, last)
+            raise
+        self.number += 1
+        self.each(SAERun.train_on, batch, sequences, self._speed)
+        self._tell("phase_advanced", phase="train", done=self.number * training.batch_size)
+        if self.number % training.checkpoint_every == 0 or self.number == last or self._interruption.asked is not None:
+            self._checkpoint(self.number, self._batches.position)
+            self._saved = self.number
+        self._interruption.stop_if_asked(self.number, last)
 
-        def speed() -> float:
-            return (number - first) * training.batch_size / (time.perf_counter() - began)
-
-        while number < last:
-            position = batches.position
-            try:
-                with self._interruption.waiting():
-                    batch, sequences = self._harvest(number, batches, pooled)
-            except KeyboardInterrupt:  # a block may take minutes, and whoever asks a process to end seldom waits so long
-                if number != saved:
-                    self._checkpoint(number, position)
-                self._interruption.stop_if_asked(number, last)
-                raise
-            number += 1
-            self.each(SAERun.train_on, batch, sequences, speed)
-            self._tell("phase_advanced", phase="train", done=number * training.batch_size)
-            if number % training.checkpoint_every == 0 or number == last or self._interruption.asked is not None:
-                self._checkpoint(number, batches.position)
-                saved = number
-            self._interruption.stop_if_asked(number, last)
+    def _speed(self) -> float:
+        """Activations per second since training began or went on."""
+        return (self.number - self._resumed_at) * self.config.training.batch_size / (time.perf_counter() - self._began)
 
     def _harvest(self, number: int, batches: ShuffledBatches, pooled: bool) -> tuple[Activations, SequenceBatch | None]:
         """The batch of step `number`; with `pooled` also its labelled sequences, the same whether or not the run was resumed."""
@@ -365,6 +413,7 @@ class Run:
             warnings_of={one.variant: one.listeners.warnings for one in self.sae_runs},
         )
         self.each(lambda one: state.add(one.trainer))
+        state.add_source(self.source)
         path = state.save(self.directory.checkpoints, self.config.training.keep_checkpoints)
         self.each(
             lambda one: one.listeners.emit("checkpoint_saved", trainer=one.trainer, number=number - 1, path=path)

@@ -109,4 +109,4 @@ def _graph(one: SAERun) -> dict[str, Any] | None:
 
 
 def _trained(run: Run) -> dict[str, Any]:
-    return {"tokens": run.trained_tokens, "steps": run.plan.total_steps}
+    return {"tokens": run.trained_tokens, "steps": run.trained_tokens // run.config.training.batch_size}

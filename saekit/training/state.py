@@ -18,9 +18,11 @@ from saekit.options import validation_lines
 from saekit.training import checkpoint
 
 if TYPE_CHECKING:
+    from saekit.protocols import Source
     from saekit.training.trainer import Trainer
 
 
+_SOURCE = "source."
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -34,7 +36,8 @@ class RunState:
     plugins: their names and versions.
     threads: CPU threads.
     warnings, warnings_of: what the user has been told about the run, and about each SAE by its variant's name.
-    trainer, tensors: the plain values and the tensors of all SAEs; those of a variant have names that begin with `variant.NAME.`.
+    trainer, tensors: the plain values and the tensors of all SAEs; those of a variant have names that begin with `variant.NAME.`,
+        those of a source that is fed by a program with `source.`.
     """
 
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
@@ -60,6 +63,16 @@ class RunState:
         """Put the SAE of `trainer`, and torch's own generators, back to where they were after `step` steps."""
         prefix = _prefix(trainer)
         restore(trainer, self.step, _below(prefix, self.tensors), _below(prefix, self.trainer))
+
+    def add_source(self, source: Source) -> None:
+        """Take in what the source keeps, if it is one that must: see `protocols.PushedSource`."""
+        if hasattr(source, "state_dict"):
+            _take(source.state_dict(), _SOURCE, self.tensors, self.trainer)
+
+    def restore_source(self, source: Source) -> None:
+        """Give the source back what `add_source` took."""
+        if hasattr(source, "load_state_dict"):
+            source.load_state_dict({**_below(_SOURCE, self.tensors), **_below(_SOURCE, self.trainer)})
 
     def save(self, directory: Path, keep: int) -> Path:
         """Write a checkpoint into `directory`, of which the newest `keep` remain."""
@@ -105,12 +118,17 @@ def state_of(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "path": trainer.sae.path_state(),
     }
     for prefix, holder in _stateful(trainer):
-        for key, value in holder.state_dict().items():
-            if isinstance(value, Tensor):
-                tensors[f"{prefix}{key}"] = value
-            else:
-                values[f"{prefix}{key}"] = plain_state(value, f"{prefix}{key}")
+        _take(holder.state_dict(), prefix, tensors, values)
     return tensors, values
+
+
+def _take(state: dict[str, Any], prefix: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Put a `state_dict` among the tensors and the plain values, with `prefix` before its names."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value
+        else:
+            values[f"{prefix}{key}"] = plain_state(value, f"{prefix}{key}")
 
 
 def restore(trainer: Trainer, number: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:

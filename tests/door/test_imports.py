@@ -21,6 +21,7 @@ ROOT = Path(saekit.__file__).parent
 LEVELS = [
     {"cli", "__main__"},
     {"testing"},
+    {"online"},
     {"api"},
     {"runner"},
     {"training", "report", "terminal"},

@@ -79,6 +79,7 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
         },
         "builtin.organism": {"kinds": ["facts"], "context": 32},
         "builtin.synthetic": {"d_in": 16, "n_features": 32, "probability": 0.1, "held_out": 2000, "concepts": [0, 1]},
+        "builtin.pushed": {"d_in": 16, "rows": 2000, "held_out": 0.5},
         "builtin.tensors": {"data": str(place / "x.npy"), "chunk": 100},
         "graph.refresh_graph": {"every": 3, "start": 2, "batches": 2},
         "unlearning.groups": {"every": 3, "batches": 2, "least": 2, "minimum": 2},
