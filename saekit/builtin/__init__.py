@@ -123,8 +123,7 @@ def saekit_analyzers() -> Iterator[Component]:
     yield Component(
         "features",
         "saekit.builtin.features:Features",
-        "Density and top activating examples of the latents.",
-        needs=("tokens",),
+        "Density, ranking and top activating examples of the latents.",
     )
 
 
