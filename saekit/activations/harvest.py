@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
-from saekit.activations.huggingface import load_subject, model_digest, peek_model
+from saekit.activations.huggingface import load_subject, model_digest, peek_model, refuse_encoder
 from saekit.activations.packing import Rows
 from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import RESIDUAL
@@ -74,6 +74,7 @@ class HarvestSource:
 
         OptionError for a block or a context that the model lacks, and for rows of which too little would be kept."""
         known = peek_model(self.model)
+        refuse_encoder(self.model, known)
         if self.drop_first and self.context == 2:
             raise OptionError(
                 "context",

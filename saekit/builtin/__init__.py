@@ -69,7 +69,13 @@ def saekit_sources() -> Iterator[Component]:
     yield Component(
         "labelled", f"{sources}:LabelledSource", "Any language model on labelled texts.", provides=(*text, *labelled)
     )
-    yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.", provides=("target",))
+    yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.", provides=("target", *labelled))
+    yield Component(
+        "encoder",
+        f"{sources}:EncoderSource",
+        "Any Hugging Face encoder on texts or images, pooled or by position.",
+        provides=("target", *labelled),
+    )
     yield Component(
         "tensors", f"{sources}:TensorsSource", "Activations stored in files.", provides=("tokens", "target", *labelled)
     )
