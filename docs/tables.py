@@ -77,6 +77,7 @@ API = {
     "Feature graphs": ("saekit.graph",),
     "Interventions": ("saekit.interventions", "saekit.numerics"),
     "Activations": ("saekit.activations",),
+    "Examples": ("saekit.examples",),
     "Effects and intervals": ("saekit.controls", "saekit.estimate", "saekit.intervals"),
     "Files": ("saekit.files", "saekit.report"),
     "Errors": ("saekit.errors", "saekit.out_of_memory"),

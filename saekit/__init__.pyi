@@ -17,6 +17,16 @@ from .errors import OptionError as OptionError
 from .errors import SaekitError as SaekitError
 from .errors import UsageError as UsageError
 from .estimate import Estimate as Estimate
+from .examples import Example as Example
+from .examples import Image as Image
+from .examples import Items as Items
+from .examples import Numbers as Numbers
+from .examples import Text as Text
+from .examples import Tokens as Tokens
+from .examples import as_example as as_example
+from .examples import as_html as as_html
+from .examples import as_text as as_text
+from .examples import example_of as example_of
 from .files import to_jsonable as to_jsonable
 from .files import write_json as write_json
 from .files import write_text as write_text
@@ -58,7 +68,9 @@ from .result import Result as Result
 from .runner.comparison import Compared as Compared
 from .runner.comparison import ComparisonContext as ComparisonContext
 from .runner.context import RunContext as RunContext
+from .runner.examples import example_rows as example_rows
 from .runner.examples import top_examples as top_examples
+from .runner.survey import LatentSurvey as LatentSurvey
 from .sae.base import SparseAutoencoder as SparseAutoencoder
 from .sae.code import Code as Code
 from .sae.code import DenseCode as DenseCode

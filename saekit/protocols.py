@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from saekit.activations.subject import Subject
     from saekit.config import RunConfig, TrainingConfig
     from saekit.estimate import Estimate
+    from saekit.examples import Example
     from saekit.graph import FeatureGraph
     from saekit.result import Result
     from saekit.run_directory import RunDirectory
@@ -229,6 +230,16 @@ class Source(Protocol):
     def documents(self, sequences: Tensor) -> Tensor:
         """The first and the last of the documents that each held-out sequence (by `Activations.sequence`) holds, those
         between them included: [n] -> [n, 2]. Optional; without it the report counts sequences, or rows, not documents."""
+        ...
+
+    def examples(self, sequence: Tensor, position: Tensor) -> list[Example]:
+        """What held-out activations come from, as a reader should see it: for n rows, by `Activations.sequence` and
+        `Activations.position` ([n] each, in any order, some perhaps twice), n examples.
+
+        Optional; without it what a latent fires on is shown by its tokens or, if there are none, by the numbers of the activation.
+        An example of `saekit.examples` is data: `Tokens` (with `at`, the place that the activation belongs to; without it the
+        activation belongs to all of them), `Items` of a set, `Numbers`, an `Image`, a `Text`, each with a caption. The same rows
+        give the same examples."""
         ...
 
     def token_strings(self, tokens: Tensor) -> list[str]:

@@ -14,8 +14,8 @@ class Result:
 
     scalars: numbers by name, shown in the summary; None if a value is not defined. NAME_low, NAME_high and NAME_n are shown
         beside NAME: the interval and the number of cases behind it.
-    tables: lists of rows by name; a row is a dictionary of plain values. Rows with `latent`, `activation` and `token`
-        (and `before` and `after`, or `tokens` and `activations`) are shown as text with the token highlighted.
+    tables: lists of rows by name; a row is a dictionary of plain values. Rows with `latent`, `activation` and `example`,
+        what `Example.to_json` gives, are shown by latent (`saekit.example_rows` makes such a table).
     figures: plotly figures by name, as the dictionaries of `figure.to_plotly_json()`.
     files: what the analyzer wrote, as paths relative to its directory.
     notes: sentences that a reader of the figures must know (a null result and its reason, a low fidelity).

@@ -15,6 +15,7 @@ from saekit.activations.cache_files import FORMAT, SPLITS, CacheFiles, Shard, ch
 from saekit.activations.shuffle import stop_point
 from saekit.activations.stored import read_blocks
 from saekit.errors import OptionError, RunError, UsageError
+from saekit.examples import Example
 from saekit.files import TEMPORARY, disk_errors, to_jsonable, write_json
 from saekit.lock import locked
 from saekit.protocols import Source
@@ -61,7 +62,9 @@ class CachedSource:
         if hasattr(source, "token_batches"):
             self.token_batches = self._token_batches
         if hasattr(source, "token_strings"):
-            self.token_strings = self._token_strings
+            self.token_strings = self._token_strings  # tokens are in the cache, so that nothing is loaded to show them
+        elif hasattr(source, "examples"):
+            self.examples = self._examples
         if hasattr(source, "sequences"):
             self.sequences = self._sequences
         if hasattr(source, "documents"):
@@ -164,6 +167,9 @@ class CachedSource:
 
     def _sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:
         return self._source().sequences(split, n, seed, number)
+
+    def _examples(self, sequence: Tensor, position: Tensor) -> list[Example]:
+        return self._source().examples(sequence, position)
 
     def _token_strings(self, tokens: Tensor) -> list[str]:
         """Each token id as text. The tokenizer is loaded only for ids that do not occur in the cache."""

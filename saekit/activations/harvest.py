@@ -14,12 +14,13 @@ from pydantic import Field
 from torch import Tensor
 
 from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
-from saekit.activations.huggingface import load_subject, model_digest, peek_model
+from saekit.activations.huggingface import load_subject, model_digest, peek_model, refuse_encoder
 from saekit.activations.packing import Rows
 from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import RESIDUAL
 from saekit.activations.subject import Subject
 from saekit.errors import ComponentError, OptionError, UsageError
+from saekit.examples import Example, Tokens
 from saekit.files import sha256_of
 from saekit.seeds import derived_seed
 
@@ -73,6 +74,7 @@ class HarvestSource:
 
         OptionError for a block or a context that the model lacks, and for rows of which too little would be kept."""
         known = peek_model(self.model)
+        refuse_encoder(self.model, known)
         if self.drop_first and self.context == 2:
             raise OptionError(
                 "context",
@@ -186,6 +188,13 @@ class HarvestSource:
             # SentencePiece drops the space at the beginning of a text when it decodes.
             texts[token] = f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
         return [texts[token] for token in tokens.tolist()]
+
+    def examples(self, sequence: Tensor, position: Tensor) -> list[Example]:
+        """The tokens of held-out rows; see `protocols.Source.examples`."""
+        rows, which = sequence.cpu().unique(return_inverse=True)
+        ids, mask = self._split("held_out").take(rows.numpy(), None)
+        parts = [self.token_strings(torch.from_numpy(row[there])) for row, there in zip(ids, mask, strict=True)]
+        return [Tokens(parts=parts[row], at=at) for row, at in zip(which.tolist(), position.tolist(), strict=True)]
 
     @property
     def special_tokens(self) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saekit.activations.encoder_types import is_encoder, reads_images
 from saekit.activations.hub import ask_hub
 from saekit.activations.sites import RESIDUAL, Site, resolve
 from saekit.activations.subject import Subject, directory_digest, hub_digest
@@ -38,18 +39,18 @@ def load_subject(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = torch.device(device)
+    refuse_encoder(model, peek_model(model))
     if dtype == torch.bfloat16 and device.type != "cuda":
         raise OptionError("model", f"{model!r}: bfloat16 is for CUDA; on {device.type} it is far slower. Use float32.")
-    directory = _local_directory(model)
+    directory = local_directory(model)
     if directory is not None:
-        peek_model(model)
-        _check_weight_files(directory)
+        check_weight_files(directory)
     source = str(directory) if directory is not None else model
     settings: dict[str, Any] = {
         "trust_remote_code": trust_remote_code,
-        "local_files_only": _local_only(model, directory),
+        "local_files_only": local_only(model, directory),
     }
-    with _quiet(), _explained(source):
+    with quiet(), explained(source):
         # transformers only logs a mismatch; it becomes an error below.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
@@ -79,12 +80,13 @@ def load_subject(
 
 
 def peek_model(model: str) -> dict[str, Any]:
-    """What config.json says, without loading weights: `model_type`, `hidden_size`, `layers`, `context`.
+    """What config.json says, without loading weights: `model_type`, `hidden_size`, `layers`, `context`,
+    `encoder` (it reads and does not write), `images` (what it reads).
 
     Unknown keys are left out: all of them for a hub name that is not in the local cache. UsageError for a directory
     without a readable configuration, or of a model type that transformers does not know.
     """
-    directory = _local_directory(model)
+    directory = local_directory(model)
     if directory is not None:
         path = directory / "config.json"
         if not path.is_file():
@@ -110,7 +112,7 @@ def peek_model(model: str) -> dict[str, Any]:
             f"{path}: model_type {kind!r} is unknown to transformers {transformers.__version__}. "
             "Upgrade transformers, or choose another model."
         )
-    found: dict[str, Any] = {"model_type": kind}
+    found: dict[str, Any] = {"model_type": kind, "encoder": is_encoder(table), "images": reads_images(table)}
     text = table.get("text_config") if isinstance(table.get("text_config"), dict) else table
     names = {
         "hidden_size": ("hidden_size", "n_embd", "d_model"),
@@ -122,6 +124,16 @@ def peek_model(model: str) -> dict[str, Any]:
         if values:
             found[key] = values[0]
     return found
+
+
+def refuse_encoder(model: str, known: dict[str, Any]) -> None:
+    """OptionError if a model does not write, so that no language model can be made of it. known: from `peek_model`."""
+    if known.get("encoder"):
+        raise OptionError(
+            "model",
+            f"{model!r}: is an encoder ({known['model_type']}), which reads and does not write. Use the source encoder: "
+            'use = "encoder".',
+        )
 
 
 def _is_known(model_type: str) -> bool:
@@ -138,7 +150,7 @@ def _is_known(model_type: str) -> bool:
 
 def model_digest(model: str) -> str | None:
     """`Subject.digest` of this model, without loading it; None for a hub name that is not in the local cache."""
-    directory = _local_directory(model)
+    directory = local_directory(model)
     if directory is not None:
         return directory_digest(directory)
     cached = _cached(model, "config.json")  # .../snapshots/COMMIT/config.json
@@ -156,7 +168,7 @@ def _sites(
             raise
     from transformer_lens.model_bridge import TransformerBridge
 
-    with _quiet(), _explained(source):
+    with quiet(), explained(source):
         bridge = TransformerBridge.boot_transformers(
             source, hf_model=network, tokenizer=tokenizer, device=str(device), dtype=dtype
         )
@@ -164,7 +176,7 @@ def _sites(
     return [resolve(bridge, name) for name in names], bridge
 
 
-def _local_directory(model: str) -> Path | None:
+def local_directory(model: str) -> Path | None:
     """The directory `model`, or None for a hub name. UsageError for a path that does not exist."""
     path = Path(model).expanduser()
     if path.is_dir():
@@ -188,7 +200,7 @@ def _cached(model: str, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _local_only(model: str, directory: Path | None) -> bool:
+def local_only(model: str, directory: Path | None) -> bool:
     """Whether to load without the network. The hub is asked about a model that is not in the local cache."""
     weights = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     if directory is not None or (_cached(model, "config.json") and any(_cached(model, name) for name in weights)):
@@ -198,7 +210,7 @@ def _local_only(model: str, directory: Path | None) -> bool:
     return False
 
 
-def _check_weight_files(directory: Path) -> None:
+def check_weight_files(directory: Path) -> None:
     """Open every safetensors file: the header tells whether the file is whole."""
     from safetensors import SafetensorError, safe_open
 
@@ -216,7 +228,7 @@ def _check_weight_files(directory: Path) -> None:
 
 
 @contextmanager
-def _explained(model: str) -> Iterator[None]:
+def explained(model: str) -> Iterator[None]:
     """Turn whatever transformers raises about a model's files into one UsageError."""
     try:
         yield
@@ -248,7 +260,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and remarks: the terminal belongs to the run."""
     from transformers.utils import logging
 

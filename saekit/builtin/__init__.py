@@ -70,7 +70,13 @@ def saekit_sources() -> Iterator[Component]:
         "labelled", f"{sources}:LabelledSource", "Any language model on labelled texts.", provides=(*text, *labelled)
     )
     yield Component("pushed", f"{sources}:PushedSource", "What a program pushes while it runs.")
-    yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.", provides=("target",))
+    yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.", provides=("target", *labelled))
+    yield Component(
+        "encoder",
+        f"{sources}:EncoderSource",
+        "Any Hugging Face encoder on texts or images, pooled or by position.",
+        provides=("target", *labelled),
+    )
     yield Component(
         "tensors", f"{sources}:TensorsSource", "Activations stored in files.", provides=("tokens", "target", *labelled)
     )
@@ -124,8 +130,7 @@ def saekit_analyzers() -> Iterator[Component]:
     yield Component(
         "features",
         "saekit.builtin.features:Features",
-        "Density and top activating examples of the latents.",
-        needs=("tokens",),
+        "Density, ranking and top activating examples of the latents.",
     )
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from saekit.report.curves import POINTS, logged_names, loss_figures, measure_figures, overlaid
+from saekit.report.latents import Latent, by_latent, of_rows
 from saekit.run_directory import RunFiles
 from saekit.wording import (
     NOT_DEFINED,
-    clean,
     count,
     duration,
     held_out_amounts,
@@ -27,10 +27,7 @@ from saekit.wording import (
 )
 
 TABLE_ROWS = 2000
-LATENTS = 200
-"""How much of a long result the page shows. The page says that all of it is in result.json."""
-
-EXAMPLE_KEYS = {"latent", "activation", "token"}
+"""How much of a long table the page shows. The page says that all of it is in result.json."""
 
 
 @dataclass
@@ -50,25 +47,6 @@ class Table:
     numeric: list[bool]
     rows: list[list[Cell]]
     note: str = ""
-
-
-@dataclass
-class Token:
-    """A token, with its activation as a share (0 to 1) of the largest one shown for its latent."""
-
-    text: str
-    share: float = 0.0
-    activation: str = ""
-    peak: bool = False
-
-
-@dataclass
-class Latent:
-    """A latent and the contexts that activate it most."""
-
-    latent: str
-    facts: list[tuple[str, str]]
-    examples: list[tuple[str, list[Token]]] = field(default_factory=list)
 
 
 @dataclass
@@ -204,8 +182,9 @@ def _analysis(position: int, name: str, result: dict[str, Any], run: RunFiles) -
     latents: list[Latent] = []
     latents_note = ""
     for key, rows in list(tables.items()):
-        if rows and all(row.keys() >= EXAMPLE_KEYS for row in rows):
-            latents, latents_note = _examples(tables.pop(key), tables.get("latents", []), name)
+        if rows and (examples := of_rows(rows)) is not None:
+            latents, latents_note = by_latent(examples, tables.get("latents", []), name)
+            del tables[key]
             break
     return Analysis(
         id=identifier,
@@ -280,51 +259,6 @@ def _cell(value: Any) -> Cell:
 def _compact(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 400 else text[:399] + "…"
-
-
-def _examples(rows: list[dict[str, Any]], about: list[dict[str, Any]], analyzer: str) -> tuple[list[Latent], str]:
-    """The rows of an `examples` table by latent, in their order."""
-    facts = {row.get("latent"): row for row in about if not isinstance(row.get("latent"), (dict, list))}
-    groups: dict[str, list[dict[str, Any]]] = {}
-    keys: dict[str, Any] = {}
-    for row in rows:
-        name = _cell(row["latent"]).text
-        groups.setdefault(name, []).append(row)
-        keys[name] = row["latent"]
-    latents = []
-    for name, group in list(groups.items())[:LATENTS]:
-        group = sorted(group, key=lambda row: row["rank"] if is_number(row.get("rank")) else math.inf)
-        known = facts.get(keys[name], {}) if not isinstance(keys[name], (dict, list)) else {}
-        about_it = [(label(str(k)), _cell(v).text) for k, v in known.items() if k != "latent"]
-        strongest = max(
-            (a for row in group for a in (*_list(row.get("activations")), row["activation"]) if is_number(a)), default=0
-        )
-        latents.append(Latent(name, about_it, [(number(row["activation"]), _tokens(row, strongest)) for row in group]))
-    note = ""
-    if len(groups) > LATENTS:
-        note = f"The first {LATENTS} of {len(groups):,} latents; all of them are in analysis/{analyzer}/result.json."
-    return latents, note
-
-
-def _tokens(row: dict[str, Any], strongest: float) -> list[Token]:
-    def share(activation: Any) -> float:
-        return min(max(activation / strongest, 0.0), 1.0) if is_number(activation) and strongest > 0 else 0.0
-
-    texts, activations = _list(row.get("tokens")), _list(row.get("activations"))
-    if texts and len(texts) == len(activations):
-        finite = [a for a in activations if is_number(a)]
-        peak = activations.index(max(finite)) if finite else -1
-        return [
-            Token(_visible(text), share(a), number(a), position == peak)
-            for position, (text, a) in enumerate(zip(texts, activations, strict=True))
-        ]
-    middle = Token(_visible(row["token"]), share(row["activation"]), number(row["activation"]), True)
-    return [Token(_visible(row.get("before") or "")), middle, Token(_visible(row.get("after") or ""))]
-
-
-def _visible(text: Any) -> str:
-    """A token made visible on one line."""
-    return clean(str(text).replace("\r\n", "⏎").replace("\n", "⏎").replace("\t", "⇥"))
 
 
 def _file(path: str, analyzer: str, run: RunFiles) -> tuple[str, str | None]:

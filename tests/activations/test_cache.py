@@ -162,6 +162,17 @@ def test_capabilities_are_those_of_the_source(cached, tmp_path):
     assert trained == 1024  # the block that held the last of the 400
 
 
+def test_examples_are_the_source_s_own_unless_their_tokens_are_in_the_cache(cached, tmp_path):
+    assert not hasattr(cached, "examples")  # shown from the cached tokens, without loading a tokenizer
+
+    class Shown(SyntheticSource):
+        def examples(self, sequence, position):
+            return [f"row {n}" for n in sequence.tolist()]
+
+    source = opened(CachedSource(Shown(d_in=8, n_features=4, probability=0.1, held_out=100), tmp_path / "other", tokens=400))
+    assert source.examples(torch.tensor([3, 1]), torch.tensor([0, 0])) == ["row 3", "row 1"]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision(tiny_gpt2, text_file, tmp_path, direct, dtype):
     source = opened(CachedSource(text(tiny_gpt2, text_file), tmp_path / "half", dtype=dtype))

@@ -108,6 +108,16 @@ def test_closing_does_not_wait_for_an_activation_that_is_replaced(source):
         assert time.monotonic() - start < 1
 
 
+def test_examples_are_the_whole_rows_of_tokens(source):
+    block = blocks(source, "held_out", 2)[1]
+    some = torch.tensor([40, 3, 40])
+    found = source.examples(block.sequence[some], block.position[some])
+    for at, example in zip(some.tolist(), found, strict=True):
+        here = block.sequence == block.sequence[at]
+        assert example.parts[example.at] == source.token_strings(block.tokens[at : at + 1])[0]
+        assert example.parts[1 : 1 + int(here.sum())] == source.token_strings(block.tokens[here])  # without the first
+
+
 def test_token_strings(source):
     ids = torch.tensor(source.subject.tokenizer(" copper wire", add_special_tokens=False)["input_ids"] * 2)
     assert "".join(source.token_strings(ids)) == " copper wire copper wire"

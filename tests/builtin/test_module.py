@@ -306,7 +306,7 @@ SMALL = {"training.tokens": 2000, "training.batch_size": 100, "training.buffer":
 
 def test_the_page_runs_as_it_stands_in_fifteen_lines(tmp_path, monkeypatch):
     files = files_of_the_page(tmp_path, monkeypatch)
-    assert set(files) == {"my_model.py", "run.toml", "my_source.py"}
+    assert set(files) == {"my_model.py", "run.toml", "my_source.py", "sets.py", "sets.toml", "sentences.toml"}
     assert len([line for line in files["my_model.py"].splitlines() if line.strip()]) <= 15
     summary = saekit.run("run.toml", overrides={**SMALL, "evaluation.tokens": 1000}).summary
     assert summary["sae"]["d_in"] == 64 and summary["tokens"] == 2000 and summary["warnings"] == []
@@ -334,3 +334,14 @@ def test_the_pages_plugin_file_gives_the_same_run(tmp_path, monkeypatch):
         sys.modules.pop("my_model", None)
     (names, data), other = (stored_weights(run.directory / "sae" / "sae_weights.safetensors") for run in (first, second))
     assert {"W_enc", "W_dec"} <= names.keys() and (names, data) == other
+
+
+def test_the_pages_sets_are_masked_pooled_labelled_and_shown(tmp_path, monkeypatch):
+    files_of_the_page(tmp_path, monkeypatch)
+    done = saekit.run("sets.toml", overrides={**SMALL, "evaluation.tokens": 500}, directory="run")
+    assert any("auroc" in name for name in done.summary["metrics"])
+    rows = json.loads((done.directory / "analysis" / "features" / "result.json").read_text())["tables"]["examples"]
+    assert rows and all(row["example"]["kind"] == "set" and set(row["example"]["parts"]) <= set(ITEMS) for row in rows)
+
+
+ITEMS = ["copper", "tin", "zinc", "lead", "salt", "sugar", "flour"]

@@ -24,12 +24,14 @@ from saekit import (
     Estimate,
     FeatureGraph,
     Interval,
+    Numbers,
     Pattern,
     Result,
     SaeLensFormat,
     SequenceBatch,
     SparseAutoencoder,
     SparseCode,
+    Text,
     hookimpl,
 )
 from saekit.plugins import Registry
@@ -779,7 +781,44 @@ class FromAllOver(FromTheBeginning):
         return (sequences * 5 % 1024)[:, None].expand(-1, 2)
 
 
+class Shown(FromAllOver):
+    """Shows each row, which is a sequence of its own."""
+
+    def blocks(self, split, *, size, seed, start=0):
+        for block in super().blocks(split, size=size, seed=seed, start=start):
+            block.position = torch.zeros_like(block.sequence)
+            yield block
+
+    def examples(self, sequence, position):
+        return [Text(text=f"row {number}") for number in sequence.tolist()]
+
+
+class ShownInTurn(Shown):
+    """Numbers its examples as they are asked for."""
+
+    def examples(self, sequence, position):
+        return [Text(text=f"row {number}") for number in range(len(sequence))]
+
+
+class ShownOnce(Shown):
+    """Gives one example for all that are asked for twice."""
+
+    def examples(self, sequence, position):
+        return super().examples(sequence.unique(), position)
+
+
+class ShownAsTensor(Shown):
+    """Puts a tensor where numbers belong."""
+
+    def examples(self, sequence, position):
+        return [Numbers(values=[1.0], shape=torch.Size([1])) for _ in sequence]
+
+
 SOURCES: dict[str, tuple[Any, set[str]]] = {
+    "shown": (Shown, set()),
+    "shown_in_turn": (ShownInTurn, {"examples_of_places"}),
+    "shown_once": (ShownOnce, {"examples_of_places"}),
+    "shown_as_tensor": (ShownAsTensor, {"examples_of_places"}),
     "from_the_beginning": (FromTheBeginning, {"held_out_is_in_no_order"}),
     "from_all_over": (FromAllOver, set()),
     "numbered": (Numbered, set()),

@@ -225,17 +225,9 @@ def test_the_top_latents_come_with_examples_that_hold_their_token(context: RunCo
     assert {row["latent"] for row in examples} <= {row["latent"] for row in result.tables["ranking"]}
     assert examples
     for row in examples:
-        assert row["before"] + row["token"] + row["after"] == "".join(row["tokens"])
-        assert row["activation"] == pytest.approx(row["activations"][len(row["tokens"]) - 1 - _after(row)], abs=1e-3)
-
-
-def _after(row: dict[str, Any]) -> int:
-    """The number of tokens in the text after the middle token."""
-    count, text = 0, ""
-    while text != row["after"]:
-        count += 1
-        text = "".join(row["tokens"][-count:])
-    return count
+        example = row["example"]
+        assert example["kind"] == "tokens"
+        assert row["activation"] == pytest.approx(example["activations"][example["at"]], abs=1e-3)
 
 
 def test_sets_are_tested_for_each_template_type(context: RunContext, data: str) -> None:

@@ -1,5 +1,6 @@
 """The built-in sources, one file each."""
 
+from saekit.builtin.sources.encoder import EncoderSource as EncoderSource
 from saekit.builtin.sources.labelled import LabelledSource as LabelledSource
 from saekit.builtin.sources.module import ModuleSource as ModuleSource
 from saekit.builtin.sources.organism import OrganismSource as OrganismSource

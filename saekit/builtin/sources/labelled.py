@@ -139,12 +139,12 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
                 self._spanned.append(SpannedText(place, len(table), text, spans))
             table.append(
                 [
-                    float(bool(spans[column])) if column in spans else _label(record.get(key), key, place)
+                    float(bool(spans[column])) if column in spans else label_of(record.get(key), key, place)
                     for column, key in enumerate(self.labels)
                 ]
             )
             if self.classes is not None:
-                names.append(_class(record.get(self.classes), self.classes, path, number))
+                names.append(class_of(record.get(self.classes), self.classes, path, number))
         self._with_spans = {self.labels[column] for one in self._spanned for column, spans in one.spans.items() if spans}
         for key in self._keys:
             if key not in seen:
@@ -230,7 +230,7 @@ class LabelledSource(TextsSource, LabelledHarvestSource):
         return MixedRows(parts, [1] * len(parts))
 
 
-def _label(value: Any, key: str, place: str) -> float:
+def label_of(value: Any, key: str, place: str) -> float:
     """A label as a number, NaN if it is unknown."""
     if value is None or (isinstance(value, float) and value != value):
         return float("nan")
@@ -242,7 +242,7 @@ def _label(value: Any, key: str, place: str) -> float:
     )
 
 
-def _class(value: Any, key: str, path: Path, number: int) -> str | None:
+def class_of(value: Any, key: str, path: Path, number: int) -> str | None:
     """The name of a class, None if it is unknown."""
     if value is None or isinstance(value, str):
         return value or None

@@ -10,6 +10,7 @@ import torch
 
 from saekit.activations.batch import Activations, SequenceBatch
 from saekit.activations.trained_positions import TrainedPositions
+from saekit.examples import Example, Tokens, example_of
 from saekit.protocols import Source
 from saekit.testing.checks import any_kind
 from saekit.testing.checks.shared import changed, copied, seeded
@@ -270,6 +271,33 @@ def _labels_by_position(batch: SequenceBatch) -> None:
         raise Failed("a sequence's label is not the largest of its positions'. Give 1 if one of them has the label, 0 if none has.")
 
 
+def examples_of_places(subject: Subject) -> None:
+    source = opened(subject)
+    if not hasattr(source, "examples"):
+        raise NotApplicable("it renders no examples; its tokens or its activations are shown.")
+    block = first_blocks(source, 1, split="held_out")[0]
+    if block.sequence is None or block.position is None:
+        raise Failed("it has `examples`, but its blocks have no sequence and position to ask for. Give both.")
+    rows = torch.tensor([len(block) - 1, 0, len(block) // 2, 0])  # in no order, one of them twice
+    found = source.examples(block.sequence[rows], block.position[rows])
+    if len(found) != len(rows) or not all(isinstance(one, Example) for one in found):
+        raise Failed(f"examples gives {[type(one).__name__ for one in found]} for {len(rows)} rows. Give an Example for each.")
+    alone = source.examples(block.sequence[:1], block.position[:1])[0]
+    if not found[1] == found[3] == alone:
+        raise Failed("a row looks different when it is asked for among others. Render it from its sequence and position alone.")
+    for row, example in zip(rows.tolist(), found, strict=True):
+        try:
+            again = example_of(json.loads(json.dumps(example.to_json())))
+        except (TypeError, ValueError) as error:
+            raise Failed(f"an example is not plain: {error} Give texts and numbers in lists.") from None
+        if again.to_json() != example.to_json():
+            raise Failed("an example read from its own JSON is another one. Give texts and numbers in lists.")
+        if block.tokens is not None and isinstance(example, Tokens) and example.at is not None:
+            told = source.token_strings(block.tokens[row : row + 1])[0]
+            if example.parts[example.at] != told:
+                raise Failed(f"an example shows {example.parts[example.at]!r} at `at`, and the row's token is {told!r}.")
+
+
 CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
     Check("peek_is_light", "`peek` builds no module, and gives plain values that are known without loading.", peek_is_light),
@@ -303,5 +331,10 @@ CHECKS: tuple[Check, ...] = (
         "sequences_by_number",
         "Labelled sequences, if it provides them, are decided by seed and number; labels of their positions agree with their own.",
         sequences_by_number,
+    ),
+    Check(
+        "examples_of_places",
+        "Examples of held-out rows, if it renders them, are plain data, one for each row, decided by the row alone.",
+        examples_of_places,
     ),
 )
