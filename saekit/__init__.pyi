@@ -2,6 +2,8 @@ from .activations.batch import Activations as Activations
 from .activations.batch import SequenceBatch as SequenceBatch
 from .activations.batch import TokenBatch as TokenBatch
 from .activations.huggingface import load_subject as load_subject
+from .activations.prepared import Preparation as Preparation
+from .activations.prepared import prepared as prepared
 from .activations.sites import hook_points as hook_points
 from .activations.subject import Subject as Subject
 from .activations.trained_positions import TrainedPositions as TrainedPositions

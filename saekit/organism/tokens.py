@@ -7,9 +7,7 @@ tokens are made each time.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -18,33 +16,21 @@ import torch
 
 from saekit import organism
 from saekit.activations.packing import TokenStore, tokenise
-from saekit.checked_tensors import load_checked, save_checked
-from saekit.errors import SaekitError
-from saekit.files import TEMPORARY
-from saekit.lock import locked
+from saekit.activations.prepared import prepared
 from saekit.organism.corpus import library_sources
 
 SPLITS = ("train", "held_out")
 FORMAT = 1
 """Raised when the content of the files changes."""
-_KEPT = 4  # files of each kind, the newest: for other versions of Python and of saekit
 _COLUMNS = ("ids", "offsets", "hashes")
 
 
 def corpus_tokens(kind: str, tokenizer: Any) -> dict[str, TokenStore]:
     """The documents of a kind as tokens, for each split. They are read from the cache if they are there."""
-    made: dict[str, TokenStore] | None = None
-    with contextlib.suppress(OSError, SaekitError):  # it works without a cache, only more slowly
-        path = cache_directory() / f"{kind}-{_made_of(kind, tokenizer)}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(f"{kind}.lock"), wait=True):  # of several processes that begin together, one makes it
-            found = _read(path)
-            if found is not None:
-                return found
-            made = _tokenised(kind, tokenizer)
-            _write(path, made)
-            _tidy(path.parent, kind)
-    return made or _tokenised(kind, tokenizer)
+    tensors = prepared(
+        kind, {"digest": _made_of(kind, tokenizer)}, lambda _: _columns(_tokenised(kind, tokenizer)), directory=cache_directory()
+    )
+    return {split: TokenStore(*(tensors[f"{split}.{name}"].numpy() for name in _COLUMNS)) for split in SPLITS}
 
 
 def cache_directory() -> Path:
@@ -71,23 +57,6 @@ def _made_of(kind: str, tokenizer: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path) -> dict[str, TokenStore] | None:
-    try:
-        tensors, facts = load_checked(path)
-    except SaekitError:  # absent or damaged
-        return None
-    if facts is None:
-        return None
-    return {split: TokenStore(*(tensors[f"{split}.{name}"].numpy() for name in _COLUMNS)) for split in SPLITS}
-
-
-def _write(path: Path, stores: dict[str, TokenStore]) -> None:
+def _columns(stores: dict[str, TokenStore]) -> dict[str, torch.Tensor]:
     columns = {f"{split}.{name}": getattr(store, name) for split, store in stores.items() for name in _COLUMNS}
-    save_checked(path, {name: torch.from_numpy(column) for name, column in columns.items()}, {})
-
-
-def _tidy(directory: Path, kind: str) -> None:
-    """Remove what killed processes left behind, and all but the newest files of a kind. The caller holds its lock."""
-    written = sorted(directory.glob(f"{kind}-*.safetensors"), key=os.path.getmtime, reverse=True)
-    for path in (*written[_KEPT:], *directory.glob(f".{kind}-{TEMPORARY.removeprefix('.')}")):
-        path.unlink(missing_ok=True)
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
