@@ -116,8 +116,8 @@ class Lifecycle:
 
     @hookspec
     def harvest_advanced(self, done: int, total: int) -> None:
-        """Within a phase, activations are being harvested: `done` of the block's `total` are there. Called about once a second
-        while the run waits for them."""
+        """Within a phase, activations are being harvested: `done` of the block's `total` are there. Or a source prepares itself
+        (`saekit.prepared`): `done` of `total` steps. Called about once a second while the run waits."""
 
     @hookspec
     def phase_ended(self, phase: str, seconds: float) -> None:

@@ -1,4 +1,5 @@
-"""How far the harvest of a block has come: sources say it between two forwards, and whoever waits for the block hears it."""
+"""How far the harvest of a block has come, or what a source prepares: it is said between two forwards or steps, and whoever waits
+hears it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def harvest_heard_by(hearer: Heard) -> Iterator[None]:
 
 
 def tell_harvest(done: int, total: int) -> None:
-    """`done` of the `total` activations of a block are there."""
+    """`done` of the `total` activations of a block are there, or so many steps of a preparation are done."""
     hearer = _hearer.get()
     if hearer is not None:
         hearer(done, total)

@@ -128,7 +128,7 @@ class LinesView:
             parts = [f"goes on, {duration(phase.elapsed(now))} so far"]
             parts += [_how_far(phase, now)] if phase.done else []
             if self.state.harvested is not None:
-                parts.append(f"{percent(self.state.harvested)} of a block of activations harvested")
+                parts.append(f"{percent(self.state.harvested)} of what it waits for is there")
             self._say(f"{phase.name}: {', '.join(parts)}")
 
     def _break_silences(self) -> None:

@@ -171,7 +171,7 @@ class RunState:
     metrics: dict[str, dict[str, float | None]] = field(default_factory=dict)
     analyses: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    harvested: float | None = None  # the share of a block of activations that is there, while the run waits for it
+    harvested: float | None = None  # the share of a block, or of what a source prepares, that is there, while the run waits for it
 
     def start(self, run: RunInfo) -> None:
         """Take name, model and hook point from the run."""

@@ -135,8 +135,8 @@ def test_a_long_silence_is_broken(script, view, out):
         script.listeners.emit("harvest_advanced", done=done, total=1000)
         view.break_silence()
     assert lines(out, "train: goes on") == [
-        "train: goes on, 40 s so far, 25 % of a block of activations harvested",
-        "train: goes on, 1 min 15 s so far, 70 % of a block of activations harvested",
+        "train: goes on, 40 s so far, 25 % of what it waits for is there",
+        "train: goes on, 1 min 15 s so far, 70 % of what it waits for is there",
     ]
     script.listeners.emit("phase_ended", phase="train", seconds=75.0)
     script.now += 600

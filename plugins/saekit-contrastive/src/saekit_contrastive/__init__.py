@@ -57,6 +57,16 @@ def saekit_metrics() -> Iterator[Component]:
 
 
 @hookimpl
+def saekit_analyzers() -> Iterator[Component]:
+    yield Component(
+        "concept_recovery",
+        "saekit_contrastive.concept_recovery:ConceptRecovery",
+        "Whether one latent stands for each concept, beside neurons, an untrained SAE, shuffled labels and a probe.",
+        needs=("labels",),
+    )
+
+
+@hookimpl
 def saekit_recipes() -> Iterator[Component]:
     yield Component(
         "concept",

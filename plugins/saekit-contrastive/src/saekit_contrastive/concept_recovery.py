@@ -10,8 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit import ComponentError, Result, auroc_interval, wilson_interval
-from saekit_contrastive.auroc import auroc
+from saekit import ComponentError, Result, auroc, auroc_interval, wilson_interval
 from saekit_contrastive.labelled_rows import Entries, LabelledRows, best_latent, best_neuron, latents_of, ranks_of
 from saekit_contrastive.probes import logistic
 
@@ -58,14 +57,14 @@ class ConceptRecovery:
             raise ComponentError("no concept occurs as both 0 and 1 in each split, so none can be told. Raise tokens.")
         trained = [latents_of(context.sae, rows.x * context.scale) for rows in (train, held_out)]
         untrained = [latents_of(_untrained(context, train.x), rows.x * context.scale) for rows in (train, held_out)]
-        draws = torch.Generator().manual_seed(context.seed)
+        draws, ranks = torch.Generator().manual_seed(context.seed), ranks_of(train.x)
         rows = []
         for column in there:
             known, known_too = (~part.labels[:, column].isnan() for part in (train, held_out))
             y, z = train.labels[:, column], held_out.labels[:, column]
             chosen, score = _by_latent(trained, y, z, against=False)
             interval = auroc_interval(*(_plain(values) for values in (score, z, held_out.sequence)))
-            neuron = best_neuron(ranks_of(train.x[known]), y[known]) if not known.all() else best_neuron(self._ranks(train), y)
+            neuron = best_neuron(ranks if known.all() else ranks_of(train.x[known]), y[known])
             probe = logistic(train.x[known], y[known])
             rows.append(
                 {
@@ -85,12 +84,6 @@ class ConceptRecovery:
                 }
             )
         return self._result(rows, [name for column, name in enumerate(concepts) if column not in there])
-
-    def _ranks(self, rows: LabelledRows) -> Tensor:
-        """The ranks of all rows, computed once for the concepts that are known everywhere."""
-        if getattr(self, "_of", None) is not rows:
-            self._of, self._found = rows, ranks_of(rows.x)
-        return self._found
 
     def _shuffled(self, entries: list[Entries], y: Tensor, z: Tensor, draws: torch.Generator) -> list[float]:
         """The AUROC of the latent that is best for shuffled labels, on rows whose labels are shuffled too."""

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from saekit import ComponentError
-from saekit_contrastive.auroc import auroc_of_latents
+from saekit import ComponentError, auroc_of_latents
 
 if TYPE_CHECKING:
     from saekit import Activations, SparseAutoencoder

@@ -49,11 +49,10 @@ def trained(training: Training, *, directory: Path | None = None) -> SetCompleti
     return made
 
 
-def missing_items(mask: Tensor, most: int, seed: int) -> Tensor:
-    """[n, T], True for 1 to `most` items of each set (mask [n, T]) that are taken out, drawn evenly."""
-    draws = torch.Generator().manual_seed(seed)
-    order = torch.rand(mask.shape, generator=draws).masked_fill(~mask, 2.0).argsort(1).argsort(1)
-    return order < torch.randint(1, most + 1, (len(mask), 1), generator=draws)
+def _missing(training: Training, mask: Tensor, step: int) -> Tensor:
+    """[n, T], True for what is taken out of each set (mask [n, T]): items are in a random order, so it is the first ones."""
+    draws = torch.Generator().manual_seed(training.seed * 2**32 + step)
+    return torch.arange(mask.shape[1]) < torch.randint(1, training.most_missing + 1, (len(mask), 1), generator=draws)
 
 
 def _train(training: Training, preparation: Preparation) -> dict[str, Tensor]:
@@ -67,9 +66,8 @@ def _train(training: Training, preparation: Preparation) -> dict[str, Tensor]:
         for step in range(first, training.steps):
             for group in optimiser.param_groups:
                 group["lr"] = _rate(training, step)
-            seed = training.seed * 2**32 + step
-            batch = generate(training.batch, seed)
-            loss = completion_loss(made, batch.items, batch.mask, missing_items(batch.mask, training.most_missing, seed))
+            batch = generate(training.batch, (0, training.seed, step))
+            loss = completion_loss(made, batch.items, batch.mask, _missing(training, batch.mask, step))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
