@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saekit.activations.batch import Activations, RunBatch, SequenceBatch
-from saekit.activations.harvest import NO_TARGET, HookPoint, TargetHookPoint
+from saekit.activations.harvest import NO_TARGET, ONE_SITE, HookPoint, TargetHookPoint
 from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import resolve
 from saekit.builtin.sources.batches import Part, digest, equal
@@ -108,7 +108,7 @@ class ModuleSource:
         self.output, self.output_names = output, output_names
         self.withheld = {} if target_hook_point else dict(NO_TARGET)
         if target_hook_point:
-            self.withheld["outputs"] = "Leave source.target_hook_point out: what a transcoder reads cannot be changed by it."
+            self.withheld |= ONE_SITE
         elif pool == "max":
             self.withheld["outputs"] = 'A maximum has no one place to change: set source.pool to "mean", "first", "last" or "none".'
         if labels is None:
