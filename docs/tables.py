@@ -78,7 +78,7 @@ API = {
     "Interventions": ("saekit.interventions", "saekit.numerics"),
     "Activations": ("saekit.activations",),
     "Examples": ("saekit.examples",),
-    "Effects and intervals": ("saekit.controls", "saekit.estimate", "saekit.intervals"),
+    "Effects and intervals": ("saekit.controls", "saekit.estimate", "saekit.intervals", "saekit.ranks"),
     "Files": ("saekit.files", "saekit.report"),
     "Errors": ("saekit.errors", "saekit.out_of_memory"),
     "Testing": ("saekit.testing",),

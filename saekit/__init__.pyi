@@ -1,4 +1,5 @@
 from .activations.batch import Activations as Activations
+from .activations.batch import RunBatch as RunBatch
 from .activations.batch import SequenceBatch as SequenceBatch
 from .activations.batch import TokenBatch as TokenBatch
 from .activations.huggingface import load_subject as load_subject
@@ -63,6 +64,8 @@ from .plugins import Registry as Registry
 from .plugins import named_function as named_function
 from .protocols import RunInfo as RunInfo
 from .protocols import Training as Training
+from .ranks import auroc as auroc
+from .ranks import auroc_of_latents as auroc_of_latents
 from .report.write import content_policy as content_policy
 from .result import Result as Result
 from .runner.comparison import Compared as Compared

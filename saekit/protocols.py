@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
+    from saekit.activations.batch import Activations, RunBatch, SequenceBatch, TokenBatch
     from saekit.activations.subject import Subject
     from saekit.config import RunConfig, TrainingConfig
     from saekit.estimate import Estimate
@@ -252,6 +252,13 @@ class Source(Protocol):
         Labels that hold for some positions only stand in `position_labels`; a sequence's own label is then 1 if one of its
         positions has it. A function of the arguments alone, so that a resumed run is given the same. The split "train" never ends;
         "held_out" gives each sequence once, in order: its last batch may be short, and those after it are empty."""
+        ...
+
+    def runs(self, split: str) -> Iterator[RunBatch]:
+        """The sequences of a split batch by batch, each once, through the whole model, which can be run again with other
+        activations. Only if the component provides "outputs".
+
+        "train" is one pass, "held_out" has the sequences of `blocks` in their order. A sequence is never in two batches."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""What sources give: rows of activations, whole labelled sequences, and rows of tokens for the model."""
+"""What sources give: rows of activations, whole labelled sequences, rows of tokens for the model, and runs of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -128,3 +128,23 @@ class TokenBatch:
         mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]  # [n, T]
         keep = mask if kept is None else mask & kept.in_rows(tokens)
         return cls(tokens, mask, keep.clone(), torch.arange(len(tokens)))
+
+
+@dataclass
+class RunBatch:
+    """Whole sequences that went through the model, and can go through it again with other activations.
+
+    x: [m, d_in], the activations at the hook point as `blocks` gives them.
+    outputs: [k, n_outputs], what the model makes of them: a row for each sequence, or for each position of one.
+    names: what the n_outputs columns are called, each with another name.
+    sequence: [k], the number of the sequence that each row of the outputs belongs to, unique in the split.
+    labels: [k, n_concepts], the labels of these rows, NaN where unknown; None if there are none.
+    run: the outputs with a change [m, d_in] added to the activations, [k, n_outputs].
+    """
+
+    x: Tensor
+    outputs: Tensor
+    names: Sequence[str]
+    sequence: Tensor
+    labels: Tensor | None
+    run: Callable[[Tensor], Tensor]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
+from saekit.activations.batch import Activations, RunBatch, SequenceBatch, TokenBatch
 from saekit.activations.cache_files import FORMAT, SPLITS, CacheFiles, Shard, chunks_of, read_json
 from saekit.activations.shuffle import stop_point
 from saekit.activations.stored import read_blocks
@@ -67,6 +67,8 @@ class CachedSource:
             self.examples = self._examples
         if hasattr(source, "sequences"):
             self.sequences = self._sequences
+        if hasattr(source, "runs"):
+            self.runs = self._runs
         if hasattr(source, "documents"):
             self.documents = self._documents_of
 
@@ -167,6 +169,9 @@ class CachedSource:
 
     def _sequences(self, split: str, n: int, seed: int, number: int) -> SequenceBatch:
         return self._source().sequences(split, n, seed, number)
+
+    def _runs(self, split: str) -> Iterator[RunBatch]:
+        return self._source().runs(split)
 
     def _examples(self, sequence: Tensor, position: Tensor) -> list[Example]:
         return self._source().examples(sequence, position)

@@ -60,7 +60,7 @@ def saekit_losses() -> Iterator[Component]:
 @hookimpl
 def saekit_sources() -> Iterator[Component]:
     sources = "saekit.builtin.sources"
-    text = ("tokens", "subject_model", "logits", "documents", "target")
+    text = ("tokens", "subject_model", "logits", "outputs", "documents", "target")
     labelled = ("labels", "sequences")
     yield Component(
         "organism", f"{sources}:OrganismSource", "The bundled model organism on its own corpus.", provides=(*text, *labelled)
@@ -70,7 +70,7 @@ def saekit_sources() -> Iterator[Component]:
         "labelled", f"{sources}:LabelledSource", "Any language model on labelled texts.", provides=(*text, *labelled)
     )
     yield Component("pushed", f"{sources}:PushedSource", "What a program pushes while it runs.")
-    yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.", provides=("target", *labelled))
+    yield Component("module", f"{sources}:ModuleSource", "Any nn.Module on any batches.", provides=("target", "outputs", *labelled))
     yield Component(
         "encoder",
         f"{sources}:EncoderSource",
@@ -131,6 +131,12 @@ def saekit_analyzers() -> Iterator[Component]:
         "features",
         "saekit.builtin.features:Features",
         "Density, ranking and top activating examples of the latents.",
+    )
+    yield Component(
+        "intervene",
+        "saekit.builtin.intervene:Intervene",
+        "Ablates, scales or sets latents and measures the change of every output, beside matched random latents.",
+        needs=("outputs",),
     )
 
 

@@ -16,7 +16,7 @@ from saekit.activations.sites import Site
 from saekit.activations.trained_positions import TrainedPositions
 from saekit.errors import UsageError
 from saekit.interventions.downstream import ReadAfter, site_of
-from saekit.interventions.edits import Edit, EditTable, Statistics, replaced_columns
+from saekit.interventions.edits import Edit, EditTable, Statistics, change_of, replaced_columns
 from saekit.interventions.positions import Positions, TextTracker, checked_positions, chosen
 from saekit.numerics import own_numerics
 from saekit.sae.base import SparseAutoencoder
@@ -180,12 +180,7 @@ class Attachment:
         linear = type(sae).decode is SparseAutoencoder.decode
         if linear and self._edits.only_adds:  # the sum added does not depend on the code
             return self._edits.strengths(self._read(rows), at_rows) @ sae.W_dec[latents]
-        code = sae.encode(self._read(rows)) if code is None else code
-        old = code.columns(latents)  # [m, e]
-        new = self._edits(old, at_rows)
-        if linear:
-            return (new - old) @ sae.W_dec[latents]
-        return sae.decode(replaced_columns(code, latents, new)) - sae.decode(code)
+        return change_of(sae, sae.encode(self._read(rows)) if code is None else code, self._edits, at_rows)
 
     def _rebuilt(self, rows: Tensor, code: Code | None, at_rows: Callable[[Tensor], Tensor]) -> Tensor:
         """The reconstruction of `rows` [m, d], from the edited code if there are edits: [m, d]."""

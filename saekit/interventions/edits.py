@@ -173,6 +173,18 @@ class EditTable:
         )
 
 
+def change_of(
+    sae: SparseAutoencoder, code: Code, edits: EditTable, at_rows: Callable[[Tensor], Tensor] = lambda value: value
+) -> Tensor:
+    """By how much edits change the reconstruction, decode(edited code) - decode(code): [m, d_in]."""
+    latents = edits.latents.to(sae.W_dec.device)
+    old = code.columns(latents)  # [m, e]
+    new = edits(old, at_rows)
+    if type(sae).decode is SparseAutoencoder.decode:
+        return (new - old) @ sae.W_dec[latents]
+    return sae.decode(replaced_columns(code, latents, new)) - sae.decode(code)
+
+
 def replaced_columns(code: Code, latents: Tensor, values: Tensor) -> Code:
     """The code with `values` [batch, e] as the activations of `latents` [e]; the others do not change."""
     if isinstance(code, SparseCode):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saekit_contrastive.auroc import auroc, auroc_of_latents
 from sklearn.metrics import roc_auc_score
+
+from saekit import auroc, auroc_of_latents
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 40), d_sae=st.integers(1, 8), levels=st.integers(1, 6))

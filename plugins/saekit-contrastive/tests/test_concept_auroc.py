@@ -5,12 +5,11 @@ import types
 import pytest
 import torch
 from saekit_contrastive import labelled_codes
-from saekit_contrastive.auroc import auroc
 from saekit_contrastive.concept_auroc import ConceptAUROC, _others
 from saekit_contrastive.labelled_codes import LabelledCodes, encode_labelled
 from sklearn.metrics import roc_auc_score
 
-from saekit import Estimate, SequenceBatch, auroc_interval
+from saekit import Estimate, SequenceBatch, auroc, auroc_interval
 from saekit.testing import make_step
 
 D_IN, N_HELD_OUT = 16, 70

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,14 +53,17 @@ class Forward:
         return f"batch {number} of {self.data}"
 
     def rows(self, batch: Any, number: int) -> BatchRows:
-        """Batch `number` through the module."""
+        """Batch `number` through the module, up to the hook point."""
+        with self.alone():
+            found = run_to_sites(self.sites, lambda: self.call(batch))
+        return self.rows_of(batch, number, found)
+
+    def rows_of(self, batch: Any, number: int, found: list[Tensor]) -> BatchRows:
+        """The rows of batch `number`. found: the activation at each site."""
         where = self.where(number)
-        x, *rest = self._activations(batch)
-        self._check([x, *rest], where)
-        target = rest[0] if rest else None
-        mask = torch.ones(x.shape[:2] if x.ndim == 3 else (len(x), 1), dtype=torch.bool, device=x.device)
-        if self._mask is not None:
-            mask = mask_of(part_of(batch, self._mask, "mask", self.data), x, where)
+        self._check(found, where)
+        x, target = found[0], found[1] if len(found) > 1 else None
+        mask = self.mask(batch, x, where)
         if x.ndim == 2:
             x, target = x[:, None], None if target is None else target[:, None]
         labels = None if self._labels is None else self._labels_of(batch, len(x), x.shape[1], where)
@@ -80,24 +84,31 @@ class Forward:
             return None
         return [_is_known(one) for one in value]
 
-    def _activations(self, batch: Any) -> list[Tensor]:
-        """The activation at each site."""
-        args, kwargs = arguments(moved(batch, self._device), self._args, self.data)
+    def mask(self, batch: Any, x: Tensor, where: str) -> Tensor:
+        """Which positions of the activation `x` ([n, d] or [n, T, d]) count before any pooling: [n, T], T = 1 without positions."""
+        if self._mask is not None:
+            return mask_of(part_of(batch, self._mask, "mask", self.data), x, where)
+        return torch.ones(x.shape[:2] if x.ndim == 3 else (len(x), 1), dtype=torch.bool, device=x.device)
 
-        def forward() -> Any:
-            try:
-                return self.network(*args, **kwargs, **self._keywords)
-            except SaekitError:
-                raise
-            except Exception as error:
-                raise OptionError(
-                    "module",
-                    f"{self._name} cannot run on a batch of {self.data} "
-                    f"({described(batch)}): {failure(error)}. Name the items that it takes in args, such as [0].",
-                ) from error
-
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nothing else runs the module inside, and no gradients are kept."""
         with self._lock, torch.no_grad():
-            return run_to_sites(self.sites, forward)
+            yield
+
+    def call(self, batch: Any) -> Any:
+        """What the module returns for a batch; only inside `alone`."""
+        args, kwargs = arguments(moved(batch, self._device), self._args, self.data)
+        try:
+            return self.network(*args, **kwargs, **self._keywords)
+        except SaekitError:
+            raise
+        except Exception as error:
+            raise OptionError(
+                "module",
+                f"{self._name} cannot run on a batch of {self.data} "
+                f"({described(batch)}): {failure(error)}. Name the items that it takes in args, such as [0].",
+            ) from error
 
     def _labels_of(self, batch: Any, n: int, length: int, where: str) -> Tensor:
         value = part_of(batch, self._labels, "labels", self.data)

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from saekit.activations.batch import Activations, SequenceBatch
-from saekit.activations.harvest import NO_TARGET, HookPoint, TargetHookPoint
+from saekit.activations.batch import Activations, RunBatch, SequenceBatch
+from saekit.activations.harvest import NO_TARGET, ONE_SITE, HookPoint, TargetHookPoint
 from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import resolve
 from saekit.builtin.sources.batches import Part, digest, equal
@@ -19,6 +19,7 @@ from saekit.builtin.sources.forward import Forward
 from saekit.builtin.sources.module_examples import Shower
 from saekit.builtin.sources.passes import Numbered, Passes
 from saekit.builtin.sources.pooling import Pool
+from saekit.builtin.sources.rerun import Rerun
 from saekit.builtin.sources.users_code import MadeBy, called, name_of, named_object
 from saekit.errors import OptionError, UsageError
 from saekit.examples import Example
@@ -89,6 +90,12 @@ class ModuleSource:
         held_out: Annotated[
             float, Field(gt=0, le=0.5, description="The share of batches held out if data takes no split.")
         ] = 0.05,
+        output: Annotated[
+            str, Field(description="What the module's outputs are, as a hook point: .[logits] is an item of what it returns.")
+        ] = ".",
+        output_names: Annotated[
+            list[str] | None, Field(description="What the outputs are called, such as the classes; numbered by default.")
+        ] = None,
     ) -> None:
         self.module, self.data = module, data
         self.hook_point: str = hook_point
@@ -98,7 +105,12 @@ class ModuleSource:
         self.concepts = self._given_concepts = list(concepts or [])
         if labels is None and concepts:
             raise OptionError("concepts", f"there are no labels that they could name. {_NO_LABELS}")
+        self.output, self.output_names = output, output_names
         self.withheld = {} if target_hook_point else dict(NO_TARGET)
+        if target_hook_point:
+            self.withheld |= ONE_SITE
+        elif pool == "max":
+            self.withheld["outputs"] = 'A maximum has no one place to change: set source.pool to "mean", "first", "last" or "none".'
         if labels is None:
             self.withheld |= dict.fromkeys(("labels", "sequences"), _NO_LABELS)
         self.warnings: list[str] = []
@@ -176,6 +188,13 @@ class ModuleSource:
             if target is not None:
                 target[row, mask[row]] = rebuilt[there]
         return SequenceBatch(x, mask, labels, None, target)
+
+    def runs(self, split: str) -> Iterator[RunBatch]:
+        """The batches of one pass through the whole module; see `protocols.Source.runs`."""
+        again = Rerun(self._forward, self.pool, self.output, self.output_names)
+        numbered = self._passes.held_out() if split == "held_out" else self._passes.one_pass(0, 0)
+        for number, batch in numbered:
+            yield again.batch(batch, number, first=number * _BATCH)
 
     def examples(self, sequence: Tensor, position: Tensor) -> list[Example]:
         """What held-out rows look like; see `protocols.Source.examples`. The batches are made again, without the module."""

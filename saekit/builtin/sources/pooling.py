@@ -58,8 +58,26 @@ def pooled(x: Tensor, mask: Tensor, pool: Pool) -> Tensor:
         return x.masked_fill(~there, 0.0).sum(1, keepdim=True) / there.sum(1, keepdim=True)
     if pool == "max":
         return x.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
-    at = mask.int().argmax(1) if pool == "first" else mask.shape[1] - 1 - mask.int().flip(1).argmax(1)  # [n]
-    return x[torch.arange(len(x), device=x.device), at][:, None]
+    return x[torch.arange(len(x), device=x.device), one_position(mask, pool)][:, None]
+
+
+def spread(change: Tensor, mask: Tensor, pool: Pool) -> Tensor:
+    """What to add at each position so that the rows which `mask` and `pool` make change by `change`: [m, d] -> [n, T, d].
+
+    A mean changes by as much as each of its positions; every other row is one position. There is no such answer for `max`."""
+    if pool == "mean":
+        return change[:, None] * mask[:, :, None]
+    added = change.new_zeros(*mask.shape, change.shape[1])
+    if pool == "none":
+        added[mask] = change
+    else:
+        added[torch.arange(len(mask), device=mask.device), one_position(mask, pool)] = change
+    return added
+
+
+def one_position(mask: Tensor, pool: Pool) -> Tensor:
+    """The first or the last position that counts in each sequence: [n, T] -> [n]."""
+    return mask.int().argmax(1) if pool == "first" else mask.shape[1] - 1 - mask.int().flip(1).argmax(1)
 
 
 def mask_of(value: Any, x: Tensor, where: str) -> Tensor:

@@ -9,8 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit import Estimate, auroc_interval
-from saekit_contrastive.auroc import auroc, auroc_of_latents
+from saekit import Estimate, auroc, auroc_interval, auroc_of_latents
 from saekit_contrastive.concept import Latents, resolve_latents
 from saekit_contrastive.labelled_codes import LabelledCodes, encode_labelled
 from saekit_contrastive.probes import difference_of_means, logistic
