@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from saekit.activations.batch import Activations, SequenceBatch, TokenBatch
+from saekit.activations.batch import Activations, RunBatch, SequenceBatch, TokenBatch
 from saekit.activations.huggingface import load_subject, model_digest, peek_model, refuse_encoder
 from saekit.activations.packing import Rows
 from saekit.activations.shuffle import stop_point
@@ -33,6 +34,8 @@ TargetHookPoint = Annotated[
 ]
 NO_TARGET = {"target": "For a transcoder, set source.target_hook_point."}
 """What a source that reads only one site withholds, and the fix."""
+ONE_SITE = {"outputs": "Leave source.target_hook_point out: what a transcoder reads cannot be changed by it."}
+"""The same of one that reads two."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -67,7 +70,7 @@ class HarvestSource:
     trust_remote_code = False  # an option of those sources that read a model of the user's choice
 
     def __post_init__(self) -> None:
-        self.withheld = {} if self.target_hook_point else dict(NO_TARGET)
+        self.withheld = dict(ONE_SITE if self.target_hook_point else NO_TARGET)
 
     def peek(self) -> dict[str, Any]:
         """What config.json says about the model and the sites; see `protocols.Source.peek`.
@@ -158,6 +161,51 @@ class HarvestSource:
         available = self._split(split)
         for first in range(0, available.count, rows):
             yield self._tokens(available, np.arange(first, min(first + rows, available.count)), None)
+
+    def runs(self, split: str) -> Iterator[RunBatch]:
+        """Rows of tokens through the whole model, whose outputs are the logits at the positions that are kept, named by their
+        tokens; see `protocols.Source.runs`."""
+        available = self._split(split)
+        names: list[str] = []
+        for first in range(0, available.count, self.rows):
+            numbers = np.arange(first, min(first + self.rows, available.count))
+            batch = self._tokens(available, numbers, None)
+            longest = int(batch.mask.sum(1).max())
+            cut = slice(None), slice(longest)
+            batch = TokenBatch(batch.tokens[cut], batch.mask[cut], batch.keep[cut], batch.sequence)
+            row, position = batch.keep.to(self._device).nonzero(as_tuple=True)
+            found = self._run_again(batch, self._labels_of(available, numbers, None, row, position))
+            found.names = names = names or self._output_names(found.outputs.shape[1])
+            yield found
+
+    def _run_again(self, batch: TokenBatch, labels: Tensor | None) -> RunBatch:
+        keep = batch.keep.to(self._device)
+        found: list[Tensor] = []
+
+        def seen(activation: Tensor) -> Tensor:
+            found.append(activation[keep])
+            return activation
+
+        def run(change: Tensor) -> Tensor:
+            def changed(activation: Tensor) -> Tensor:
+                added = torch.zeros_like(activation)
+                added[keep] = change.to(activation.dtype)
+                return activation + added
+
+            with self.subject.replaced(changed):
+                return self.subject.logits(batch)[keep]
+
+        with self.subject.replaced(seen):
+            outputs = self.subject.logits(batch)[keep]
+        sequence = batch.sequence.to(self._device)[keep.nonzero()[:, 0]]
+        return RunBatch(found[0].to(self._dtype), outputs, (), sequence, labels, run)
+
+    def _output_names(self, n: int) -> list[str]:
+        """Each token as text, with its number where another one has the same."""
+        known = len(self.subject.tokenizer)
+        texts = [*self.token_strings(torch.arange(min(n, known))), *[""] * max(0, n - known)]
+        often = Counter(texts)
+        return [text if text and often[text] == 1 else f"{text}#{token}" for token, text in enumerate(texts)]
 
     def documents(self, sequences: Tensor) -> Tensor:
         """The documents of held-out rows: [n] -> [n, 2]; see `protocols.Source.documents`."""

@@ -60,7 +60,7 @@ def saekit_losses() -> Iterator[Component]:
 @hookimpl
 def saekit_sources() -> Iterator[Component]:
     sources = "saekit.builtin.sources"
-    text = ("tokens", "subject_model", "logits", "documents", "target")
+    text = ("tokens", "subject_model", "logits", "outputs", "documents", "target")
     labelled = ("labels", "sequences")
     yield Component(
         "organism", f"{sources}:OrganismSource", "The bundled model organism on its own corpus.", provides=(*text, *labelled)

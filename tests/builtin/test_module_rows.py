@@ -100,6 +100,9 @@ def test_labels_by_row_by_class_and_by_position():
 
     large = opened(mask="mask", labels=lambda batch: (batch["x"][:, :, 0] >= 100).float(), concepts=["large"])
     assert torch.equal(held_out(large).labels[:, 0], (held_out(large).x[:, 0] >= 100).float())
+    batch = large.sequences("held_out", 12, 0, 0)
+    assert torch.equal(batch.labels_of_positions(), held_out(large).labels)
+    assert torch.equal(batch.labels, batch.position_labels.amax(1))  # a sequence has what one of its positions has
 
 
 @pytest.mark.parametrize(

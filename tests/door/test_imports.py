@@ -30,7 +30,7 @@ LEVELS = [
         "config", "variants", "schedules", "plugins", "component", "component_option", "kinds", "registered", "run_file",
         "hookspecs", "protocols", "listeners", "result", "errors", "files", "compatibility", "options", "numerics",
         "checked_tensors", "run_directory", "lock", "process_state", "seeds", "wording", "controls", "intervals", "estimate",
-        "out_of_memory", "plugin_commands", "examples",
+        "ranks", "out_of_memory", "plugin_commands", "examples",
     },
 ]
 LEVEL = {name: len(LEVELS) - number for number, names in enumerate(LEVELS) for name in names}

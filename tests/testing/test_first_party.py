@@ -45,6 +45,7 @@ MAY_SKIP = {
     "held_out_ends",  # a source that holds out more than is followed
     "held_out_is_in_no_order",  # a source that does not tell its documents
     "positions_left_out_are_told",  # a source without rows of tokens
+    "runs_again",  # a source without a model
 }  # fmt: skip
 """Checks that need not apply to a component; any other that is skipped was skipped by an accident."""
 

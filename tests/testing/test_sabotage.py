@@ -27,6 +27,7 @@ from saekit import (
     Numbers,
     Pattern,
     Result,
+    RunBatch,
     SaeLensFormat,
     SequenceBatch,
     SparseAutoencoder,
@@ -814,6 +815,63 @@ class ShownAsTensor(Shown):
         return [Numbers(values=[1.0], shape=torch.Size([1])) for _ in sequence]
 
 
+class Runs(Numbered):
+    """Its model gives the sum of the activations and its double."""
+
+    shift = 0.0
+
+    def model(self, x):
+        return x.sum(1, keepdim=True) * torch.tensor([1.0, 2.0])
+
+    def runs(self, split):
+        block = next(self.blocks(split, size=256, seed=0))
+        names, sequence = ["sum", "double"], torch.arange(256)
+        yield RunBatch(block.x, self.model(block.x), names, sequence, None, lambda change: self.again(block.x, change))
+
+    def again(self, x, change):
+        return self.model(x + change)
+
+
+class RunsOthers(Runs):
+    """Runs on activations that `blocks` never gives."""
+
+    def runs(self, split):
+        for batch in super().runs(split):
+            batch.x = 2 * batch.x
+            yield batch
+
+
+class RunsDeaf(Runs):
+    """Does not hear of the change."""
+
+    def again(self, x, change):
+        return self.model(x)
+
+
+class RunsForGood(Runs):
+    """Goes on with what it was changed to."""
+
+    def again(self, x, change):
+        self.shift += float(change.sum())
+        return self.model(x + change) + self.shift - (float(change.sum()) if self.shift else 0.0)
+
+
+class RunsWithOneName(Runs):
+    """Calls both outputs the same."""
+
+    def runs(self, split):
+        for batch in super().runs(split):
+            batch.names = ["sum", "sum"]
+            yield batch
+
+
+RUNS: dict[str, tuple[Any, set[str]]] = {
+    "runs": (Runs, set()),
+    "runs_others": (RunsOthers, {"runs_again"}),
+    "runs_deaf": (RunsDeaf, {"runs_again"}),
+    "runs_for_good": (RunsForGood, {"runs_again"}),
+    "runs_with_one_name": (RunsWithOneName, {"runs_again"}),
+}
 SOURCES: dict[str, tuple[Any, set[str]]] = {
     "shown": (Shown, set()),
     "shown_in_turn": (ShownInTurn, {"examples_of_places"}),
@@ -1046,6 +1104,12 @@ class LabelsOfPositions(Numbered):
         labels, each = self.spoil(each.amax(1), each)
         x, mask = torch.randn(n, 5, 8, generator=draws), torch.ones(n, 5, dtype=torch.bool)
         return SequenceBatch(x, mask, labels, position_labels=each)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_sources_that_run_again(name: str) -> None:
+    target, expected = RUNS[name]
+    assert failing(checked("source", name, target, provides=("outputs",))) == expected
 
 
 @pytest.mark.parametrize(

@@ -95,9 +95,9 @@ class Intervene:
         if self.outputs is None and len(batch.names) > MOST_OUTPUTS:
             raise OptionError("outputs", f"there are {len(batch.names):,}. Name those to measure.")
         measured = list(self.outputs or batch.names)
-        aimed = itertools.chain(*self._targets(known, measured).values())
-        for option, names, there in (("outputs", self.outputs or (), batch.names), ("targets", aimed, measured)):
-            for name in names:
+        aimed = list(itertools.chain(*self._targets(known, measured).values()))
+        for option, wanted, there in (("outputs", self.outputs or [], batch.names), ("targets", aimed, measured)):
+            for name in wanted:
                 if name not in there:
                     raise OptionError(option, f"there is no output {name!r}.{near_names(name, there)}")
         if self.scale == "softmax" and len(batch.names) == 1:

@@ -85,7 +85,7 @@ class Forward:
         return [_is_known(one) for one in value]
 
     def mask(self, batch: Any, x: Tensor, where: str) -> Tensor:
-        """Which positions of the activation `x`, [n, d] or [n, T, d], count, before any pooling: [n, T]; T is 1 without positions."""
+        """Which positions of the activation `x` ([n, d] or [n, T, d]) count before any pooling: [n, T], T = 1 without positions."""
         if self._mask is not None:
             return mask_of(part_of(batch, self._mask, "mask", self.data), x, where)
         return torch.ones(x.shape[:2] if x.ndim == 3 else (len(x), 1), dtype=torch.bool, device=x.device)

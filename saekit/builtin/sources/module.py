@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from saekit.activations.batch import Activations, RunBatch, SequenceBatch
-from saekit.activations.harvest import NO_TARGET, HookPoint, TargetHookPoint
+from saekit.activations.harvest import NO_TARGET, ONE_SITE, HookPoint, TargetHookPoint
 from saekit.activations.shuffle import stop_point
 from saekit.activations.sites import resolve
 from saekit.builtin.sources.batches import Part, digest, equal
@@ -108,7 +108,7 @@ class ModuleSource:
         self.output, self.output_names = output, output_names
         self.withheld = {} if target_hook_point else dict(NO_TARGET)
         if target_hook_point:
-            self.withheld["outputs"] = "Leave source.target_hook_point out: what a transcoder reads cannot be changed by it."
+            self.withheld |= ONE_SITE
         elif pool == "max":
             self.withheld["outputs"] = 'A maximum has no one place to change: set source.pool to "mean", "first", "last" or "none".'
         if labels is None:
@@ -182,12 +182,15 @@ class ModuleSource:
         target = None if self.target_hook_point is None else x.new_zeros(*x.shape[:2], self.d_out)  # [n, T, d_out]
         mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=self._device)
         labels = torch.zeros(len(parts), len(self.concepts), device=self._device)
-        for row, (activation, there, known, rebuilt) in enumerate(parts):
+        each = labels.new_zeros(*x.shape[:2], len(self.concepts)) if self._forward.labels_by_position else None
+        for row, (activation, there, known, rebuilt, by_position) in enumerate(parts):
             mask[row, : len(there)], labels[row] = there, known
             x[row, mask[row]] = activation[there]
             if target is not None:
                 target[row, mask[row]] = rebuilt[there]
-        return SequenceBatch(x, mask, labels, None, target)
+            if each is not None:
+                each[row, mask[row]] = by_position[there]
+        return SequenceBatch(x, mask, labels, None, target, position_labels=each)
 
     def runs(self, split: str) -> Iterator[RunBatch]:
         """The batches of one pass through the whole module; see `protocols.Source.runs`."""
@@ -259,7 +262,8 @@ class ModuleSource:
             yield Activations.join(parts)
 
     def _labelled(self, split: str, seed: int, first: int) -> Iterator[tuple[Tensor, ...]]:
-        """Labelled sequences from number `first` on: x [T, d_in], mask [T], labels [n_concepts], target [T, d_out]."""
+        """Labelled sequences from number `first` on: x [T, d_in], mask [T], labels [n_concepts], target [T, d_out], and
+        the labels of each position [T, n_concepts]."""
         without = 0  # batches in a row without any label
         for number, batch in self._numbered(split, seed, 0):
             known = self._forward.known_rows(batch)
@@ -268,13 +272,14 @@ class ModuleSource:
                 labelled = any(known)
             else:
                 rows = self._forward.rows(batch, number)
+                assert rows.labels is not None  # or there would be no option `labels`
                 labels = rows.sequence_labels
                 chosen = (~labels.isnan().all(1)).nonzero()[:, 0].tolist()
                 labelled = bool(chosen)
                 for row in chosen[first:]:
                     cut = slice(0, int(rows.mask[row].nonzero()[-1]) + 1)
                     target = rows.x if rows.target is None else rows.target
-                    yield rows.x[row, cut], rows.mask[row, cut], labels[row], target[row, cut]
+                    yield rows.x[row, cut], rows.mask[row, cut], labels[row], target[row, cut], rows.labels[row, cut]
                 first = max(0, first - len(chosen))
             without = 0 if labelled else without + 1
             if self._passes.count is not None and without > self._passes.count:

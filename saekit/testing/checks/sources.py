@@ -298,6 +298,34 @@ def examples_of_places(subject: Subject) -> None:
                 raise Failed(f"an example shows {example.parts[example.at]!r} at `at`, and the row's token is {told!r}.")
 
 
+def runs_again(subject: Subject) -> None:
+    source = opened(subject)
+    if "outputs" not in set(subject.component.provides) - set(getattr(source, "withheld", {})):
+        raise NotApplicable("it provides no outputs with these options.")
+    blocks = first_blocks(source, 1, split="held_out")
+    batch = next(iter(source.runs("held_out")))
+    k, n = batch.outputs.shape
+    if batch.x.shape[1] != source.d_in or len(batch.sequence) != k or len(batch.names) != n or len(set(batch.names)) < n:
+        raise Failed(
+            f"a batch has x {list(batch.x.shape)}, outputs [{k}, {n}], {len(batch.sequence)} sequences and {len(set(batch.names))} "
+            f"names. Give x [m, {source.d_in}], a sequence for each row of the outputs, and another name for each column."
+        )
+    n_concepts = len(getattr(source, "concepts", ()))
+    if batch.labels is not None and list(batch.labels.shape) != [k, n_concepts]:
+        raise Failed(f"labels are {list(batch.labels.shape)}, not {[k, n_concepts]}: one row for each row of the outputs.")
+    known = {row.numpy().tobytes() for row in blocks[0].x}
+    if not known & {row.numpy().tobytes() for row in batch.x}:
+        raise Failed("its activations are none of those that `blocks` gives. Give the same: masked, pooled, in the same dtype.")
+    nothing, much = torch.zeros_like(batch.x), torch.ones_like(batch.x)
+    if not torch.equal(batch.run(nothing), batch.outputs):
+        raise Failed("a change of zero changes the outputs. Add the change to the activations of the same forward.")
+    changed_to = batch.run(much)
+    if changed_to.shape != batch.outputs.shape or torch.equal(changed_to, batch.outputs):
+        raise Failed("adding 1 to every activation leaves the outputs as they are. Run the layers above with the change.")
+    if not torch.equal(batch.run(nothing), batch.outputs):
+        raise Failed("after a run with a change the outputs are others. Leave the model as it was.")
+
+
 CHECKS: tuple[Check, ...] = (
     *any_kind.CHECKS,
     Check("peek_is_light", "`peek` builds no module, and gives plain values that are known without loading.", peek_is_light),
@@ -336,5 +364,10 @@ CHECKS: tuple[Check, ...] = (
         "examples_of_places",
         "Examples of held-out rows, if it renders them, are plain data, one for each row, decided by the row alone.",
         examples_of_places,
+    ),
+    Check(
+        "runs_again",
+        "The model, if it provides outputs, runs again with a change of the activations that `blocks` gives, and stays as it was.",
+        runs_again,
     ),
 )
