@@ -228,7 +228,7 @@ def test_a_hub_that_moves_everything_is_told_to_move_the_others():
     class Hub(Planted):
         def __init__(self):
             super().__init__()
-            self.head.weight.data = self.head.weight + torch.ones(3, 1) @ DIRECTIONS[:1] * 2  # feature 0 moves all classes
+            self.head.weight.data = self.head.weight + DIRECTIONS[:1].expand(3, -1) * 2  # feature 0 moves all classes
 
     result = Intervene(concepts=["red"], controls=8, error="kept")(context(module=Hub))
     assert result.scalars["kept_moved"] == 1 and result.scalars["kept_moved_others"] == 1
@@ -353,7 +353,7 @@ def test_from_a_run_file_with_a_cache(tmp_path, monkeypatch):
     file = {
         "source": {
             "use": "module", "module": "m.py:model", "data": "m.py:data", "hook_point": "1", "args": [0], "labels": 1,
-            "concepts": ["a", "b"], "cache": "kept",
+            "concepts": ["a", "b"], "cache": "kept", "cache_tokens": 512,
         },
         "architecture": {"use": "topk", "d_sae": 16, "k": 3}, "loss": [{"use": "mse"}],
         "training": {"tokens": 4096, "batch_size": 128, "buffer": 512},
