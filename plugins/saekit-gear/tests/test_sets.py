@@ -4,7 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saekit_gear.sets import ABILITIES, ARCHETYPES, CLASSES, COMBINATIONS, CONCEPTS, ITEMS, LONGEST, SEASONS, WEAPONS, batches, generate
+from saekit_gear.sets import (
+    ABILITIES,
+    ARCHETYPES,
+    CLASSES,
+    COMBINATIONS,
+    CONCEPTS,
+    ITEMS,
+    LONGEST,
+    SEASONS,
+    WEAPONS,
+    batches,
+    generate,
+)
 from saekit_gear.sets import show as shown
 
 from saekit import Items, as_text
