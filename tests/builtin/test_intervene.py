@@ -22,6 +22,7 @@ from saekit.builtin.intervene.means import ClusteredMeans
 from saekit.builtin.sources import ModuleSource
 from saekit.config import EvaluationConfig, TrainingConfig
 from saekit.seeds import derived_seed
+from saekit.testing.tiny import language_source
 
 CPU = torch.device("cpu")
 Intervene = functools.partial(Analyzer, training_tokens=2000)
@@ -325,6 +326,7 @@ def test_a_transcoder_is_refused():
     [
         ({"use": "synthetic", "d_in": 8, "n_features": 16}, "outputs"),
         ({**MODULE, "pool": "max"}, "maximum"),
+        ({"use": "encoder", "model": ".", "data": "m.py", "hook_point": "0"}, "without a head"),
         ({**MODULE, "target_hook_point": "1"}, "target_hook_point"),
     ],
 )
@@ -364,3 +366,19 @@ def test_from_a_run_file_with_a_cache(tmp_path, monkeypatch):
     found = json.loads((done.directory / "analysis" / "intervene" / "result.json").read_text())
     assert found["scalars"]["latents"] == 2 and found["scalars"]["sequences"] == 512
     assert {row["output"] for row in found["tables"]["effects"]} == {"output 0", "output 1"}
+
+
+def test_a_language_model_is_asked_about_some_of_its_tokens(tmp_path):
+    """What an edit does to the logits is what a change of the residual stream does."""
+    done = saekit.run(
+        {
+            "source": language_source(), "architecture": {"use": "topk", "d_sae": 32, "k": 4}, "loss": [{"use": "mse"}],
+            "training": {"tokens": 512, "batch_size": 64, "buffer": 128}, "evaluation": {"tokens": 64},
+            "analyzer": [{"use": "intervene", "latents": [3], "outputs": ["e", "t"], "edit": "set", "value": 4.0, "controls": 2,
+                          "sequences": 4, "training_tokens": 256, "error": "kept"}],
+        },
+        directory=tmp_path / "run",
+    )  # fmt: skip
+    found = json.loads((done.directory / "analysis" / "intervene" / "result.json").read_text())
+    rows = [row for row in found["tables"]["effects"] if row["rows"] == "all"]
+    assert {row["output"] for row in rows} == {"e", "t"} and all(row["change"] != 0 for row in rows)

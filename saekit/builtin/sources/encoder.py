@@ -64,6 +64,7 @@ class EncoderSource(ModuleSource):
         )  # fmt: skip
         fix_labels = 'Name keys of the data in source.labels or source.classes, such as classes = "language".'
         self.withheld = {name: fix if name == "target" else fix_labels for name, fix in self.withheld.items()}
+        self.withheld["outputs"] = "An encoder is read without a head: give a model that has one to the source module."
 
     def peek(self) -> dict[str, Any]:
         """Model and data by name, and the width for a residual hook point; see `protocols.Source.peek`."""
