@@ -39,6 +39,7 @@ ORDINARY = {
     "text": "a column's name in data, a kind of field",
     "builtin": "the directory's name",
     "organism": "the package that holds the model organism",
+    "encoder": "a kind of model",
     "explained_variance": "a key of what a step logs",
     "l0": "a key of what a step logs",
     "dead": "a key of what a step logs, a field of Step",

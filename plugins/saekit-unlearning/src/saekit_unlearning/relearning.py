@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from saekit import Interval
+from saekit import Interval, UsageError
 from saekit_unlearning.answers import Examination
 from saekit_unlearning.baselines.material import Rows, endless, rows_of
 from saekit_unlearning.baselines.training import steps, trainable
@@ -56,13 +56,24 @@ class Relearned:
 
     def gains(self) -> dict[str, float]:
         """For each entity of the other half: the mean share right after any steps less the share before the first."""
-        after = self.other[1:].mean(0) - self.other[0]  # [questions]
-        return {entity: float(after[self.entities == entity].mean()) for entity in np.unique(self.entities).tolist()}
+        return self._by_entity(self.other[1:].mean(0) - self.other[0])
+
+    def shares_after(self) -> dict[str, float]:
+        """For each entity of the other half: the mean share right after any steps."""
+        return self._by_entity(self.other[1:].mean(0))
+
+    def _by_entity(self, of_questions: np.ndarray) -> dict[str, float]:
+        return {entity: float(of_questions[self.entities == entity].mean()) for entity in np.unique(self.entities).tolist()}
 
 
 def halves(data: UnlearningData, seed: int) -> tuple[frozenset[str], frozenset[str]]:
-    """The entities to be forgotten in two random halves: (those to be relearned, the others)."""
+    """The entities to be forgotten in two random halves: (those to be relearned, the others). UsageError if there is only one."""
     entities = sorted({text.entity for text in data.forget})
+    if len(entities) < 2:
+        raise UsageError(
+            f"only {entities[0]!r} is to be forgotten, and relearning needs one half to learn and another to ask about. Add "
+            "others, or leave relearn out."
+        )
     order = np.random.default_rng(seed).permutation(len(entities))
     trained = frozenset(entities[i] for i in order[: len(entities) // 2])
     return trained, frozenset(entities) - trained
@@ -107,14 +118,25 @@ def relearn(
 def extra_gain(method: Relearned, control: Relearned | None = None, seed: int = 0) -> tuple[float, Interval]:
     """By how much the other half gains, more than the control's if there is one, and its 95% interval: entities drawn with
     replacement, in pairs with the control's."""
-    ours, theirs = method.gains(), {} if control is None else control.gains()
+    return _more(method.gains(), {} if control is None else control.gains(), seed)
+
+
+def share_above(method: Relearned, control: Relearned, seed: int = 0) -> tuple[float, Interval]:
+    """How far the other half is above the control's after any steps, in the same way."""
+    return _more(method.shares_after(), control.shares_after(), seed)
+
+
+def _more(ours: dict[str, float], theirs: dict[str, float], seed: int) -> tuple[float, Interval]:
     by = np.array([ours[entity] - theirs.get(entity, 0.0) for entity in sorted(ours)])
     drawn = np.random.default_rng(seed).integers(len(by), size=(DRAWS, len(by)))
     return float(by.mean()), Interval(*np.quantile(by[drawn].mean(1), [0.025, 0.975]).tolist())
 
 
 def verdict(name: str, method: Relearned, control: Relearned | None, seed: int = 0) -> str:
-    """One sentence: whether a method hid the facts or removed them, against a model that never knew them if there is one."""
+    """One sentence: whether a method hid the facts or removed them, against a model that never knew them if there is one.
+
+    It hides them if the other half gains, gains more than that model's, and is above that model's afterwards: what had been pushed
+    below not knowing may come back as far as that without a fact being known."""
     start, end, last = method.curve[0], method.curve[-1], method.steps[-1]
     if start >= BACK:
         return f"{name}: the facts were never forgotten ({start:.2f} before any relearning)."
@@ -126,7 +148,9 @@ def verdict(name: str, method: Relearned, control: Relearned | None, seed: int =
         return f"{name}: {seen}; {gain}. Without a model that never knew the facts this tells nothing of what was hidden."
     more, beyond = extra_gain(method, control, seed)
     seen += f", and a model that never knew them from {control.curve[0]:.2f} to {control.curve[-1]:.2f}"
-    gain += f", {more:+.2f} more [{beyond.low:.2f}, {beyond.high:.2f}]"
-    if of_own.low > 0 and beyond.low > 0:
+    above, over = share_above(method, control, seed)
+    gain += f", {more:+.2f} more [{beyond.low:.2f}, {beyond.high:.2f}], and is then {above:+.2f} above it "
+    gain += f"[{over.low:.2f}, {over.high:.2f}]"
+    if of_own.low > 0 and beyond.low > 0 and over.low > 0:
         return f"{name} hides the facts rather than removing them: {seen}; {gain}."
     return f"{name}: this relearning does not show that anything was only hidden: {seen}; {gain}."

@@ -13,7 +13,7 @@ from saekit_unlearning.data import UnlearningData
 from saekit_unlearning.edited import Edited
 from saekit_unlearning.experiment import Found
 from saekit_unlearning.figures import title
-from saekit_unlearning.relearning import STEPS, Relearned, extra_gain, relearn, verdict
+from saekit_unlearning.relearning import STEPS, Relearned, extra_gain, relearn, share_above, verdict
 
 CONTROL = "the oracle (never knew them)"
 
@@ -122,6 +122,8 @@ def _row(attack: Attack, control: Relearned | None, seed: int) -> dict[str, Any]
     if control is not None and found.method != ORACLE:
         more, beyond = extra_gain(again, control, seed)
         row |= {"beyond_oracle": more, "beyond_oracle_low": beyond.low, "beyond_oracle_high": beyond.high}
+        above, over = share_above(again, control, seed)
+        row |= {"above_oracle": above, "above_oracle_low": over.low, "above_oracle_high": over.high}
     return row
 
 

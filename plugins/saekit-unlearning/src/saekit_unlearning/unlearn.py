@@ -27,6 +27,7 @@ from saekit_unlearning.measure import Exam, chance
 from saekit_unlearning.methods import Method, Reporting, Seen
 from saekit_unlearning.passages import Site
 from saekit_unlearning.push import Target
+from saekit_unlearning.relearning import halves
 from saekit_unlearning.relearning_report import Relearning, add_relearning
 from saekit_unlearning.score import RETAIN_BOUND, held_back_score
 from saekit_unlearning.strong_method import Strong
@@ -143,7 +144,9 @@ class Unlearn:
 
     def prepare(self, context: RunContext) -> None:
         """Refuse data that cannot be used, before an SAE is trained."""
-        self._divided(context.seed)
+        data = self._divided(context.seed)
+        if self.relearn is not None:
+            halves(data, context.seed)
 
     def __call__(self, context: RunContext) -> Result:
         """scalars: `tables.scalars`. tables: methods, settings, controls, unedited. figures: curve, scores. With `relearn` also a

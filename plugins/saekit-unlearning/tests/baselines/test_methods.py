@@ -275,6 +275,8 @@ def test_texts_longer_than_the_context_are_left_out(material: Material, facts: A
     kept: Any = rows_of(short, facts.forget)
     assert kept == [row for row in material.forget if len(row.tokens) < longest]
     assert len(kept) < len(facts.forget)
+    with pytest.raises(UsageError, match="texts about 'forget' has more tokens than the model's context, 2. Shorten them"):
+        rows_of(SimpleNamespace(tokenizer=subject.tokenizer, context=2), facts.forget)  # type: ignore[arg-type]
 
 
 def test_without_peft_the_error_names_what_to_install(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from saekit_unlearning.baselines.material import Material
 from saekit_unlearning.data import FORGET, UnlearningData
 from saekit_unlearning.edited import Edited, copied
 from saekit_unlearning.edits import Ablate, LatentEdit
-from saekit_unlearning.relearning import Relearned, extra_gain, halves, relearn, verdict
+from saekit_unlearning.relearning import Relearned, extra_gain, halves, relearn, share_above, verdict
 
 from saekit import Registry
 from saekit.testing.fixtures import build_sae
@@ -113,6 +113,16 @@ def test_what_comes_back_was_hidden_and_what_does_not_was_removed() -> None:
     assert "does not show" in verdict("B", removed, never)
     assert "never forgotten" in verdict("C", kept, never)
     assert extra_gain(hidden, never)[0] == pytest.approx(0.55 - 0.05)
+
+
+def test_what_was_pushed_below_not_knowing_and_came_back_that_far_was_not_hidden() -> None:
+    never, pushed = planted(0.2, 0.2, 0.3), planted(0.0, 0.2, 0.3)
+    assert extra_gain(pushed)[1].low > 0
+    assert extra_gain(pushed, never)[1].low > 0
+    assert share_above(pushed, never)[0] == 0.0
+    assert "does not show" in verdict("A", pushed, never)
+    assert share_above(planted(0.0, 0.8, 0.9), never)[0] == pytest.approx(0.6)
+    assert "hides the facts" in verdict("B", planted(0.0, 0.8, 0.9), never)
 
 
 def test_a_gain_of_one_entity_is_not_one_of_all() -> None:

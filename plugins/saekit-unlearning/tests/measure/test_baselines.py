@@ -18,7 +18,7 @@ from saekit_unlearning.passages import Passages, Site
 from saekit_unlearning.relearning import halves
 from saekit_unlearning.unlearn import Unlearn
 
-from saekit import OptionError, Result
+from saekit import OptionError, Result, UsageError
 
 OPTIONS = {"numbers": [6], "clamps": [], "rms_clamps": [], "draws": 0}
 FIRST, PUSH = 21, 4.003
@@ -129,6 +129,7 @@ def test_what_one_push_hid_comes_back_with_the_half_that_is_relearned(
     assert found["back_after"] in (5, 10, 20)
     assert found["gain_low"] > 0
     assert found["beyond_oracle_low"] > 0
+    assert found["above_oracle_low"] > 0
     assert found["edit_taken_away"] == 1
     (said,) = (note for note in result.notes if "hides the facts rather than removing them" in note)
     assert said.startswith("pushed, no SAE (a push) hides")
@@ -184,6 +185,16 @@ def test_a_method_that_gives_no_model_is_named(analyse, planted, pushable, monke
 def test_bad_options_of_baselines_are_refused_when_the_run_is_planned(directory: Path, options: dict, words: str) -> None:
     with pytest.raises(OptionError, match=words):
         Unlearn(data=str(directory), **options)
+
+
+def test_one_entity_cannot_be_halved(planted, directory: Path) -> None:
+    table = TypeAdapter(UnlearningData).dump_python(planted.data(), mode="json")
+    for kind in ("texts", "questions"):
+        some = [one for one in table[kind] if one["group"] != "forget" or one["entity"] == "forget0"]
+        (directory / f"{kind}.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in some), encoding="utf-8")
+    Unlearn(data=str(directory)).prepare(planted.context())
+    with pytest.raises(UsageError, match="only 'forget0' is to be forgotten, and relearning needs one half to learn"):
+        Unlearn(data=str(directory), relearn=5).prepare(planted.context())
 
 
 def test_lora_without_peft_is_refused_when_the_run_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saekit import Subject
+from saekit import Subject, UsageError
 from saekit_unlearning.data import Text
 from saekit_unlearning.passages import Site
 from saekit_unlearning.places import placed
@@ -99,13 +99,20 @@ class Material:
 
 
 def rows_of(subject: Subject, texts: Sequence[Text]) -> list[Row]:
-    """Texts up to the last token of their answer, which is only predicted; those longer than the model's context are left out."""
+    """Texts up to the last token of their answer, which is only predicted; those longer than the model's context are left out.
+
+    UsageError if that leaves none of them."""
     rows = []
     for text in texts:
         one, ids = placed(subject.tokenizer, text), subject.tokenizer(text.text, verbose=False)["input_ids"]
         if subject.context is not None and len(one.tokens) > subject.context:
             continue
         rows.append(Row(one.tokens, ids[1 : len(one.tokens) + 1], one.name, tuple(one.answer)))
+    if texts and not rows:
+        raise UsageError(
+            f"each of the {len(texts)} texts about {texts[0].group!r} has more tokens than the model's context, {subject.context}. "
+            "Shorten them."
+        )
     return rows
 
 
