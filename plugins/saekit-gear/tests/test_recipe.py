@@ -26,16 +26,17 @@ def test_it_runs_from_preparation_to_report(tmp_path, monkeypatch):
     made = prepare.trained
     monkeypatch.setattr(prepare, "trained", lambda training: made(training, directory=tmp_path / "cache"))
     small = {
-        "architecture.d_sae": 64, "training.tokens": 2048, "training.batch_size": 256, "training.buffer": 1024,
-        "training.log_every": 4, "training.lr": 1e-3, "evaluation.tokens": 1024, "callback": [], "analyzer.features.n_latents": 2,
-        "analyzer.concept_recovery.tokens": 1024, "analyzer.intervene.controls": 1, "analyzer.intervene.sequences": 512,
-        "analyzer.intervene.training_tokens": 1024, "analyzer.intervene.concepts": ["rusher"],
+        "architecture.d_sae": 64, "training.tokens": 1024, "training.batch_size": 256, "training.buffer": 512,
+        "training.log_every": 4, "training.lr": 1e-3, "evaluation.tokens": 512, "callback": [], "analyzer.features.n_latents": 2,
+        "analyzer.concept_recovery.tokens": 256, "analyzer.intervene.controls": 1, "analyzer.intervene.sequences": 1,
+        "analyzer.intervene.training_tokens": 512, "analyzer.intervene.concepts": ["rusher"],
         "analyzer.intervene.targets": {"rusher": ["swim speed"]},
     }  # fmt: skip
     run = saekit.run("gear", overrides=small, directory=tmp_path / "run")
     found = saekit.Result.read(run.directory / "analysis" / "concept_recovery" / "result.json")
     assert [row["concept"] for row in found.tables["concepts"]] == list(CONCEPTS)
     features = saekit.Result.read(run.directory / "analysis" / "features" / "result.json")
-    examples = [row["example"] for table in features.tables.values() for row in table if "example" in row]
+    examples = [row["example"] for row in features.tables["examples"]]
     assert examples and all(example["kind"] == "set" and example["caption"] for example in examples)
+    assert not any("at" in example for example in examples)  # the activation belongs to the whole set
     assert list((tmp_path / "cache").glob("gear-*.safetensors"))

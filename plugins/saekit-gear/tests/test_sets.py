@@ -16,8 +16,8 @@ from saekit_gear.sets import (
     WEAPONS,
     batches,
     generate,
+    show,
 )
-from saekit_gear.sets import show as shown
 
 from saekit import Items, as_text
 
@@ -71,7 +71,7 @@ def test_a_combination_does_what_neither_of_the_two_does_alone(many, pair):
     both, alone = one & other, one ^ other
     assert (one & other).float().mean() > 1.5 * one.float().mean() * other.float().mean()  # together more often than by chance
     assert brought[both].mean() > brought[alone].mean() + 0.2
-    assert kept_away[both].mean() < 0.6 * kept_away[alone].mean()
+    assert kept_away[both].mean() < kept_away[alone].mean() - 0.05  # the first abilities are drawn before it is kept away
 
 
 def test_every_second_archetype_rises_from_season_to_season(many):
@@ -89,7 +89,7 @@ def test_a_pass_is_new_sets_and_what_is_held_out_is_always_the_same():
 
 def test_a_set_is_shown_as_a_set_with_what_is_planted_in_it():
     sets = generate(1, (11,))
-    example = shown(sets._asdict(), 0)
+    example = show(sets._asdict(), 0)
     assert isinstance(example, Items) and len(example.parts) == int(sets.mask.sum())
     assert example.caption.split(", ") == [n for n, there in zip(CONCEPTS, sets.labels[0].tolist(), strict=True) if there]
     assert as_text(example).endswith(f"({example.caption})")

@@ -47,6 +47,8 @@ class Forward:
         self.widths: tuple[int, ...] = ()
         """The width at each site, once a batch has been run."""
         self.labels_by_position = False
+        self.by_position = False
+        """Whether each row is one position of several, once a batch has been run."""
 
     def where(self, number: int) -> str:
         """A batch, for messages."""
@@ -64,6 +66,7 @@ class Forward:
         self._check(found, where)
         x, target = found[0], found[1] if len(found) > 1 else None
         mask = self.mask(batch, x, where)
+        self.by_position = x.ndim == 3 and self._pool == "none"
         if x.ndim == 2:
             x, target = x[:, None], None if target is None else target[:, None]
         labels = None if self._labels is None else self._labels_of(batch, len(x), x.shape[1], where)

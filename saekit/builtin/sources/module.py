@@ -208,7 +208,7 @@ class ModuleSource:
         batches = self._passes.held_out() if by_batch else iter(())
         for number, batch in itertools.takewhile(lambda of: of[0] <= max(by_batch), batches):
             for place, row, at in by_batch.get(number, ()):
-                found[place] = self._show.example(batch, row, at if self.pool == "none" else None)
+                found[place] = self._show.example(batch, row, at if self._forward.by_position else None)
         if len(found) != len(sequence):
             raise UsageError(f"{self._passes.name} gives fewer held-out batches than before. Give the same ones each time.")
         return [found[place] for place in range(len(sequence))]

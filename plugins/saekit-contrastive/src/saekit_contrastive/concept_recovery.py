@@ -1,4 +1,4 @@
-"""The analyzer `concept_recovery`: does one latent stand for each concept? Beside neurons, an untrained SAE, shuffled labels, a probe."""
+"""The analyzer `concept_recovery`: does one latent stand for each concept? Beside neurons, an untrained SAE and a probe."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class ConceptRecovery:
     """For each concept of the source, the latent that tells it best on training activations, and its AUROC on held-out ones.
 
     Beside it stand, chosen and measured on the same rows: the best neuron and the best latent of an SAE that has the same
-    architecture and first weights but no training, each of either sign; the best latent for labels that were shuffled, which is what
-    the choice alone gives; and a logistic probe of all neurons, which no single unit need reach. A latent must fire *for* its
+    architecture and first weights but no training, each of either sign; the best latent for labels that were shuffled, which is
+    what the choice alone gives; and a logistic probe of all neurons, which no single unit need reach. A latent must fire *for* its
     concept. Intervals are clustered by sequence. A concept that does not occur as both 0 and 1 in both splits is left out.
     """
 

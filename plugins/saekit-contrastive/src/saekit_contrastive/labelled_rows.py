@@ -93,7 +93,8 @@ def best_neuron(ranks: Tensor, labels: Tensor) -> Best:
     """The neuron with the highest AUROC for labels [n], or for their opposite.
 
     ranks: [n, d], those of the values of each neuron, with ties averaged; labels have no NaN. The AUROC of a column is
-    (R - m (m + 1) / 2) / (m k), for the sum R of the ranks of its m rows of class 1, beside k of class 0 (Mann and Whitney 1947)."""
+    (R - m (m + 1) / 2) / (m k), for the sum R of the ranks of its m rows of class 1, beside k of class 0 (Mann and Whitney
+    1947)."""
     positive = (labels > 0.5).to(ranks)
     m = float(positive.sum())
     found = (positive @ ranks - m * (m + 1) / 2) / (m * (len(labels) - m))

@@ -64,7 +64,7 @@ _COMBINED = 0.45  # share of the sets that begin with a combination
 
 
 class Sets(NamedTuple):
-    """`n` sets. items: [n, LONGEST] numbers, 0 at padding. mask: [n, LONGEST], True where an item is. labels: [n, len(CONCEPTS)]."""
+    """items: [n, LONGEST] numbers, 0 at padding. mask: [n, LONGEST], True where an item is. labels: [n, len(CONCEPTS)]."""
 
     items: torch.Tensor
     mask: torch.Tensor
