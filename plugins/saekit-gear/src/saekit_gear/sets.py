@@ -11,7 +11,7 @@ A set is a season, a weapon and five to eight abilities. What is planted in it:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,7 +102,7 @@ def show(batch: dict[str, torch.Tensor], row: int) -> Any:
     return Items(parts=parts, caption=", ".join(there))
 
 
-def _marks(of: dict[str, tuple[str, ...]]) -> np.ndarray:
+def _marks(of: Mapping[str, tuple[str, ...]]) -> np.ndarray:
     """[len(of), _A], 1 where an ability belongs to a name."""
     return np.array([[ability in abilities for ability in ABILITIES] for abilities in of.values()], dtype=float)
 
@@ -143,7 +143,8 @@ def _begun(n: int, draws: np.random.Generator) -> np.ndarray:
 
 def _combined(chosen: np.ndarray) -> np.ndarray:
     """[n, combinations]: whether both abilities are there."""
-    return chosen[:, _pairs()].all(2)
+    together: np.ndarray = chosen[:, _pairs()].all(2)
+    return together
 
 
 def _effects(combined: np.ndarray) -> np.ndarray:
