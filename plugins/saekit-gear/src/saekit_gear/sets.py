@@ -143,7 +143,7 @@ def _begun(n: int, draws: np.random.Generator) -> np.ndarray:
 
 def _combined(chosen: np.ndarray) -> np.ndarray:
     """[n, combinations]: whether both abilities are there."""
-    together: np.ndarray = chosen[:, _pairs()].all(2)
+    together: Any = chosen[:, _pairs()].all(2)
     return together
 
 
