@@ -121,11 +121,7 @@ class ConceptRecovery:
             f"{self.recovered:g} on held-out data; "
             + ", ".join(f"{words} {reached[name]}" for name, words in YARDSTICKS.items())
             + ". "
-            + (
-                "It exceeds what needs no SAE and what needs no training."
-                if beyond
-                else "That is no more than its controls give, so this run does not show that the SAE found the concepts."
-            ),
+            + _verdict(beyond, 2 * better["neuron"] > n),
             f"The latent is better than the best neuron for {better['neuron']} of {n} concepts, and than the best latent of the "
             f"untrained SAE for {better['untrained']}.",
         ]
@@ -141,6 +137,15 @@ class ConceptRecovery:
         if left_out:
             notes.append(f"Left out, as they do not occur as both 0 and 1 in each split: {', '.join(left_out)}.")
         return notes
+
+
+def _verdict(more: bool, mostly_better: bool) -> str:
+    """more: than neurons and the untrained SAE. mostly_better: than the neuron, for more than half of the concepts."""
+    if not more:
+        return "That is no more than its controls give, so this run does not show that the SAE found the concepts."
+    if mostly_better:
+        return "That is more than its controls give, and the latent is mostly better than the neuron."
+    return "That is more than its controls give, but for most concepts the best neuron is as good or better."
 
 
 def _by_latent(entries: list[Entries], y: Tensor, z: Tensor, *, against: bool) -> tuple[Any, Tensor]:

@@ -4,8 +4,8 @@ A set is a season, a weapon and five to eight abilities. What is planted in it:
 
 - **archetype** (hidden: no item names it): which abilities go together, and which weapon classes. Four abilities are its core.
 - **weapon class**: five weapons each, which no item names either; each class has two abilities of its own.
-- **combination**: two abilities that occur together more often than they would by themselves, and then bring a third and keep a
-  fourth away, which neither of the two does alone. The label says that both are there.
+- **combination**: two abilities with which a part of the sets begins. Wherever both are, they bring a third and keep a fourth away,
+  which neither of the two does alone. The label says that both are there.
 - **meta**: archetypes become more or less popular from season to season, along a straight line.
 """
 
