@@ -119,7 +119,7 @@ def test_any_hook_point_and_a_target(model, texts, hook_point):
     source = opened(model, texts, hook_point=hook_point, target_hook_point="encoder.layer.1.attention.output", pool="max")
     block = held_out(source)
     assert block.x.shape[1] == block.target.shape[1] == 16 and block.labels is None
-    assert set(source.withheld) == {"labels", "sequences"} and "source.classes" in source.withheld["labels"]
+    assert set(source.withheld) == {"labels", "outputs", "sequences"} and "source.classes" in source.withheld["labels"]
 
 
 def test_texts_that_are_too_long_are_cut_and_told(model, texts):
