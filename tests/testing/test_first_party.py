@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from encoders import WORDS, text_model
 from helpers import NARROW_MODULE
 
 from saekit.component import Component
@@ -69,8 +70,19 @@ def options_of(place: Path) -> dict[str, dict[str, Any]]:
     (place / "facts").mkdir(exist_ok=True)
     for kind, lines in facts().items():
         (place / "facts" / f"{kind}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    whole = [word for word in WORDS if "#" not in word]
+    lines = [{"text": f"{a} {b}", "red": a == "red"} for a in whole for b in whole]
+    (place / "sentences.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return {
         "attribution.atp": {"data": str(place / "answers.json")},
+        "builtin.encoder": {
+            "model": text_model(place / "bert", "bert"),
+            "data": str(place / "sentences.jsonl"),
+            "hook_point": ".[last_hidden_state]",
+            "labels": ["red"],
+            "context": 12,
+            "held_out": 0.3,
+        },
         "builtin.labelled": {**labelled, "labels": [*labelled["labels"], "first"]},
         "builtin.text": {**text, "target_hook_point": "blocks.1.hook_out"},
         "builtin.module": {
