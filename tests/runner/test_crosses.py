@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from encoders import text_model
 from helpers import NARROW_MODULE, logged
 
 import saekit
@@ -47,7 +48,8 @@ def lacks(provided: set[str], architecture: Component, loss: Component) -> set[s
     return set(loss.needs) - {*provided, *architecture.provides, *ALWAYS_PROVIDED}
 
 
-ARCHITECTURES, SOURCES, LOSSES = of_core("architecture"), of_core("source"), of_core("loss")
+ARCHITECTURES, LOSSES = of_core("architecture"), of_core("loss")
+SOURCES = [source for source in of_core("source") if source.id != "pushed"]  # which no run file can read: see test_online.py
 SYNTHETIC = REGISTRY.find("source", "synthetic")
 PAIRS = [
     pytest.param(architecture, loss, id=f"{architecture.name}-{loss.name}")
@@ -65,6 +67,9 @@ def reads(tiny_gpt2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
     texts = text_file.read_text(encoding="utf-8").split("\n\n")
     lines = [json.dumps({"text": text, "odd": number % 2}) for number, text in enumerate(texts)]
     (place / "labelled.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    pairs = [f"the {age} {what}" for age in ("red", "blue", "old", "new") for what in ("ship", "house", "sails", "stands")] * 8
+    short = [json.dumps({"text": text, "odd": number % 2}) for number, text in enumerate(pairs)]
+    (place / "short.jsonl").write_text("\n".join(short), encoding="utf-8")
     model = {"model": str(tiny_gpt2), "hook_point": "blocks.1.hook_out", "context": 32, "held_out": 0.2}
     return {
         "labelled": {**model, "data": str(place / "labelled.jsonl"), "labels": ["odd"]},
@@ -72,6 +77,14 @@ def reads(tiny_gpt2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
             "module": f"{place / 'module.py'}:narrow",
             "data": f"{place / 'module.py'}:batches",
             "hook_point": ".",
+        },
+        "encoder": {
+            "model": text_model(place / "bert", "bert"),
+            "data": str(place / "short.jsonl"),
+            "labels": ["odd"],
+            "hook_point": ".[last_hidden_state]",
+            "context": 12,
+            "held_out": 0.2,
         },
         "organism": {"kinds": ["facts"], "context": 32},
         "synthetic": {"d_in": 16, "n_features": 32, "probability": 0.1, "held_out": 200, "concepts": [0, 1]},

@@ -47,6 +47,7 @@ MAY_SKIP = {
     "held_out_is_in_no_order",  # a source that does not tell its documents
     "positions_left_out_are_told",  # a source without rows of tokens
     "runs_again",  # a source without a model
+    "examples_of_places",  # a source that renders none: tokens or activations are shown
 }  # fmt: skip
 """Checks that need not apply to a component; any other that is skipped was skipped by an accident."""
 
