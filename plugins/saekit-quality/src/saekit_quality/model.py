@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class ContrastiveQualityConfig(PretrainedConfig):
     """What `save_pretrained` writes beside the weights: the encoder's own configuration, and the heads'."""
 
     model_type = "saekit_quality"
-    keys_to_ignore_at_inference = ("embedding", "pooled")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["embedding", "pooled"]
 
     def __init__(
         self,
@@ -183,6 +184,8 @@ def _check(**above_zero: float) -> None:
 @contextlib.contextmanager
 def _readable(name: Any) -> Iterator[None]:
     """Turns what transformers says of a directory or a name into one line."""
+    if str(name).startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise OptionError("model_name", f"there is no directory '{name}'. Give one with config.json and weights.")
     try:
         yield
     except (OSError, ValueError) as error:
