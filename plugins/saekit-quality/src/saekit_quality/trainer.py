@@ -32,7 +32,7 @@ class TrainerConfig(BaseModel):
     batch_size: Annotated[int, Field(ge=1, description="Responses that are compared in one batch; what train_loader gives.")] = 32
     chunk_size: Annotated[int | None, Field(ge=1, description="Responses encoded at a time (default: the whole batch).")] = None
     epochs: Annotated[int, Field(ge=1, description="Passes over train_loader.")] = 5
-    targets: Annotated[Literal["soft", "hard"], Field(description="What BCE is given of votes: share of yes, or majority.")] = "soft"
+    targets: Annotated[Literal["soft", "hard"], Field(description="Votes for BCE: the share of yes, or the majority.")] = "soft"
     pairs: Annotated[Rule, Field(description="Which responses belong together: see VotePairs.")] = "agreement"
     hard_weight: Annotated[float, Field(gt=0, description="Of split votes in the denominator, with pairs 'unanimous'.")] = 2.0
     empty: Annotated[Empty, Field(description="Responses without any yes, with pairs 'jaccard'.")] = "apart"
