@@ -20,7 +20,7 @@ def table(share, rule, **options):
     """The weights and the factors of all pairs of the first criterion."""
     pairs = VotePairs(torch.as_tensor(share, dtype=DOUBLE), rule, **options)
     weights, factors = pairs.tile(slice(0, len(share)), 0)
-    return weights, factors.exp()
+    return weights, factors.exp().expand_as(weights)
 
 
 @pytest.mark.parametrize("rule", ["majority", "agreement", "ordinal"])

@@ -23,6 +23,6 @@ def test_the_quick_use_of_the_page(roberta, kit, tmp_path, monkeypatch) -> None:
         for row in loader.dataset:
             row["votes"] = row["votes"].repeat(1, 3)  # nine criteria
     exec(compile(use.replace("klue/roberta-base", str(roberta)), str(PAGE), "exec"), names)
-    assert 0 < names["results"]["loss"] and 0 < names["results"]["eval_bce"]
+    assert names["results"]["loss"] > 0 and names["results"]["eval_bce"] > 0
     assert names["results"]["epoch"] == 1 and names["results"]["step"] == 2
     assert names["model"].config.num_labels == 9 and names["model"].projection[-1].out_features == 256

@@ -20,7 +20,8 @@ class Pairs(Protocol):
 
     def tile(self, rows: slice, column: int) -> tuple[Tensor, Tensor]:
         """The weight of each pair as a positive, not negative, and what is added to its similarity in the denominator, the
-        logarithm of its weight there (-inf: not compared): [t, m] each. What a row has with itself is not read."""
+        logarithm of its weight there (-inf: not compared): [t, m], the second also [1, m]. Both are new: they are changed here.
+        What a row has with itself is not read."""
         ...
 
 

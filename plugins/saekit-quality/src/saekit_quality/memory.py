@@ -67,7 +67,7 @@ def main() -> None:
         command = [sys.executable, "-m", "saekit_quality.memory", *sys.argv[1:], "--one", str(rows), str(chunk)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
         kept = rows * (256 + CRITERIA + args.hidden) * 4 / 1e6
-        print(f"{rows:6,} responses, {chunk:6,} at a time: {float(done.stdout):8.1f} MB, of which outputs {kept:6.1f} MB", flush=True)
+        print(f"{rows:6,} responses, {chunk:6,} at a time: {float(done.stdout):8.1f} MB; outputs: {kept:6.1f} MB", flush=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ class ContrastiveQualityConfig(PretrainedConfig):
     def __init__(
         self,
         encoder: PretrainedConfig | dict[str, Any] | None = None,
-        num_labels: int = 9,
         projection_dim: int = 256,
         contrastive_temperature: float = 0.07,  # `temperature` is one of generation there, which no configuration may have
         pooling: Pooling = "cls",
@@ -38,7 +37,7 @@ class ContrastiveQualityConfig(PretrainedConfig):
     ) -> None:
         self.encoder = encoder.to_dict() if isinstance(encoder, PretrainedConfig) else encoder
         self.projection_dim, self.contrastive_temperature, self.pooling = projection_dim, contrastive_temperature, pooling
-        super().__init__(num_labels=num_labels, **others)
+        super().__init__(**others)  # num_labels, of which the base class writes names (id2label)
 
 
 @dataclass
@@ -95,7 +94,7 @@ class ContrastiveQualityModel(PreTrainedModel):
             pooling = _pooling_for(own, pooling)
             with _readable(model_name):
                 encoder = AutoModel.from_pretrained(model_name, config=own)
-            config = ContrastiveQualityConfig(own, num_labels, projection_dim, temperature, pooling)
+            config = ContrastiveQualityConfig(own, projection_dim, temperature, pooling, num_labels=num_labels)
         elif not config.encoder:
             raise OptionError("model_name", "is no ContrastiveQualityModel: make one with ContrastiveQualityModel(model_name=...).")
         super().__init__(config)

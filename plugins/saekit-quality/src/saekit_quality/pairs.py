@@ -46,7 +46,7 @@ class VotePairs:
         self.columns = 1 if rule == "jaccard" else share.shape[1]
 
     def tile(self, rows: slice, column: int) -> tuple[Tensor, Tensor]:
-        """The weights of some rows' pairs and the logarithms of their weights in the denominator: [t, n] each."""
+        """The weights of some rows' pairs and the logarithms of their weights in the denominator: [t, n], or [1, n]."""
         if self.rule == "jaccard":
             return self._jaccard(rows)
         p, known = self.share[:, column], self.known[:, column]
@@ -56,7 +56,7 @@ class VotePairs:
         if self.rule == "unanimous":
             log_factor += self.log_hard * ((p > 0) & (p < 1))
         weights = self._weights(p[rows, None], p[None]) * (known[rows, None] & known[None])
-        return weights, log_factor.expand(len(weights), -1).clone()
+        return weights, log_factor[None]
 
     def _weights(self, p: Tensor, q: Tensor) -> Tensor:
         """Of pairs of responses with shares p: [t, 1] and q: [1, n]."""

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from saekit import OptionError, UsageError
@@ -109,6 +109,8 @@ class ContrastiveTrainer(Trainer):
             raise UsageError(f"all {self.quality.epochs} epochs are over. Raise config['epochs'].")
         self._one_epoch = one_epoch
         self._parts.clear()
+        if checkpoint is None:
+            set_seed(self.quality.seed)  # whatever the program drew since the trainer was made
         self.train(resume_from_checkpoint=checkpoint)
         results: dict[str, Any] = {}
         for entry in self.state.log_history:  # a later epoch's values replace an earlier one's
