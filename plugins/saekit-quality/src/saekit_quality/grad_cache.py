@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def in_chunks(encode: Callable[..., tuple[Tensor, ...]], chunk_size: int, **inpu
     for start in range(0, n, chunk_size):
         chunk = {k: None if v is None else v[start : start + chunk_size] for k, v in inputs.items()}
         if torch.is_grad_enabled():
-            parts.append(checkpoint(encode, use_reentrant=False, preserve_rng_state=True, **chunk))
+            parts.append(checkpoint(partial(encode, **chunk), use_reentrant=False, preserve_rng_state=True))
         else:
             parts.append(encode(**chunk))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from saekit_contrastive.tiled import Pairs, weighted_contrastive_loss
 from torch import Tensor
 
+_COMPARED = 1 << 17  # pairs at a time: a large batch, encoded in chunks, should not need more memory for its pairs than for these
+
 
 class QualityLoss(NamedTuple):
     """The loss of a batch, and its two parts before they are weighed."""
@@ -47,5 +49,6 @@ def quality_loss(
     embedding: [n, projection_dim] of norm 1.
     """
     classified = bce(logits, targets, pos_weight)
-    contrastive = weighted_contrastive_loss(embedding, pairs, temperature=temperature)
+    tile = max(1, _COMPARED // max(1, len(embedding)))
+    contrastive = weighted_contrastive_loss(embedding, pairs, temperature=temperature, tile=tile)
     return QualityLoss(classified + lambda_contrastive * contrastive, classified.detach(), contrastive.detach())
