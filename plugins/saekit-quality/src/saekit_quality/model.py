@@ -98,18 +98,18 @@ class ContrastiveQualityModel(PreTrainedModel):
         elif not config.encoder:
             raise OptionError("model_name", "is no ContrastiveQualityModel: make one with ContrastiveQualityModel(model_name=...).")
         super().__init__(config)
-        self.encoder = encoder or AutoModel.from_config(AutoConfig.for_model(**config.encoder))
+        self.encoder = encoder or AutoModel.from_config(AutoConfig.for_model(**(config.encoder or {})))
         if getattr(self.encoder, "pooler", None) is not None:
             self.encoder.pooler = None  # another head, which nothing here would train
         hidden = self.encoder.config.get_text_config().hidden_size
         self.dropout = nn.Dropout(0.1)
-        self.classifier = nn.Linear(hidden, config.num_labels)
+        self.classifier = nn.Linear(hidden, config.num_labels or 0)
         self.projection = nn.Sequential(
             nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, config.projection_dim)
         )
         if encoder is not None:
             for loaded in encoder.modules():
-                loaded._is_hf_initialized = True  # `post_init` gives new weights to the heads only
+                loaded._is_hf_initialized = True  # type: ignore[assignment]  # `post_init` gives new weights to the heads only
         self.post_init()
 
     @classmethod
@@ -130,7 +130,7 @@ class ContrastiveQualityModel(PreTrainedModel):
         input_ids, attention_mask, token_type_ids: [n, tokens], as the model's tokenizer makes them.
         chunk_size: responses encoded at a time (`grad_cache`); all by default.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         encoded = in_chunks(self._judge, chunk_size, **inputs) if chunk_size else self._judge(**inputs)
         return QualityOutput(*encoded)
 

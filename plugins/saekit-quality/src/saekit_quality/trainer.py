@@ -56,6 +56,8 @@ class ContrastiveTrainer(Trainer):
     config: of `TrainerConfig`, and of `transformers.TrainingArguments`.
     """
 
+    model: Any
+
     def __init__(
         self,
         model: ContrastiveQualityModel,
@@ -64,7 +66,7 @@ class ContrastiveTrainer(Trainer):
         device: str | torch.device = "cpu",
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.quality = _read(config or {}, model.config.num_labels)
+        self.quality = _read(config or {}, model.config.num_labels or 0)
         if train_loader.batch_size not in (None, self.quality.batch_size):
             told = f"is {self.quality.batch_size}, and train_loader gives batches of {train_loader.batch_size}. Make them equal."
             raise OptionError("batch_size", told)
@@ -174,7 +176,7 @@ class ContrastiveTrainer(Trainer):
             return inputs
         if votes is None and labels is None:
             raise UsageError("a batch has no 'labels' [n, criteria] and no 'votes' [n, annotators, criteria]. Give one of them.")
-        share = labels.float() if votes is None else votes.float().nanmean(1)
+        share: Tensor = inputs["labels"].float() if votes is None else votes.float().nanmean(1)
         if labels is None:
             labels = share
             if self.quality.targets == "hard":
