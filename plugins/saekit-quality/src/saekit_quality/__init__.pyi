@@ -1,0 +1,2 @@
+from .model import ContrastiveQualityModel as ContrastiveQualityModel
+from .trainer import ContrastiveTrainer as ContrastiveTrainer
