@@ -12,7 +12,7 @@ from saekit_quality.heads import HeadSettings, train_head
 from saekit_quality.metrics import macro_auroc
 from saekit_quality.votes import hard_targets
 
-SHORT = HeadSettings(hidden=16, projection=8, steps=60, check_every=20)
+SHORT = HeadSettings(hidden=16, projection=8, learning_rate=1e-2, steps=40, check_every=20)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_every_arm_sees_the_same_batches_in_the_same_order(cell, monkeypatch):
         trained(cell, seed=1, **options)
         streams.append(torch.cat(seen))
     assert all(torch.equal(stream, streams[0]) for stream in streams[1:])
-    assert len(streams[0]) == 60 * 32
+    assert len(streams[0]) == 40 * 32
 
 
 def test_a_head_learns_what_is_planted_and_training_is_repeatable(cell):
@@ -99,3 +99,18 @@ def test_the_command_refuses_what_it_cannot_do(options, message, capsys):
 def test_an_encoder_that_is_not_there_is_named(tmp_path, capsys):
     code = main(["--out", str(tmp_path), "--labels", "8", "--encoder", str(tmp_path / "none")])
     assert code == 2 and "--encoder" in capsys.readouterr().err
+
+
+def test_a_stopped_run_goes_on_with_what_is_missing_and_refuses_results_of_other_options(tmp_path, monkeypatch, capsys):
+    from saekit_quality import experiment
+
+    monkeypatch.setattr(experiment, "VALIDATION", 3)
+    monkeypatch.setattr(experiment, "TEST", 20)
+    monkeypatch.setattr(experiment, "features_of", lambda data, *_: data.vote_probabilities.mean(1).astype(np.float32))
+    arguments = ["--out", str(tmp_path), "--labels", "8", "--noise", "0", "--steps", "2", "--weights", "0.1"]
+    experiment.run(parse([*arguments, "--seeds", "2"]))
+    cells, run_cell = [], experiment.run_cell
+    monkeypatch.setattr(experiment, "run_cell", lambda *a, **k: cells.append(k["seed"]) or run_cell(*a, **k))
+    found = experiment.run(parse([*arguments, "--seeds", "3"]))
+    assert cells == [2] and [entry["seed"] for entry in found] == [0, 1, 2]
+    assert main([*arguments, "--steps", "3"]) == 2 and "of a run with --steps 2" in capsys.readouterr().err

@@ -13,6 +13,8 @@ Printed are the mean macro AUROC with the share that it reaches of the ceiling's
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,15 +105,19 @@ def features_of(data: QualityData, encoder: str, layers: int | None, pooling: An
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One entry for each seed, noise and number of labels, written to results.json as they come."""
+    """One entry for each seed, noise and number of labels, written to results.json as they come. A run that was stopped goes on
+    with those that are not there yet. UsageError if results.json is of other options."""
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     settings = HeadSettings(steps=options.steps)
     dialogues = -(-max(options.labels) // RESPONSES)
     total = dialogues + VALIDATION + TEST
     shares = {"train": dialogues / total, "validation": VALIDATION / total, "test": TEST / total}
-    found = []
+    found = earlier(out / "results.json", vars(options))
+    there = {(entry["seed"], entry["noise"], entry["labels"]) for entry in found}
     for seed in range(options.seeds):
+        if there >= set(itertools.product([seed], options.noise, options.labels)):
+            continue
         x: dict[str, Floats] | None = None
         for noise in options.noise:
             data = generate(total, responses=RESPONSES, noise=noise, seed=seed)
@@ -127,10 +133,23 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 x = {name: (values - mean) / deviation for name, values in x.items()}
             parts = split(data, shares, seed)
             for labels in options.labels:
+                if (seed, noise, labels) in there:
+                    continue
                 arms = run_cell(x, parts, labels, weights=options.weights, seed=seed, settings=settings)
                 found.append({"seed": seed, "noise": noise, "labels": labels, "arms": arms})
                 write_json(out / "results.json", {"options": vars(options), "results": found})
     return found
+
+
+def earlier(path: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a file that a run with the same options has left, which may have had other seeds; none without a file."""
+    if not path.is_file():
+        return []
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in options.items():
+        if name not in ("seeds", "out") and kept["options"].get(name) != value:
+            raise UsageError(f"--out: {path} is of a run with --{name} {kept['options'].get(name)}. Give another directory.")
+    return [entry for entry in kept["results"] if entry["seed"] < options["seeds"]]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
