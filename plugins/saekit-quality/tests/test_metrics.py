@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 from saekit import UsageError
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), n=st.integers(4, 60), steps=st.sampled_from([3, 10, 10**6]))
 def test_weighted_metrics_equal_scikit_learn(seed, n, steps):
     draws = np.random.default_rng(seed)

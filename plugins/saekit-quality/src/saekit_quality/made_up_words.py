@@ -7,6 +7,7 @@ taught, and fluency in words said twice. Specificity, politeness, harmlessness a
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -67,10 +68,9 @@ class Writer:
 
     def __init__(self, dialogues: int, seed: int) -> None:
         self._seed = seed
-        found = [s.base_text for s in organism.samples("train", dialogues, seed) if s.template_type == "base"]
-        self._asked = found
-        self._arguments = [_parsed(text) for text in found]
-        self._others = [_parsed(s.base_text) for s in organism.samples("train", 500, 0) if s.template_type == "base"]
+        self._asked = _asked(dialogues, seed)
+        self._arguments = [_parsed(text) for text in self._asked]
+        self._others = [_parsed(text) for text in _asked(500, 0)]
         self._facts = [fact for domain in ("near", "far") for fact in organism.facts_of(domain)]
         self._pools = {name: sorted({f.value for f in self._facts if f.attribute == name}) for name in _SHORT_WORDING}
         self._written = 0
@@ -137,6 +137,12 @@ class Writer:
             month=rng.choice(self._pools["month"]),
             colour=rng.choice(self._pools["colour"]),
         )
+
+
+@functools.cache
+def _asked(number: int, seed: int) -> tuple[str, ...]:
+    """So many different arguments; each call of `organism.samples` goes through tens of thousands."""
+    return tuple(s.base_text for s in organism.samples("train", number, seed) if s.template_type == "base")
 
 
 def _conclusion(agrees: bool, level: int) -> str:
