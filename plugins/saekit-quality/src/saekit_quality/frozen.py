@@ -29,7 +29,8 @@ def frozen_features(
     """
     import torch
 
-    limit = getattr(model.config, "max_position_embeddings", None) or 512
+    # RoBERTa has two positions more than tokens that fit; its tokenizer knows.
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     rows = tokenise(data.contexts, data.responses, tokenizer, limit, too_long)
     order = sorted(range(len(data)), key=lambda i: len(rows.ids[i]))  # similar lengths together, for little padding
     found: np.ndarray | None = None
