@@ -1,2 +1,15 @@
+from .data import QualityData as QualityData
+from .data import Record as Record
+from .data import from_records as from_records
+from .data import read_jsonl as read_jsonl
+from .data import read_records as read_records
+from .data import split as split
+from .data import write_jsonl as write_jsonl
+from .generator import ceiling_probabilities as ceiling_probabilities
+from .generator import generate as generate
+from .metrics import Measured as Measured
+from .metrics import measure as measure
 from .model import ContrastiveQualityModel as ContrastiveQualityModel
 from .trainer import ContrastiveTrainer as ContrastiveTrainer
+from .votes import hard_targets as hard_targets
+from .votes import soft_targets as soft_targets
