@@ -23,7 +23,7 @@ def text_model(directory: Path, kind: str) -> str:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
     )
     torch.manual_seed(0)
-    options = {**SIZE, "vocab_size": len(vocabulary), "max_position_embeddings": 14}
+    options = {**SIZE, "vocab_size": len(vocabulary), "max_position_embeddings": 14, "initializer_range": 0.5}
     if kind == "bert":
         network = BertModel(BertConfig(**options))
     else:  # as it was saved with its head, and padding has a position

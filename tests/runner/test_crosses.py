@@ -82,7 +82,7 @@ def reads(tiny_gpt2: Path, text_file: Path, tmp_path_factory: pytest.TempPathFac
             "model": text_model(place / "bert", "bert"),
             "data": str(place / "short.jsonl"),
             "labels": ["odd"],
-            "hook_point": "blocks.0.hook_in",
+            "hook_point": "encoder.layer.1.intermediate.dense",
             "context": 12,
             "held_out": 0.2,
         },

@@ -87,7 +87,7 @@ class QualityData:
     def records(self) -> Iterator[Record]:
         """The lines of the file."""
         for i, (context, response, dialogue) in enumerate(zip(self.contexts, self.responses, self.dialogues, strict=True)):
-            votes = {
+            votes: dict[str, Any] = {
                 name: [None if np.isnan(vote) else int(vote) for vote in self.votes[i, :, c]]
                 for c, name in enumerate(self.criteria)
             }
