@@ -113,6 +113,7 @@ KILLED = """
             if state.global_step == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    torch.set_num_threads({threads})  # sums of another number of threads have other last bits
     torch.manual_seed(0)
     model = ContrastiveQualityModel(model_name={place!r}, num_labels=2, projection_dim=8)
     config = {{**{config!r}, "output_dir": {output!r}}}
@@ -128,7 +129,11 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(roberta, kit, tmp_path) -
     undisturbed = trainer(roberta, kit.loader(24, 2, 8), **config)
     undisturbed.fit()
     script = KILLED.format(
-        tests=str(__file__).rsplit("/", 1)[0], place=str(roberta), config=config, output=str(tmp_path / "out")
+        tests=str(__file__).rsplit("/", 1)[0],
+        place=str(roberta),
+        config=config,
+        output=str(tmp_path / "out"),
+        threads=torch.get_num_threads(),
     )
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
