@@ -61,7 +61,8 @@ def rendered(context: RunContext, places: list[Place], tokens: int | None = None
         found = source.examples(_column(places, "sequence"), _column(places, "position"))
         if len(found) != len(places) or not all(isinstance(one, Example) for one in found):
             raise ComponentError(
-                f"the source gave {len(found)} examples for {len(places)} places, or what is no saekit.Example. Give one for each."
+                f"the source gave {len(found)} examples for {len(places)} places, or some are not a saekit.Example. "
+                "Give one for each."
             )
         return list(found)
     return _found_again(context, places, tokens)

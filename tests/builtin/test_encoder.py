@@ -219,7 +219,7 @@ def test_a_pooler_without_weights_is_refused_where_it_is_read(tmp_path, texts):
 def test_a_file_that_is_no_picture(vit, pictures, tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.png").write_text(f"no picture {name}")
-    with pytest.raises(SaekitError, match=r"\.png: is no picture that can be read"):
+    with pytest.raises(SaekitError, match=r"\.png cannot be read as a picture"):
         opened(vit, str(tmp_path), hook_point="blocks.1.hook_out")
 
 

@@ -251,7 +251,7 @@ def empties(split, seed):
         ({"labels": lambda b: b["kind"][:2]}, r"^labels: they are float32 \[2\] for the 3 rows of batch 0"),
         ({"labels": lambda b: b["kind"] + 5}, "^labels: 5 in batch 0 .* is no label. Give 0, 1, or NaN"),
         ({"labels": "kind", "concepts": ["only", "these"], "data": lambda: [{"x": X, "kind": torch.tensor([0, 2])}] * 3},
-         "^labels: 2 in batch 0 of .* is no class's number; concepts names 2, 0 to 1"),
+         "^labels: 2 in batch 0 of .* is not the number of a class; concepts names 2, 0 to 1"),
         ({"labels": lambda b: torch.ones(3, 3), "concepts": ["a", "b"]}, r"^labels: they are float32 \[3, 3\] .* 2 concepts"),
         ({"labels": "name", "concepts": ["set 0.0", "other"]}, "^concepts: there is no class 'set 0.1'"),
         ({"labels": lambda b: object()}, "^labels: object holds no labels"),

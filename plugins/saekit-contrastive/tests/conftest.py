@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saekit import Activations, SequenceBatch, SparseAutoencoder, Step
 from saekit.testing import make_step
@@ -54,3 +55,22 @@ def scaled(sae: SparseAutoencoder, factor: float) -> SparseAutoencoder:
 def kit() -> types.SimpleNamespace:
     """The functions above: test files import nothing from one another."""
     return types.SimpleNamespace(prepared=prepared, step_of=step_of, scaled=scaled)
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.fixture
+def largest() -> Largest:
+    """To be entered: what is computed inside is recorded."""
+    return Largest()

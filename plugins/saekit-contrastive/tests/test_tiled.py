@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saekit_contrastive.tiled import LEFT_OUT, contrastive_loss
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def dense(z, groups, temperature, decoupled=False, bank=None, bank_groups=None):
@@ -103,22 +102,9 @@ def test_nothing_to_compare_is_zero_with_a_gradient_of_zero(groups) -> None:
     assert float(value.detach()) == 0.0 and not torch.autograd.grad(value, z)[0].any()
 
 
-class Largest(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
-def test_nothing_of_the_number_of_rows_squared_is_held() -> None:
+def test_nothing_of_the_number_of_rows_squared_is_held(largest) -> None:
     n, d, tile = 600, 8, 16
     z = torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_()
-    with Largest() as seen:
+    with largest as seen:
         contrastive_loss(z, torch.randint(0, 2, (n, 1)), temperature=0.1, tile=tile).backward()
     assert seen.elements == tile * n

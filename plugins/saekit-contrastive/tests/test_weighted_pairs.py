@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saekit_contrastive.tiled import contrastive_loss, weighted_contrastive_loss
-from torch.utils._python_dispatch import TorchDispatchMode
 
 DOUBLE = torch.float64
 
@@ -73,17 +72,6 @@ def test_weights_of_one_are_the_loss_of_groups() -> None:
     torch.testing.assert_close(value, contrastive_loss(z, groups, temperature=0.1), rtol=1e-12, atol=1e-12)
 
 
-class Largest(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 class ByDistance:
     columns = 2
 
@@ -97,8 +85,8 @@ class ByDistance:
 
 
 @pytest.mark.parametrize("n", [300, 600])
-def test_memory_grows_with_the_number_of_rows(n) -> None:
+def test_memory_grows_with_the_number_of_rows(n, largest) -> None:
     z = unit(n, 8)
-    with Largest() as seen:
+    with largest as seen:
         weighted_contrastive_loss(z, ByDistance(torch.rand(n, 2, dtype=DOUBLE)), temperature=0.1, tile=16).backward()
     assert seen.elements == 16 * n

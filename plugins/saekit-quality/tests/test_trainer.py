@@ -163,8 +163,8 @@ def test_a_batch_without_a_pair_trains_by_bce_alone(roberta, kit) -> None:
     [
         ({"batch_size": 16}, "batch_size: is 16, and train_loader gives batches of 8."),
         ({"epochs": 0}, "epochs: input should be greater than or equal to 1, got 0."),
-        ({"lambda": 0.1}, "lambda: is no option of ContrastiveTrainer or of transformers"),
-        ({"learning_rat": 0.1}, "learning_rat: is no option .* Did you mean learning_rate?"),
+        ({"lambda": 0.1}, "lambda: is not an option of ContrastiveTrainer or of transformers"),
+        ({"learning_rat": 0.1}, "learning_rat: is not an option .* Did you mean learning_rate?"),
         ({"pairs": "same"}, "pairs: input should be 'majority', "),
         ({"pos_weight": [1.0]}, "pos_weight: has 1 values, and the model 2 criteria."),
         ({"patience": 1}, "patience: needs a val_loader"),

@@ -164,7 +164,7 @@ class EncoderSource(ModuleSource):
             try:
                 opened.append(Picture.open(path).convert("RGB"))
             except OSError as error:
-                raise OptionError("data", f"{path}: is no picture that can be read ({error}). Remove or replace it.") from None
+                raise OptionError("data", f"{path} cannot be read as a picture ({error}). Remove or replace it.") from None
         return {"pixel_values": self._processor(images=opened, return_tensors="pt")["pixel_values"]}
 
     def _example(self, batch: dict[str, Any], row: int) -> Example:

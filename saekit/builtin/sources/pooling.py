@@ -165,7 +165,8 @@ def _of_classes(numbers: Tensor, count: int, where: str) -> Tensor:
     wrong = known & ((numbers >= count) | (numbers != numbers.round()))
     if bool(wrong.any()):
         raise OptionError(
-            "labels", f"{float(numbers[wrong][0]):g} in {where} is no class's number; concepts names {count}, 0 to {count - 1}."
+            "labels",
+            f"{float(numbers[wrong][0]):g} in {where} is not the number of a class; concepts names {count}, 0 to {count - 1}.",
         )
     of_class = torch.nn.functional.one_hot(numbers.nan_to_num(0).clamp_min(0).long(), count).float()
     return torch.where(known[:, None], of_class, torch.nan)

@@ -149,9 +149,10 @@ def from_records(records: Iterable[Record], name: str) -> QualityData:
     for number, record in enumerate(kept, 1):
         _check(record, criteria, annotators, f"{name}, response {number}")
     probabilities: Floats | None = None
-    if all(record.vote_probabilities is not None for record in kept):
-        probabilities = np.array([[r.vote_probabilities[c] for c in criteria] for r in kept]).transpose(0, 2, 1)  # type: ignore[index]
-    votes = np.array([[record.votes[c] for c in criteria] for record in kept], dtype=np.float64)  # type: ignore[index]
+    known = [record.vote_probabilities for record in kept if record.vote_probabilities is not None]
+    if len(known) == len(kept):
+        probabilities = np.array([[one[c] for c in criteria] for one in known]).transpose(0, 2, 1)
+    votes = np.array([[(record.votes or {})[c] for c in criteria] for record in kept], dtype=np.float64)
     return QualityData(
         contexts=tuple(record.context_text for record in kept),
         responses=tuple(record.response for record in kept),

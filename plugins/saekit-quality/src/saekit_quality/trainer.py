@@ -227,7 +227,7 @@ def _read(config: Mapping[str, Any], num_labels: int) -> TrainerConfig:
         if name not in names:
             near = difflib.get_close_matches(name, [*TrainerConfig.model_fields, *names], 1)
             meant = f" Did you mean {near[0]}?" if near else ""
-            raise OptionError(name, f"is no option of ContrastiveTrainer or of transformers.TrainingArguments.{meant}")
+            raise OptionError(name, f"is not an option of ContrastiveTrainer or of transformers.TrainingArguments.{meant}")
     given = len(quality.pos_weight or [0.0] * num_labels)
     if given != num_labels:
         raise OptionError("pos_weight", f"has {given} values, and the model {num_labels} criteria. Give one for each.")
